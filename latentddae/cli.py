@@ -1,0 +1,46 @@
+"""`latentddae <command> ...`: finds the command's module and runs its `main`. Imports nothing heavy itself."""
+
+import importlib
+import sys
+
+from latentddae import __version__
+from latentddae.errors import run_command
+
+COMMANDS = {  # command -> (module with main(argv), one line for --help)
+    "demo": ("latentddae.demo", "the whole story on real images, on a laptop CPU"),
+    "encode": ("latentddae.data.encode", "images -> latent shards"),
+    "verify": ("latentddae.data.verify", "check a data folder and list what is wrong"),
+    "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
+    "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
+    "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
+    "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
+    "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
+    "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: latentddae <command> [options]", "", "commands:"]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "`latentddae <command> --help` explains a command."]
+    return "\n".join(lines)
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line and return its exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"latentddae {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"latentddae: error: unknown command {argv[0]!r}; known: {known}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    return run_command(argv[0], module.main, argv[1:])
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))

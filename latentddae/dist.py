@@ -1,0 +1,144 @@
+"""Ranks: who am I, how many are we, and the few collectives we use. The only reader of launcher variables.
+
+`deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all end up in the same `World`.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from latentddae.errors import ConfigError
+
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment(env: Mapping[str, str] | None = None) -> World:
+    """What the launcher says: RANK/WORLD_SIZE (deepspeed, torchrun), else a multi-task srun step, else one process."""
+    env = os.environ if env is None else env
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return World(
+                int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "environment"
+            )
+        # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
+        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            return World(
+                int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), "slurm"
+            )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"launcher variables are inconsistent: {error}") from error
+    return World()
+
+
+def device_for(world: World) -> torch.device:
+    """CUDA where there is one (device 0 if the launcher shows only one, else the local rank), else the CPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return torch.device("cpu")
+    index = 0 if count == 1 else world.local_rank
+    if index >= count:
+        raise ConfigError(f"local rank {world.local_rank} has no GPU: {count} visible")
+    return torch.device("cuda", index)
+
+
+def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+    """Join the process group (gloo on CPU, NCCL on CUDA) and export the launcher variables DeepSpeed wants."""
+    world = world_from_environment()
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    if torch_dist.is_initialized():
+        return world
+    device = device_for(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        # No rendezvous to make: nothing listens on a port.
+        torch_dist.init_process_group(
+            backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    else:
+        if world.launcher == "slurm":
+            os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+            job = int(os.environ.get("SLURM_JOB_ID", "0"))
+            os.environ.setdefault("MASTER_PORT", str(10000 + job % 50000))
+        torch_dist.init_process_group(
+            backend, rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    return world
+
+
+def stop() -> None:
+    """Leave the process group; safe to call twice."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+    )
+    return listed.stdout.split()[0]
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if not torch_dist.is_initialized():
+        return [value]
+    out: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(out, value)
+    return out
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place; the tensor is returned."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True on every rank if it is true on one. A collective: every rank must call it."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    return bool(box.item())

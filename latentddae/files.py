@@ -1,0 +1,101 @@
+"""Files as contracts: complete or invisible, hashed, locked."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from latentddae.errors import ConfigError, WriteError
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write, fsync and rename: a reader sees the old file or the new one, never a part."""
+    payload = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with a stable layout, written atomically."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """One JSON object per line; each line is written with a single call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_hash(value: Any) -> str:
+    """A short hash of JSON-able data, for fingerprints."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
+    """Hold a folder for this process; a second holder gets a ConfigError naming the first.
+
+    The lock is the kernel's: it is gone when the process is, however it died.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    handle = open(path, "a+")  # noqa: SIM115 - lives as long as the lock
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        handle.close()
+        raise ConfigError(f"{folder} is in use by {holder}; wait for it or choose another folder") from error
+    try:
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} ({purpose})")
+        handle.flush()
+        yield handle
+    finally:
+        handle.truncate(0)
+        handle.close()
