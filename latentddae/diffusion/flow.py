@@ -1,0 +1,119 @@
+"""Flow matching on the straight path, velocity prediction (rectified flow; SiT, arXiv 2401.08740).
+
+x_t = (1 - s) x0 + s noise, where s is the noise level. The network predicts the velocity dx/dt in
+the objective's own time t: t = s here by default (1 is noise), t = 1 - s for SiT and LightningDiT
+(`time: data`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentddae.diffusion.levels import Real, mean_over_elements, per_sample
+from latentddae.diffusion.weights import Weighting, relative_weight
+
+Model = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Velocity matching on the linear path."""
+
+    kind: ClassVar[str] = "flow"
+    frame: ClassVar[str] = "linear"
+
+    time: Literal["noise", "data"] = "noise"
+    """What t = 1 is."""
+    sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """How training draws the level s."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    """Levels become shift s / (1 + (shift - 1) s), in training and sampling: above 1 more noise,
+    below 1 less.
+    """
+    cosine_weight: float = 0.0
+    """Weight of 1 - cos(predicted, true velocity) over channels (LightningDiT uses 1)."""
+    weighting: Weighting = "none"
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std must be positive, got {self.logit_std}")
+        if self.cosine_weight < 0:
+            raise ValueError(f"cosine_weight must be 0 or more, got {self.cosine_weight}")
+
+    def to_level(self, t: Real) -> Real:
+        """Own time -> noise level s."""
+        return t if self.time == "noise" else 1 - t
+
+    def to_time(self, s: Real) -> Real:
+        """Noise level s -> own time."""
+        return s if self.time == "noise" else 1 - s
+
+    def reach(self) -> tuple[float, float]:
+        """The levels the network is trained on."""
+        return 0.0, 1.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.to_level(t)
+        return 1 - s, s
+
+    def times(self, u: Tensor) -> Tensor:
+        """Training times for uniform u in (0, 1): (N,) -> (N,)."""
+        s = u
+        if self.sampling == "logit_normal":
+            s = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+        return self.to_time(self.shifted(s))
+
+    def shifted(self, s: Tensor) -> Tensor:
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def grid(self, steps: int) -> Tensor:
+        """Times a sampler visits before it arrives at the clean end: (steps,) float64, noisiest
+        first.
+        """
+        return self.to_time(self.shifted(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The noisiest latent, from which sampling starts."""
+        return noise
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t for clean x0 (N, C, H, W) at own times t (N,)."""
+        alpha, sigma = self.alpha_sigma(t)
+        return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is fed: here the pair itself."""
+        return x_t, t
+
+    def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """dx_t/dt in own time: the target."""
+        return noise - x0 if self.time == "noise" else x0 - noise
+
+    def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared velocity error per sample, plus the cosine term if asked for: (N,)."""
+        x_t = self.add_noise(x0, t, noise)
+        predicted = model(*self.network_input(x_t, t), y)[:, : x0.shape[1]]
+        target = self.velocity(x0, noise)
+        loss = mean_over_elements((predicted - target) ** 2)
+        if self.weighting != "none":
+            s = self.to_level(t)
+            loss = loss * relative_weight(self.weighting, s, base=s**-2.0)
+        if self.cosine_weight:
+            cosine = F.cosine_similarity(predicted, target, dim=1)
+            loss = loss + self.cosine_weight * mean_over_elements(1 - cosine)
+        return loss
+
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The clean latent the network expects behind x_t: (N, C, H, W)."""
+        velocity = model(*self.network_input(x_t, t), y)[:, : x_t.shape[1]]
+        # along the path x0 is reached by walking the rest of the way at this velocity
+        way = self.to_level(t) if self.time == "noise" else self.to_level(t) * -1
+        return x_t - per_sample(way, x_t) * velocity

@@ -1,0 +1,63 @@
+"""The noise axis all objectives share: level s = sigma / (alpha + sigma), 0 clean, 1 pure noise.
+
+A noisy latent is x_t = alpha x0 + sigma noise. Its ratio r = sigma / alpha, its log-SNR = -2 ln r
+and its level s = r / (1 + r) say the same thing; for flow matching s is the time itself. Numbers
+in, numbers out: a Python float gives a float, a tensor a tensor of its dtype (integers give
+float32). Sums run in float64.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Real = Any  # a float or a tensor; what goes in comes out
+
+
+def elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Real], Real]:
+    """Let a function of a float64 tensor take floats and tensors of any dtype."""
+
+    @functools.wraps(function)
+    def wrapped(value: Real) -> Real:
+        if not isinstance(value, Tensor):
+            return float(function(torch.tensor(float(value), dtype=torch.float64)))
+        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        return function(value.to(torch.float64)).to(dtype)
+
+    return wrapped
+
+
+@elementwise
+def ratio_of_level(s: Tensor) -> Tensor:
+    """r = sigma / alpha; infinite at s = 1."""
+    return s / (1 - s)
+
+
+@elementwise
+def level_of_ratio(r: Tensor) -> Tensor:
+    """s = r / (1 + r), also for infinite r."""
+    return 1 / (1 + 1 / r)
+
+
+@elementwise
+def log_snr_of_level(s: Tensor) -> Tensor:
+    """ln(alpha^2 / sigma^2)."""
+    return -2 * (s.log() - (-s).log1p())
+
+
+@elementwise
+def level_of_log_snr(log_snr: Tensor) -> Tensor:
+    """The inverse of `log_snr_of_level`."""
+    return torch.sigmoid(-0.5 * log_snr)
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """(N,) or () -> (N, 1, 1, ...) in the dtype of `like`, ready to multiply with it."""
+    return value.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def mean_over_elements(values: Tensor) -> Tensor:
+    """(N, ...) -> (N,)."""
+    return values.flatten(1).mean(dim=1)

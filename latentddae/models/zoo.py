@@ -1,0 +1,202 @@
+"""Named models, and portable checkpoints: one folder from which every downstream command works.
+
+    model = zoo.build("dit_s_2", input_size=8, num_classes=10)
+    checkpoint = zoo.load("runs/demo/export")       # Checkpoint(model, objective, latents, info)
+
+The folder holds `model.safetensors`, `ema.safetensors` and `config.json`: architecture, objective
+with its time convention, latent spec and autoencoder hash, classes, images seen, EMA, data
+fingerprints. It is written under a temporary name and renamed, so it is complete or absent.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentddae import config
+from latentddae.data.latents import LatentSpec
+from latentddae.diffusion import OBJECTIVES
+from latentddae.errors import ConfigError, DataError, WriteError
+from latentddae.files import sha256, sync_folder, write_json
+from latentddae.models.dit import DiT, DiTConfig
+
+FORMAT = 1
+WEIGHT_FILES = {"model": "model.safetensors", "ema": "ema.safetensors"}
+
+DIT_SIZES = {  # name -> depth, width, heads (DiT, table 1)
+    "s": (12, 384, 6),
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
+    "xl": (28, 1152, 16),
+}
+DIT_PATCHES = (2, 4, 8)
+
+
+def published_dit(size: str, patch_size: int) -> DiTConfig:
+    """The published settings: 32x32x4 latents, 1000 classes, learned sigma."""
+    depth, hidden_size, num_heads = DIT_SIZES[size]
+    return DiTConfig(
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        learn_sigma=True,
+    )
+
+
+CONFIGS: dict[str, Any] = {
+    f"dit_{size}_{patch}": published_dit(size, patch) for size in DIT_SIZES for patch in DIT_PATCHES
+}
+NAMES = tuple(CONFIGS)
+CONFIGS["dit"] = DiTConfig()  # a free size; also the name under which configs are written back
+NETWORKS = {"dit": DiT}  # kind of a config -> network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The two choices a checkpoint records, as plain data on disk."""
+
+    model: Any = config.choice(lambda: CONFIGS, DiTConfig)  # noqa: RUF009
+    objective: Any = config.choice(lambda: OBJECTIVES, OBJECTIVES["flow"])  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready for use and all that is known about it."""
+
+    model: Any
+    objective: Any
+    latents: LatentSpec
+    info: dict[str, Any]
+    """`weights` ("ema" or "model"), `sha256` of their file, `images_seen`, `classes`, `ema`,
+    `data`,
+    `path`."""
+
+
+def network(model_config: Any, seed: int = 0) -> Any:
+    """A freshly initialised network for a config record."""
+    return NETWORKS[type(model_config).kind](model_config, seed=seed)
+
+
+def build(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """A fresh network by name, e.g. build("dit_s_2", input_size=8, num_classes=10)."""
+    if name not in CONFIGS:
+        raise ConfigError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+    try:
+        return network(replace(CONFIGS[name], **overrides), seed=seed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def save(
+    folder: str | Path,
+    *,
+    model_config: Any,
+    objective: Any,
+    latents: LatentSpec,
+    classes: Sequence[str],
+    images_seen: int,
+    model_state: Mapping[str, Tensor],
+    ema_state: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Path:
+    """Write a portable checkpoint and return its folder; an older one of that name is replaced.
+
+    `ema` describes the average (half-life in images), `data` holds the data set's fingerprints,
+    `more` is JSON-able and ends up in `info` (seed, licence, ...). States are stored as they are.
+    """
+    folder = Path(folder)
+    facts = {
+        "format": FORMAT,
+        "model": config.to_dict(model_config),
+        "objective": config.to_dict(objective),
+        "latents": latents.to_dict(),
+        "classes": list(classes),
+        "images_seen": int(images_seen),
+        "ema": None if ema_state is None else dict(ema or {}),
+        "data": dict(data or {}),
+        **more,
+    }
+    temporary, old = (
+        folder.with_name(f".tmp-{folder.name}"),
+        folder.with_name(f".old-{folder.name}"),
+    )
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_state(temporary / WEIGHT_FILES["model"], model_state, "model", images_seen)
+        if ema_state is not None:
+            _write_state(temporary / WEIGHT_FILES["ema"], ema_state, "ema", images_seen)
+        write_json(temporary / "config.json", facts)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise WriteError(f"cannot write checkpoint {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _write_state(path: Path, state: Mapping[str, Tensor], weights: str, images_seen: int) -> None:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata={"weights": weights, "images_seen": str(images_seen)})
+
+
+def load(
+    path: str | Path,
+    weights: Literal["ema", "model"] = "ema",
+    device: torch.device | str = "cpu",
+) -> Checkpoint:
+    """Read a portable checkpoint; the model is in eval mode, in float32, on `device`.
+
+    Raises ConfigError for a missing folder, missing weights or a config that does not fit them,
+    DataError for unreadable files.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a checkpoint: it has no config.json")
+    if weights not in WEIGHT_FILES:
+        raise ConfigError(f"weights are {' or '.join(WEIGHT_FILES)}, got {weights!r}")
+    facts = _read_facts(folder)
+    file = folder / WEIGHT_FILES[weights]
+    if not file.is_file():
+        others = [name for name, other in WEIGHT_FILES.items() if (folder / other).is_file()]
+        raise ConfigError(
+            f"{folder} has no {weights} weights; it has: {', '.join(others) or 'none'}"
+        )
+    recipe = config.build(Recipe, {k: facts.pop(k) for k in ("model", "objective")})
+    latents = LatentSpec.from_dict(facts.pop("latents"))
+    with torch.device("meta"):
+        model = network(recipe.model)
+    try:
+        state = {k: v.to(torch.float32) for k, v in load_file(file).items()}
+        model.load_state_dict(state, strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise DataError(f"{file}: {error}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    info = {**facts, "weights": weights, "sha256": sha256(file), "path": str(folder)}
+    return Checkpoint(model, recipe.objective, latents, info)
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{folder}/config.json is not valid JSON: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise ConfigError(f"{folder} has format {facts.get('format')}, this version reads {FORMAT}")
+    missing = {"model", "objective", "latents"} - facts.keys()
+    if missing:
+        raise DataError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+    return facts
