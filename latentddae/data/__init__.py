@@ -1,0 +1,1 @@
+"""Images -> moments -> shards -> batches."""

@@ -1,0 +1,154 @@
+"""Shards -> batches. The clock is images seen; the order is a pure function of (seed, images seen).
+
+    loader = Loader(ShardSet("data/imagenet256", "train"), global_batch=256, seed=0, rank=0,
+    world=8)
+    for batch in loader.batches(images_seen=0): ...
+
+Any number of ranks and threads sees the same global batches; resuming needs one integer.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentddae import draws
+from latentddae.data.shards import ShardSet
+from latentddae.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch."""
+
+    moments: Tensor
+    """(N, *stored_shape) in the stored dtype: one view of each sample."""
+    label: Tensor
+    """(N,) int64; -1 for a sample without one."""
+    position: Tensor
+    """(N,) int64: how many images the run had seen before this one; keys every random draw."""
+    index: Tensor
+    """(N,) int64: place in the data set."""
+
+
+def order(
+    seed: int, epoch: int, n: int, starts: np.ndarray | None = None, group_shards: int = 0
+) -> np.ndarray:
+    """The order of one epoch: a permutation of range(n), int64, the same everywhere for the same
+    arguments.
+
+    With `group_shards` = K the shards (bounds `starts`) are permuted, and samples only inside
+    groups of K shards:
+    for slow file systems, where a group is read from a few files.
+    """
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    if not group_shards or starts is None:
+        return random.permutation(n)
+    shards = random.permutation(len(starts) - 1)
+    groups = [shards[i : i + group_shards] for i in range(0, len(shards), group_shards)]
+    return np.concatenate(
+        [
+            random.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in group]))
+            for group in groups
+        ]
+    )
+
+
+class Loader:
+    """Endless batches of one rank. `workers` threads gather ahead (0: in the caller's thread)."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        global_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        prefetch: int = 2,
+        workers: int = 1,
+        group_shards: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        if global_batch < 1 or global_batch % world:
+            raise ConfigError(f"batch of {global_batch} images is not divisible by {world} ranks")
+        if not 0 <= rank < world or workers < 0 or prefetch < 1:
+            raise ConfigError(
+                f"impossible loader: rank {rank} of {world}, {workers} workers, prefetch {prefetch}"
+            )
+        self.shards, self.global_batch, self.seed = shards, global_batch, seed
+        self.rank, self.world = rank, world
+        self.prefetch, self.workers, self.group_shards = prefetch, workers, group_shards
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._epochs: dict[int, np.ndarray] = {}  # the last two epochs' orders
+
+    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
+        """Batches from any point of the run on; `images_seen` need not be a multiple of
+        anything."""
+        if self.workers == 0:
+            while True:
+                yield self.batch_at(images_seen)
+                images_seen += self.global_batch
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                while len(ahead) < max(self.prefetch, self.workers):
+                    ahead.append(pool.submit(self.batch_at, images_seen))
+                    images_seen += self.global_batch
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch_at(self, images_seen: int) -> Batch:
+        """This rank's slice of the global batch that starts after `images_seen` images."""
+        local = self.global_batch // self.world
+        positions = images_seen + self.rank * local + np.arange(local)
+        indices = self.indices(positions)
+        position = torch.from_numpy(positions)
+        views = len(self.shards.spec.views)
+        chosen = np.zeros(local, np.int64)
+        if views > 1:
+            chosen = (draws.uniform(self.seed, "view", position) * views).long().numpy()
+        batch = Batch(
+            moments=torch.from_numpy(self.shards.gather(indices, chosen)),
+            label=torch.from_numpy(self.shards.labels[indices]),
+            position=position,
+            index=torch.from_numpy(indices),
+        )
+        return _pinned(batch) if self.pin_memory else batch
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Which sample stands at each position of the run: (N,) -> (N,) int64. Epochs follow one
+        another, uncut."""
+        epochs, places = np.divmod(positions, len(self.shards))
+        out = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            out[here] = self._order(epoch)[places[here]]
+        return out
+
+    def _order(self, epoch: int) -> np.ndarray:
+        known = self._epochs.get(epoch)
+        if known is None:
+            starts = self.shards.shard_starts
+            known = order(self.seed, epoch, len(self.shards), starts, self.group_shards)
+            kept = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs = {
+                **kept,
+                epoch: known,
+            }  # one assignment: threads see the old dict or the new one
+        return known
+
+
+def _pinned(batch: Batch) -> Batch:
+    return Batch(
+        batch.moments.pin_memory(),
+        batch.label.pin_memory(),
+        batch.position.pin_memory(),
+        batch.index.pin_memory(),
+    )

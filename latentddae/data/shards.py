@@ -1,0 +1,364 @@
+"""The on-disk format: a folder of plain USTAR tars of latents, their indexes, and a manifest that
+says what is inside.
+
+    manifest.json
+    train-000000.tar      per sample KEY.moments.npy (views, 2C, h, w) float16, or KEY.image.npy
+    uint8, and KEY.cls
+    train-000000.idx.npy  (n, 2) int64: byte offset of the sample's numbers in the tar, label (-1:
+    none)
+
+Header and member sizes are the same for all samples of a shard, so a batch is one strided gather
+from a memory map.
+Any tar program and the `webdataset` library read the tars; a shard that the manifest does not name
+does not exist.
+"""
+
+import hashlib
+import math
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentddae.data.latents import LatentSpec
+from latentddae.data.manifest import MANIFEST, Sums, add_split, new_manifest, read_manifest
+from latentddae.errors import ConfigError, DataError, WriteError
+from latentddae.files import sync_folder, write_atomic, write_json
+
+BLOCK = 512
+MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
+KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
+
+
+def key_from_path(path: str) -> str:
+    """A data-set-relative path without its extension as a key: other characters become -xx (their
+    UTF-8 bytes)."""
+    stem = path[: len(path) - len(os.path.splitext(path)[1])]
+    return re.sub(
+        r"[^A-Za-z0-9_\-/]",
+        lambda match: "".join(f"-{byte:02x}" for byte in match[0].encode(errors="surrogateescape")),
+        stem,
+    )
+
+
+def key_problem(key: str, kind: str = "moments") -> str | None:
+    """Why a key cannot name a sample in a shard, or None."""
+    if not KEY.fullmatch(key):
+        return f"key {key!r} has characters other than letters, digits, '_', '-' and inner '/'"
+    try:
+        _tar_header(f"{key}.{MEMBERS[kind]}", 0)
+    except ValueError:
+        return f"name of {len(key)} characters is too long for a tar member"
+    return None
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """One USTAR header block; nothing in it but the name and the size. ValueError if the name does
+    not fit."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def npy_header(dtype: np.dtype, shape: Sequence[int]) -> bytes:
+    """The bytes that `np.save` puts before a C-order array's numbers."""
+    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
+    padding = -(len(fields) + 11) % 64
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (len(fields) + padding + 1).to_bytes(2, "little")
+        + (fields + " " * padding + "\n").encode("ascii")
+    )
+
+
+def _member(name: str, *parts: bytes) -> bytes:
+    size = sum(map(len, parts))
+    return b"".join([_tar_header(name, size), *parts, bytes(-size % BLOCK)])
+
+
+class ShardWriter:
+    """Writes one shard: `add` samples, then `close`. Until then the file has a temporary name."""
+
+    def __init__(self, folder: Path, name: str, spec: LatentSpec, num_classes: int) -> None:
+        self.path = folder / f"{name}.tar"
+        self._temporary = folder / f".tmp-{os.getpid()}-{name}.tar"
+        self._spec = spec
+        self._shape = (len(spec.views), *spec.stored_shape)
+        self._npy_header = npy_header(spec.stored_dtype, self._shape)
+        self._label_width = max(
+            len(str(num_classes - 1)), 2
+        )  # "-1" is the label of a sample without one
+        self._index: list[tuple[int, int]] = []
+        self._bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._sums = Sums(spec)
+        try:
+            self._file = open(self._temporary, "wb")
+        except OSError as error:
+            raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def add(self, key: str, stored: np.ndarray, label: int) -> None:
+        """One sample: `stored` (views, *stored_shape) in the stored dtype."""
+        assert (stored.shape, stored.dtype) == (self._shape, self._spec.stored_dtype), stored.shape
+        offset = self._bytes + BLOCK + len(self._npy_header)
+        member = MEMBERS[self._spec.kind]
+        self._write(_member(f"{key}.{member}", self._npy_header, stored.tobytes()))
+        self._write(_member(f"{key}.cls", f"{label:0{self._label_width}d}".encode()))
+        self._index.append((offset, label))
+        self._sums.add(stored)
+
+    def close(self) -> dict[str, Any]:
+        """Finish, fsync and rename shard and index; returns the manifest's entry for it."""
+        self._write(
+            bytes(tarfile.RECORDSIZE - self._bytes % tarfile.RECORDSIZE)
+        )  # two zero blocks at least
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            self.abort()
+            raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
+        index = np.array(self._index, dtype="<i8").reshape(-1, 2)
+        payload = npy_header(index.dtype, index.shape) + index.tobytes()
+        write_atomic(index_path(self.path), payload)
+        return {
+            "file": self.path.name,
+            "samples": len(index),
+            "bytes": self._bytes,
+            "sha256": self._sha256.hexdigest(),
+            "index_sha256": hashlib.sha256(payload).hexdigest(),
+            "sums": self._sums.to_dict(),
+        }
+
+    def abort(self) -> None:
+        """Leave no trace."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.abort()
+            raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
+        self._sha256.update(data)
+        self._bytes += len(data)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".idx.npy")
+
+
+def write_split(
+    root: Path,
+    split: str,
+    spec: LatentSpec,
+    stored: np.ndarray,
+    labels: Sequence[int],
+    keys: Sequence[str],
+    classes: Sequence[str] = (),
+    shard_size: int = 8192,
+    pipeline: dict[str, Any] | None = None,
+) -> None:
+    """Write arrays that are encoded already, (N, views, *stored_shape), as one split of a data
+    folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, start in enumerate(range(0, len(stored), shard_size)):
+        writer = ShardWriter(root, shard_name(split, number), spec, len(classes))
+        for i in range(start, min(start + shard_size, len(stored))):
+            writer.add(keys[i], stored[i], labels[i])
+        entries.append(writer.close())
+    path = root / MANIFEST
+    recipe = pipeline or {"resolution": spec.size}
+    old = read_manifest(root) if path.exists() else new_manifest(spec, recipe, classes)
+    write_json(path, add_split(old, split, spec, entries))
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+class ShardSet:
+    """One split of a data folder, open for random access by index.
+
+    `access="mmap"` gathers from memory maps; `"pread"` reads, slower, but a file that vanishes is
+    an error and not a
+    bus error. Sizes, indexes and array headers are checked here; hashes by `latentddae verify`.
+    """
+
+    def __init__(self, root: Path | str, split: str, access: str = "mmap") -> None:
+        self.root, self.split = Path(root), split
+        self.manifest = read_manifest(self.root)
+        if split not in self.manifest["splits"]:
+            known = ", ".join(self.manifest["splits"])
+            raise ConfigError(f"{self.root} has no split {split!r}; it has: {known}")
+        if access not in ("mmap", "pread"):
+            raise ConfigError(f"access is {access!r}, allowed: mmap, pread")
+        entry = self.manifest["splits"][split]
+        self.spec = LatentSpec.from_dict({**self.manifest["latents"], "views": entry["views"]})
+        self.classes: tuple[str, ...] = tuple(self.manifest["classes"])
+        self.fingerprints: dict[str, str] = {
+            "codec": self.spec.codec_fingerprint,
+            "pipeline": self.manifest["fingerprints"]["pipeline"],
+            "content": entry["fingerprint"],
+        }
+        if self.fingerprints["codec"] != self.manifest["fingerprints"]["codec"]:
+            raise ConfigError(
+                f"{self.root}: the manifest's latents were edited; its fingerprint is of others"
+            )
+        self._shape = (len(self.spec.views), *self.spec.stored_shape)
+        self._npy_header = npy_header(self.spec.stored_dtype, self._shape)
+        self._access = access
+        self._files: list[int] = []
+        self._maps: list[mmap.mmap] = []
+        self._arrays: list[
+            np.ndarray
+        ] = []  # per shard: (n, views, *stored_shape), a strided view of the map
+        self._offsets: list[tuple[int, int]] = []  # per shard: first sample's offset, stride
+        shards = [shard for shard in entry["shards"] if shard["samples"]]
+        self.labels = np.concatenate(
+            [np.empty(0, np.int64), *(self._open(shard) for shard in shards)]
+        )
+        self._starts = np.cumsum([0] + [shard["samples"] for shard in shards])
+        if not len(self.labels):
+            raise DataError(f"{self.root}: split {split} holds no samples")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shard_starts(self) -> np.ndarray:
+        """Index of each shard's first sample, and the number of samples at the end: (shards +
+        1,)."""
+        return self._starts
+
+    def _open(self, entry: dict[str, Any]) -> np.ndarray:
+        """Map one shard, check it against its index, and return its labels (n,) int64."""
+        path = self.root / entry["file"]
+        index = _read_index(index_path(path), entry["samples"])
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
+        self._files.append(handle)
+        size = os.fstat(handle).st_size
+        if size != entry["bytes"]:
+            raise DataError(
+                f"shard {path} has {size} bytes, the manifest says {entry['bytes']}; encode it "
+                f"again"
+            )
+        first, stride = _regular(
+            path, index[:, 0], size, math.prod(self._shape) * self.spec.stored_dtype.itemsize
+        )
+        view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        if view[first - len(self._npy_header) : first] != self._npy_header:
+            raise DataError(
+                f"shard {path}: its arrays are not {self.spec.stored_dtype} {self._shape}"
+            )
+        array: np.ndarray = np.ndarray(self._shape, self.spec.stored_dtype, view, first)
+        self._arrays.append(
+            np.lib.stride_tricks.as_strided(
+                array, (len(index), *self._shape), (stride, *array.strides), writeable=False
+            )
+        )
+        self._maps.append(view)
+        self._offsets.append((first, stride))
+        return index[:, 1].copy()
+
+    def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """Stored samples: (N,) indices -> (N, views, *stored_shape); with `views` (N,): (N,
+        *stored_shape)."""
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"indices outside [0, {len(self)})")
+        shape = self._shape if views is None else self._shape[1:]
+        out = np.empty((len(indices), *shape), self.spec.stored_dtype)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = (indices - self._starts[shards]).tolist()
+        chosen = [None] * len(rows) if views is None else np.asarray(views).tolist()
+        read = self._copy if self._access == "mmap" else self._pread
+        for target, shard, row, view in zip(out, shards.tolist(), rows, chosen, strict=True):
+            read(target, shard, row, view)
+        return out
+
+    def _copy(self, target: np.ndarray, shard: int, row: int, view: int | None) -> None:
+        target[...] = self._arrays[shard][row] if view is None else self._arrays[shard][row, view]
+
+    def _pread(self, target: np.ndarray, shard: int, row: int, view: int | None) -> None:
+        first, stride = self._offsets[shard]
+        offset = first + row * stride + (0 if view is None else view * target.nbytes)
+        got = os.preadv(self._files[shard], [target.data.cast("B")], offset)
+        if got != target.nbytes:
+            raise DataError(
+                f"{self.root}: {self.keys(np.array([self._starts[shard] + row]))} was cut short"
+            )
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """The samples' keys, read from the tar headers."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        return [
+            self._key(shard, int(index - self._starts[shard]))
+            for shard, index in zip(shards, indices, strict=True)
+        ]
+
+    def _key(self, shard: int, row: int) -> str:
+        first, stride = self._offsets[shard]
+        start = first + row * stride - len(self._npy_header) - BLOCK
+        header = os.pread(self._files[shard], BLOCK, start)
+        name, prefix = (
+            field.split(b"\0", 1)[0].decode() for field in (header[:100], header[345:500])
+        )
+        path = f"{prefix}/{name}" if prefix else name
+        return path.removesuffix(f".{MEMBERS[self.spec.kind]}")
+
+    def close(self) -> None:
+        """Give back files and maps; the set cannot be used afterwards."""
+        self._arrays.clear()
+        self._maps.clear()
+        while self._files:
+            os.close(self._files.pop())
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _read_index(path: Path, samples: int) -> np.ndarray:
+    """(n, 2) int64, or DataError."""
+    try:
+        index = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"index {path} cannot be read: {error}") from error
+    if index.dtype != np.int64 or index.shape != (samples, 2):
+        raise DataError(
+            f"index {path} holds {index.dtype} {index.shape}, the manifest says {samples} samples"
+        )
+    return index
+
+
+def _regular(path: Path, offsets: np.ndarray, size: int, payload: int) -> tuple[int, int]:
+    """First offset and stride of a shard's samples; DataError if they are not evenly spaced or
+    leave the file."""
+    first = int(offsets[0])
+    stride = int(offsets[1]) - first if len(offsets) > 1 else payload
+    even = len(offsets) < 3 or bool((np.diff(offsets) == stride).all())
+    if (
+        not even
+        or stride < payload
+        or first < BLOCK
+        or first + (len(offsets) - 1) * stride + payload > size
+    ):
+        raise DataError(
+            f"index of shard {path} does not fit it: offsets are uneven or outside the file"
+        )
+    return first, stride

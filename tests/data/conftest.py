@@ -1,0 +1,48 @@
+"""A small data set of random latents, written by the package's own writer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import write_split
+
+SPEC = LatentSpec(
+    kind="moments",
+    channels=4,
+    size=4,
+    scaling_factor=0.5,
+    autoencoder="toy",
+    autoencoder_class="AutoencoderKL",
+    autoencoder_sha256="ab" * 32,
+    views=("original", "mirror"),
+)
+
+
+@pytest.fixture
+def spec() -> LatentSpec:
+    return SPEC
+
+
+@pytest.fixture
+def make_set(tmp_path: Path) -> Callable[..., tuple[Path, np.ndarray]]:
+    """make_set(n, shard_size) -> (folder, the stored array (n, 2, 8, 4, 4) float16)."""
+
+    def make(
+        n: int = 20, shard_size: int = 8, split: str = "train", spec: LatentSpec = SPEC
+    ) -> tuple[Path, np.ndarray]:
+        rng = np.random.default_rng(n)
+        shape = (n, len(spec.views), *spec.stored_shape)
+        stored = rng.normal(size=shape).astype(np.float16)
+        if spec.kind == "image":
+            stored = rng.integers(0, 256, shape).astype(np.uint8)
+        labels = [i % 3 for i in range(n)]
+        keys = [f"class{i % 3}/img_{i:05d}" for i in range(n)]
+        write_split(
+            tmp_path / "set", split, spec, stored, labels, keys, ["a", "b", "c"], shard_size
+        )
+        return tmp_path / "set", stored
+
+    return make

@@ -1,0 +1,173 @@
+"""The format is plain tar and WebDataset; what is written comes back bit for bit; damage is
+refused.
+"""
+
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import ShardSet, key_from_path, key_problem, npy_header
+from latentddae.errors import ConfigError, DataError
+
+MakeSet = Callable[..., tuple[Path, np.ndarray]]
+
+
+def test_gather_returns_what_was_written(make_set: MakeSet) -> None:
+    root, stored = make_set(n=20, shard_size=8)
+    for access in ("mmap", "pread"):
+        shards = ShardSet(root, "train", access=access)
+        indices = np.random.default_rng(0).permutation(20)
+        np.testing.assert_array_equal(shards.gather(indices), stored[indices])
+        views = indices % 2
+        np.testing.assert_array_equal(shards.gather(indices, views), stored[indices, views])
+        assert shards.labels.tolist() == [i % 3 for i in range(20)]
+        assert shards.keys(np.array([19, 3])) == ["class1/img_00019", "class0/img_00003"]
+        assert (len(shards), shards.classes) == (20, ("a", "b", "c"))
+
+
+def test_webdataset_and_tar_read_the_same_arrays(make_set: MakeSet) -> None:
+    root, stored = make_set(n=20, shard_size=8)
+    tars = sorted(str(path) for path in root.glob("train-*.tar"))
+    assert len(tars) == 3
+    listed = subprocess.run(["tar", "tf", tars[0]], capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines()[:2] == [
+        "class0/img_00000.moments.npy",
+        "class0/img_00000.cls",
+    ]
+    dataset = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode()
+    shards = ShardSet(root, "train")
+    n = 0
+    for i, sample in enumerate(dataset):
+        np.testing.assert_array_equal(sample["moments.npy"], shards.gather(np.array([i]))[0])
+        np.testing.assert_array_equal(sample["moments.npy"], stored[i])
+        assert (sample["cls"], sample["__key__"]) == (i % 3, shards.keys(np.array([i]))[0])
+        n += 1
+    assert n == 20
+
+
+def test_headers_are_plain_ustar_with_fixed_sizes(make_set: MakeSet) -> None:
+    root, _ = make_set(n=8)
+    with tarfile.open(root / "train-000000.tar") as tar:
+        members = tar.getmembers()
+    assert {m.mtime for m in members} == {0}
+    assert not any(m.pax_headers for m in members)
+    assert {m.size for m in members[0::2]} == {members[0].size}
+    assert {m.size for m in members[1::2]} == {2}
+    raw = (root / "train-000000.tar").read_bytes()
+    assert len(raw) % tarfile.RECORDSIZE == 0
+    assert raw[257:265] == b"ustar\x0000"
+
+
+def test_writing_twice_gives_the_same_bytes(make_set: MakeSet) -> None:
+    root, _ = make_set()
+    first = {path.name: path.read_bytes() for path in root.iterdir()}
+    make_set()
+    assert first == {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 32, 32), (2, 8, 4, 4), (3, 128, 128), (1281167, 2)])
+def test_npy_header_is_numpys(shape: tuple[int, ...]) -> None:
+    for dtype in (np.dtype("<f2"), np.dtype("u1"), np.dtype("<i8")):
+        buffer = io.BytesIO()
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        assert len(npy_header(dtype, shape)) % 64 == 0
+        buffer = io.BytesIO(npy_header(dtype, shape))
+        assert np.lib.format.read_magic(buffer) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(buffer) == (shape, False, dtype)
+
+
+def test_keys_are_made_safe() -> None:
+    assert key_from_path("n01440764/n01440764_10026.JPEG") == "n01440764/n01440764_10026"
+    assert key_from_path("cat/v1.5 big.jpg") == "cat/v1-2e5-20big"
+    assert key_from_path("Fußball/1.png") == "Fu-c3-9fball/1"
+    assert key_problem("a/b-c_1") is None
+    for bad in ("a.b", "../up", "/abs", "a//b", "", "a/", "x" * 120):
+        assert key_problem(bad), bad
+
+
+def test_images_are_stored_as_bytes(make_set: MakeSet, spec: LatentSpec) -> None:
+    pixels = LatentSpec(kind="image", channels=3, size=8)
+    root, stored = make_set(n=5, spec=pixels)
+    shards = ShardSet(root, "train")
+    np.testing.assert_array_equal(shards.gather(np.arange(5)), stored)
+    assert shards.spec == pixels
+
+
+def test_statistics_are_those_of_the_means(make_set: MakeSet) -> None:
+    root, stored = make_set(n=20, shard_size=8)
+    means = stored[:, :, :4].astype(np.float64)
+    found = ShardSet(root, "train").manifest["splits"]["train"]["statistics"]
+    np.testing.assert_allclose(found["mean"], means.mean(axis=(0, 1, 3, 4)), atol=1e-6)
+    np.testing.assert_allclose(found["std"], means.std(axis=(0, 1, 3, 4)), atol=1e-6)
+
+
+def test_missing_things_are_named(make_set: MakeSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        ShardSet(tmp_path / "nowhere", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty has no manifest\.json"):
+        ShardSet(tmp_path / "empty", "train")
+    root, _ = make_set()
+    with pytest.raises(ConfigError, match="no split 'val'; it has: train"):
+        ShardSet(root, "val")
+
+
+def test_damaged_shards_are_refused(make_set: MakeSet) -> None:
+    root, _ = make_set(n=20, shard_size=8)
+    shard, index = root / "train-000001.tar", root / "train-000001.idx.npy"
+    whole, offsets = shard.read_bytes(), np.load(index)
+    shard.write_bytes(whole[:-10240])
+    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes"):
+        ShardSet(root, "train")
+    shard.write_bytes(whole)
+    for damage in (
+        offsets[:-1],
+        offsets[::-1],
+        offsets.astype("f8"),
+        np.add(offsets, [len(whole), 0]),
+    ):
+        np.save(index, damage)
+        with pytest.raises(DataError, match="train-000001"):
+            ShardSet(root, "train")
+    np.save(index, np.array([{}] * 8), allow_pickle=True)
+    with pytest.raises(DataError, match="cannot be read"):
+        ShardSet(root, "train")
+
+
+def test_edited_manifests_are_refused(make_set: MakeSet) -> None:
+    root, _ = make_set()
+    path = root / "manifest.json"
+    good = path.read_text()
+    for old, new, error in (
+        ('"scaling_factor": 0.5', '"scaling_factor": 0.6', ConfigError),
+        ('"size": 4', '"size": 8', ConfigError),
+        ('"train-000000.tar"', '"../train-000000.tar"', DataError),
+        ('"train-000000.tar"', '"pipe:touch x"', DataError),
+        ('"version": 1', '"version": 2', ConfigError),
+        ('"samples": 20', '"samples": 21', DataError),
+        ('"format"', "", DataError),
+    ):
+        assert old in good
+        path.write_text(good.replace(old, new, 1))
+        with pytest.raises(error):
+            ShardSet(root, "train")
+    path.write_text(json.dumps([1]))
+    with pytest.raises(DataError):
+        ShardSet(root, "train")
+
+
+def test_codec_fingerprint_follows_what_matters(spec: LatentSpec) -> None:
+    same = replace(spec, views=("original",), autoencoder="elsewhere/toy")
+    assert same.codec_fingerprint == spec.codec_fingerprint
+    for change in ({"scaling_factor": 0.6}, {"autoencoder_sha256": "cd" * 32}, {"size": 8}):
+        assert replace(spec, **change).codec_fingerprint != spec.codec_fingerprint
