@@ -10,7 +10,7 @@ fingerprints. It is written under a temporary name and renamed, so it is complet
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,20 +51,15 @@ def published_dit(size: str, patch_size: int) -> DiTConfig:
     )
 
 
-CONFIGS: dict[str, Any] = {
+CONFIGS = {
     f"dit_{size}_{patch}": published_dit(size, patch) for size in DIT_SIZES for patch in DIT_PATCHES
 }
 NAMES = tuple(CONFIGS)
-CONFIGS["dit"] = DiTConfig()  # a free size; also the name under which configs are written back
+REGISTRY: dict[str, Any] = {  # what a config file may name; "dit" is a free size
+    **CONFIGS,
+    "dit": DiTConfig(),
+}
 NETWORKS = {"dit": DiT}  # kind of a config -> network
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The two choices a checkpoint records, as plain data on disk."""
-
-    model: Any = config.choice(lambda: CONFIGS, DiTConfig)  # noqa: RUF009
-    objective: Any = config.choice(lambda: OBJECTIVES, OBJECTIVES["flow"])  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -80,51 +75,43 @@ class Checkpoint:
     `path`."""
 
 
-def network(model_config: Any, seed: int = 0) -> Any:
-    """A freshly initialised network for a config record."""
-    return NETWORKS[type(model_config).kind](model_config, seed=seed)
+def build(model: Any, seed: int = 0, **overrides: Any) -> Any:
+    """A freshly initialised network for a config record or a name: build("dit_s_2", input_size=8).
 
-
-def build(name: str, seed: int = 0, **overrides: Any) -> Any:
-    """A fresh network by name, e.g. build("dit_s_2", input_size=8, num_classes=10)."""
-    if name not in CONFIGS:
-        raise ConfigError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+    Under `torch.device("meta")` it has shapes and no weights.
+    """
+    if isinstance(model, str):
+        if model not in REGISTRY:
+            raise ConfigError(f"unknown model {model!r}; known: {', '.join(REGISTRY)}")
+        model = REGISTRY[model]
     try:
-        return network(replace(CONFIGS[name], **overrides), seed=seed)
+        record = replace(model, **overrides)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"model: {error}") from error
+    return NETWORKS[record.kind](record, seed=seed)
 
 
 def save(
     folder: str | Path,
     *,
-    model_config: Any,
+    model: Any,
     objective: Any,
     latents: LatentSpec,
-    classes: Sequence[str],
-    images_seen: int,
-    model_state: Mapping[str, Tensor],
-    ema_state: Mapping[str, Tensor] | None = None,
-    ema: Mapping[str, Any] | None = None,
-    data: Mapping[str, Any] | None = None,
-    **more: Any,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    info: Mapping[str, Any],
 ) -> Path:
     """Write a portable checkpoint and return its folder; an older one of that name is replaced.
 
-    `ema` describes the average (half-life in images), `data` holds the data set's fingerprints,
-    `more` is JSON-able and ends up in `info` (seed, licence, ...). States are stored as they are.
+    `model` is the config record, `weights` maps "model" and optionally "ema" to state dicts, which
+    are stored as they are; `info` is JSON-able: classes, images_seen, ema, data, and more.
     """
     folder = Path(folder)
     facts = {
         "format": FORMAT,
-        "model": config.to_dict(model_config),
+        "model": config.to_dict(model),
         "objective": config.to_dict(objective),
         "latents": latents.to_dict(),
-        "classes": list(classes),
-        "images_seen": int(images_seen),
-        "ema": None if ema_state is None else dict(ema or {}),
-        "data": dict(data or {}),
-        **more,
+        **info,
     }
     temporary, old = (
         folder.with_name(f".tmp-{folder.name}"),
@@ -133,9 +120,9 @@ def save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_state(temporary / WEIGHT_FILES["model"], model_state, "model", images_seen)
-        if ema_state is not None:
-            _write_state(temporary / WEIGHT_FILES["ema"], ema_state, "ema", images_seen)
+        for name, state in weights.items():
+            labels = {"weights": name, "images_seen": str(info.get("images_seen", ""))}
+            _write_state(temporary / WEIGHT_FILES[name], state, labels)
         write_json(temporary / "config.json", facts)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -148,9 +135,9 @@ def save(
     return folder
 
 
-def _write_state(path: Path, state: Mapping[str, Tensor], weights: str, images_seen: int) -> None:
+def _write_state(path: Path, state: Mapping[str, Tensor], labels: dict[str, str]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, path, metadata={"weights": weights, "images_seen": str(images_seen)})
+    save_file(tensors, path, metadata=labels)
 
 
 def load(
@@ -175,10 +162,11 @@ def load(
         raise ConfigError(
             f"{folder} has no {weights} weights; it has: {', '.join(others) or 'none'}"
         )
-    recipe = config.build(Recipe, {k: facts.pop(k) for k in ("model", "objective")})
+    model_config = config.build_choice(REGISTRY, facts.pop("model"), "model")
+    objective = config.build_choice(OBJECTIVES, facts.pop("objective"), "objective")
     latents = LatentSpec.from_dict(facts.pop("latents"))
     with torch.device("meta"):
-        model = network(recipe.model)
+        model = build(model_config)
     try:
         state = {k: v.to(torch.float32) for k, v in load_file(file).items()}
         model.load_state_dict(state, strict=True, assign=True)
@@ -186,7 +174,7 @@ def load(
         raise DataError(f"{file}: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
     info = {**facts, "weights": weights, "sha256": sha256(file), "path": str(folder)}
-    return Checkpoint(model, recipe.objective, latents, info)
+    return Checkpoint(model, objective, latents, info)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
