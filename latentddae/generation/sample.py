@@ -71,7 +71,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images side by side, row by row: (N, H, W, 3) -> (rows * H, columns * W, 3); gaps stay white."""
+    """Images row by row on one sheet: (N, H, W, 3) -> (rows * H, columns * W, 3); white gaps."""
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
