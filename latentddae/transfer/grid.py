@@ -1,0 +1,312 @@
+"""`latentddae grid`: every block at every noise level, judged in one pass per level.
+
+Train is seen once per level. Its features feed streamed ridge statistics; a held-out part of
+train, gathered in the same pass, ranks the cells. The test split is never opened. Each level is
+written as it ends, so an interrupted grid goes on where it stopped. Reported numbers come from
+`latentddae linear` on the chosen cell.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentddae.config import to_dict
+from latentddae.data.shards import ShardSet
+from latentddae.errors import UsageError, run_command
+from latentddae.files import exclusive, text_hash, write_atomic, write_json
+from latentddae.transfer import inputs, plots, ridge
+from latentddae.transfer.features import (
+    BATCH,
+    POOLS,
+    Cell,
+    check_blocks,
+    check_level,
+    check_pools,
+    extract,
+)
+
+PROTOCOL = "ridge-grid/1"
+LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Which cells, judged on what."""
+
+    levels: tuple[float, ...] = LEVELS
+    """Noise levels s = sigma / (alpha + sigma)."""
+    blocks: tuple[int, ...] | None = None
+    """None: all of them."""
+    pools: tuple[str, ...] = tuple(POOLS)
+    holdout: float = inputs.HOLDOUT
+    """Share of train that ranks the cells and fits none."""
+    seed: int = 0
+    limit: int | None = None
+    """At most this many training samples, chosen by key."""
+    draws: int = 1
+    """Noises whose features are averaged."""
+    noisy_input: bool = True
+    batch: int = BATCH
+    """Speed only."""
+
+    def __post_init__(self) -> None:
+        for level in self.levels:
+            check_level(level)
+        check_pools(self.pools)
+        if not self.levels or not self.pools:
+            raise UsageError("a grid needs at least one noise level and one pool")
+
+
+def run(
+    checkpoint: Any,
+    train: ShardSet,
+    out: Path,
+    config: GridConfig,
+    *,
+    source: str = "",
+    weights: str = "ema",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Judge all cells of a network on a train set and write grid.json, grid.csv and one heat map
+    per pool.
+
+    Returns the grid: cells, each with held-out accuracy per strength, `chosen` and
+    `chosen_by_pool`. Levels already finished under `out` with the same weights, data and settings
+    are read, not computed.
+    """
+    blocks = check_blocks(
+        config.blocks or range(1, checkpoint.model.config.depth + 1), checkpoint.model.config.depth
+    )
+    split = inputs.split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
+    described = inputs.describe_checkpoint(checkpoint, source, weights)
+    settings = {
+        "protocol": PROTOCOL,
+        "model_hash": described["model_hash"],
+        "objective": to_dict(checkpoint.objective),
+        "data": train.fingerprints,
+        "strengths": list(ridge.STRENGTHS),
+        "blocks": list(blocks),
+        **{
+            key: getattr(config, key)
+            for key in ("holdout", "seed", "limit", "draws", "noisy_input")
+        },
+        "pools": list(config.pools),
+    }
+    levels = sorted(set(config.levels))
+    with exclusive(out, "grid"):
+        parts = _levels(checkpoint, train, out, config, settings, levels, blocks, split, progress)
+        grid = assemble(settings, described, levels, parts, split)
+        _write(out, grid)
+    return grid
+
+
+def _levels(
+    checkpoint: Any,
+    train: ShardSet,
+    out: Path,
+    config: GridConfig,
+    settings: dict[str, Any],
+    levels: list[float],
+    blocks: tuple[int, ...],
+    split: inputs.Split,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The finished part of each level, computed or read."""
+    identity = text_hash(settings)
+    done = {level: _read_level(out, level, identity) for level in levels}
+    todo = [level for level in levels if done[level] is None]
+    with tqdm(
+        total=len(todo) * len(split.train), unit="img", unit_scale=True,
+        disable=not progress or not todo, mininterval=0.5,
+    ) as bar:  # fmt: skip
+        for level in todo:
+            bar.set_description(f"grid s={level:g}")
+            part = {
+                "identity": identity,
+                **judge_level(checkpoint, train, level, blocks, split, config, bar.update),
+            }
+            write_json(_level_path(out, level), part)
+            done[level] = part
+    return [part for part in done.values() if part is not None]
+
+
+def judge_level(
+    checkpoint: Any,
+    train: ShardSet,
+    level: float,
+    blocks: tuple[int, ...],
+    split: inputs.Split,
+    config: GridConfig,
+    tell: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Any]:
+    """All cells of one noise level from one pass over train."""
+    started = time.monotonic()
+    labels = torch.from_numpy(inputs.labels_of(train, split.train))
+    heldout = torch.from_numpy(split.heldout)
+    statistics: dict[Cell, ridge.Statistics] = {}
+    kept: dict[Cell, list[Tensor]] = {}
+    seen = 0
+    for part in extract(
+        checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
+        level=level, blocks=blocks, pools=config.pools, seed=config.seed, draws=config.draws,
+        batch=config.batch, noisy_input=config.noisy_input,
+    ):  # fmt: skip
+        here = slice(seen, seen + len(part.index))
+        aside = heldout[here]
+        for cell, value in part.values.items():
+            if cell not in statistics:
+                statistics[cell] = ridge.Statistics.start(value, len(train.classes))
+                kept[cell] = []
+            statistics[cell].add(value[~aside], labels[here][~aside])
+            kept[cell].append(value[aside])
+        seen = here.stop
+        tell(len(part.index))
+    cells = [
+        _judge_cell(statistics[cell], torch.cat(kept[cell]), labels[heldout], level, cell)
+        for cell in sorted(statistics)
+    ]
+    return {
+        **inputs.describe_level(checkpoint.objective, level),
+        "cells": cells,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _judge_cell(
+    statistics: ridge.Statistics, features: Tensor, labels: Tensor, level: float, cell: Cell
+) -> dict[str, Any]:
+    scores = ridge.accuracies(ridge.solve(statistics), features, labels)
+    best = max(range(len(scores)), key=lambda i: scores[i])
+    return {
+        "level": level,
+        "block": cell[0],
+        "pool": cell[1],
+        "width": features.shape[1],
+        "accuracy": scores[best],
+        "strength": ridge.STRENGTHS[best],
+        "accuracies": scores,
+    }
+
+
+def assemble(
+    settings: dict[str, Any],
+    described: dict[str, Any],
+    levels: list[float],
+    parts: list[dict[str, Any]],
+    split: inputs.Split,
+) -> dict[str, Any]:
+    """The whole grid as JSON-able data, and the best cell overall and for each pool."""
+    cells = [cell for part in parts for cell in part["cells"]]
+    by_pool = {
+        pool: best_cell([cell for cell in cells if cell["pool"] == pool])
+        for pool in settings["pools"]
+    }
+    return {
+        "kind": "grid",
+        **{key: settings[key] for key in ("protocol", "seed", "holdout", "limit", "draws")},
+        "noisy_input": settings["noisy_input"],
+        "checkpoint": described,
+        "objective": settings["objective"],
+        "data": settings["data"],
+        "n_seen": {"fit": int((~split.heldout).sum()), "heldout": int(split.heldout.sum())},
+        "levels": levels,
+        "level_units": [{unit: part[unit] for unit in inputs.LEVEL_UNITS} for part in parts],
+        "blocks": settings["blocks"],
+        "pools": settings["pools"],
+        "strengths": settings["strengths"],
+        "chosen": best_cell(list(by_pool.values())),
+        "chosen_by_pool": by_pool,
+        "cells": cells,
+    }  # fmt: skip
+
+
+def best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most accurate cell; of equals the narrowest, then the first in (level, block)."""
+    best = min(cells, key=lambda c: (-c["accuracy"], c["width"], c["level"], c["block"]))
+    return {key: value for key, value in best.items() if key != "accuracies"}
+
+
+def _level_path(out: Path, level: float) -> Path:
+    return out / "levels" / f"s-{level:.6f}.json"
+
+
+def _read_level(out: Path, level: float, identity: str) -> dict[str, Any] | None:
+    """A finished level, or None if it is not there or was made with other weights, data or
+    settings."""
+    path = _level_path(out, level)
+    if not path.exists():
+        return None
+    part = json.loads(path.read_text())
+    return part if part["identity"] == identity and part["s"] == level else None
+
+
+def _write(out: Path, grid: dict[str, Any]) -> None:
+    write_json(out / "grid.json", grid)
+    write_atomic(out / "grid.csv", as_csv(grid))
+    for pool in grid["pools"]:
+        write_atomic(out / f"grid-{pool}.png", plots.heat_map(grid, pool))
+    summary = {key: value for key, value in grid.items() if key not in ("cells", "level_units")}
+    inputs.record(out, summary)
+
+
+def as_csv(grid: dict[str, Any]) -> str:
+    """One line per cell and strength."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["level", "t", "block", "pool", "width", "strength", "heldout_accuracy"])
+    times = {unit["s"]: unit["t"] for unit in grid["level_units"]}
+    for cell in grid["cells"]:
+        for strength, score in zip(grid["strengths"], cell["accuracies"], strict=True):
+            writer.writerow(
+                [cell["level"], times[cell["level"]], cell["block"], cell["pool"], cell["width"],
+                 strength, f"{score:.6f}"]
+            )  # fmt: skip
+    return text.getvalue()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="latentddae grid", description="Probe every block at every noise level."
+    )
+    inputs.add_arguments(parser)
+    parser.add_argument(
+        "--levels", default=",".join(map(str, LEVELS)), help="noise levels s in [0, 1]"
+    )
+    parser.add_argument("--blocks", default="all", help="e.g. 3,4,5")
+    parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
+    parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
+    parser.add_argument(
+        "--clean-input", action="store_true", help="clean latent, time of the level"
+    )
+    args = parser.parse_args(argv)
+    config = GridConfig(
+        levels=inputs.numbers(args.levels, float, "--levels"),
+        blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
+        pools=tuple(args.pools.split(",")),
+        draws=args.draws, noisy_input=not args.clean_input, batch=args.batch,
+        **inputs.settings_of(args, {}),
+    )  # fmt: skip
+    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
+    train = inputs.open_shards(args.data, "train", checkpoint)
+    grid = run(checkpoint, train, args.out, config, source=args.checkpoint, weights=args.weights)
+    for pool, cell in grid["chosen_by_pool"].items():
+        mark = "  <- chosen" if pool == grid["chosen"]["pool"] else ""
+        print(
+            f"{pool:<6} block {cell['block']} at s={cell['level']:g}: "
+            f"{100 * cell['accuracy']:.2f} % held-out (width {cell['width']}){mark}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("grid", main))

@@ -1,0 +1,158 @@
+"""What every transfer command is given: a checkpoint and a data folder that fit each other, and a
+result file."""
+
+import argparse
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from latentddae import __version__
+from latentddae.data.shards import ShardSet
+from latentddae.errors import DataError, UsageError
+from latentddae.files import append_json_line, read_json_lines, text_hash
+from latentddae.models import zoo
+from latentddae.transfer.features import check_data, held_out, subset
+
+RESULTS = "results.jsonl"
+LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
+HOLDOUT = 0.15  # share of train kept aside for every choice: cell, pooling, strength, k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training samples a protocol uses, and which of them choose and never fit."""
+
+    train: np.ndarray  # indices in the train set, int64
+    heldout: np.ndarray  # bool, aligned with `train`
+
+    @property
+    def fit(self) -> np.ndarray:
+        """Indices of the samples that fit while something is being chosen."""
+        return self.train[~self.heldout]
+
+
+def split_train(shards: ShardSet, *, holdout: float, seed: int, limit: int | None) -> Split:
+    """Decided by the samples' keys and the seed: the same for latents and pixels, any order, any
+    machine."""
+    chosen = subset(shards.keys(np.arange(len(shards))), limit, seed)
+    mask = held_out(shards.keys(chosen), holdout, seed)
+    if mask.all() or not mask.any():
+        raise DataError(
+            f"{len(chosen)} training samples and a held-out share of {holdout} leave nothing to "
+            "fit or to choose on"
+        )
+    return Split(train=chosen, heldout=mask)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all transfer commands share."""
+    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
+    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
+    parser.add_argument("--out", required=True, type=Path, help="folder for results")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--seed", type=int, help="of noise, held-out part and subset (default 0)")
+    parser.add_argument(
+        "--holdout", type=float, help=f"share of train kept for every choice (default {HOLDOUT})"
+    )
+    parser.add_argument("--limit", type=int, help="use at most this many training samples")
+    parser.add_argument("--batch", type=int, default=128, help="does not change the features")
+
+
+def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any]:
+    """Seed, held-out share and limit: as given, else as the grid that chose the cell had them,
+    else the defaults."""
+    defaults = {"seed": 0, "holdout": HOLDOUT, "limit": None}
+    given = {name: getattr(args, name) for name in defaults}
+    return {
+        name: grid.get(name, default) if given[name] is None else given[name]
+        for name, default in defaults.items()
+    }
+
+
+def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Any:
+    """A `zoo.Checkpoint` on the GPU where there is one, ready to give features."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return zoo.load(source, weights=weights, device=device)
+
+
+def open_shards(root: Path, split: str, checkpoint: Any) -> ShardSet:
+    """One split of a data folder, refused if the checkpoint was trained on other latents."""
+    shards = ShardSet(root, split)
+    check_data(checkpoint.latents, shards)
+    return shards
+
+
+def labels_of(shards: ShardSet, indices: np.ndarray) -> np.ndarray:
+    """Labels of samples (N,) int64; refused where a sample has none."""
+    labels = np.asarray(shards.labels)[indices].astype(np.int64)
+    if len(labels) and labels.min() < 0:
+        raise DataError(
+            f"{shards.root}: {int((labels < 0).sum())} samples of {shards.split} have no label"
+        )
+    return labels
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """A short hash of every named weight: the identity of a network wherever it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> dict[str, Any]:
+    """Which network, with which weights: what a result line says about it."""
+    info = checkpoint.info
+    return {
+        "source": source,
+        "weights": weights,
+        "model_hash": model_hash(checkpoint.model),
+        "images_seen": info.get("images_seen"),
+    }
+
+
+def describe_level(objective: Any, level: float) -> dict[str, float | None]:
+    """One noise level in all units: s, the objective's own t, sigma/alpha and log-SNR (None where
+    infinite)."""
+    inside = 0 < level < 1
+    return {
+        "s": level,
+        "t": float(objective.to_time(level)),
+        "sigma_over_alpha": level / (1 - level) if level < 1 else None,
+        "log_snr": 2 * math.log((1 - level) / level) if inside else None,
+    }
+
+
+def as_row(result: Any) -> dict[str, Any]:
+    """A probe's result as JSON-able data, without the counts that the line gives as n_seen."""
+    row = dataclasses.asdict(result)
+    return {key: value for key, value in row.items() if not key.startswith("n_")}
+
+
+def record(out: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Append a result line once: a rerun that gives the same row adds nothing. Returns the line
+    with its id."""
+    line = {"id": text_hash(row), **row, "version": __version__}
+    path = out / RESULTS
+    if all(old.get("id") != line["id"] for old in read_json_lines(path)):
+        append_json_line(path, line)
+    return line
+
+
+def numbers(text: str, kind: type, name: str) -> tuple[Any, ...]:
+    """A comma-separated list from the command line."""
+    try:
+        values = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{name}: expected numbers separated by commas, got {text!r}") from error
+    if not values:
+        raise UsageError(f"{name}: the list is empty")
+    return values
