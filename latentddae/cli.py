@@ -14,6 +14,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
+    "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
 }

@@ -85,7 +85,7 @@ def build(cls: type[Record], values: Mapping[str, Any], path: str = "", base: An
         if key not in fields:
             raise ConfigError(_unknown(here, key, fields, path))
         if "registry" in fields[key].metadata:
-            arguments[key] = _build_choice(fields[key].metadata["registry"](), value, here)
+            arguments[key] = build_choice(fields[key].metadata["registry"](), value, here)
         else:
             inner = None if base is None else getattr(base, key)
             arguments[key] = _convert(hints[key], value, here, inner)
@@ -106,7 +106,8 @@ def build(cls: type[Record], values: Mapping[str, Any], path: str = "", base: An
         raise ConfigError(text if not path or text.startswith(path) else f"{path}{text}") from error
 
 
-def _build_choice(registry: Mapping[str, Any], value: Any, path: str) -> Any:
+def build_choice(registry: Mapping[str, Any], value: Any, path: str) -> Any:
+    """The record that `{"name": ..., field: ...}` (or a bare name) picks from a registry."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
@@ -118,7 +119,11 @@ def _build_choice(registry: Mapping[str, Any], value: Any, path: str) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"{path}.name: unknown {name!r}{hint} Known: {', '.join(registry)}")
     default = registry[name]
-    default = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else default()
+    default = (
+        default
+        if dataclasses.is_dataclass(default) and not isinstance(default, type)
+        else default()
+    )
     return build(type(default), rest, f"{path}.", base=default)
 
 
@@ -138,7 +143,9 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
         return _convert(next(o for o in options if o is not type(None)), value, path, base)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{path}: got {value!r}, allowed: {', '.join(map(str, get_args(hint)))}")
+            raise ConfigError(
+                f"{path}: got {value!r}, allowed: {', '.join(map(str, get_args(hint)))}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

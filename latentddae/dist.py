@@ -5,16 +5,18 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from latentddae.errors import ConfigError
+from latentddae.errors import ConfigError, LatentddaeError
+
+Result = TypeVar("Result")
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -39,12 +41,18 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
             return World(
-                int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "environment"
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", 0)),
+                "environment",
             )
         # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
         if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
             return World(
-                int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), "slurm"
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_NTASKS"]),
+                int(env["SLURM_LOCALID"]),
+                "slurm",
             )
     except (KeyError, ValueError) as error:
         raise ConfigError(f"launcher variables are inconsistent: {error}") from error
@@ -126,6 +134,22 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(out, value)
     return out
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and return its value on every rank; an error of ours is raised on every rank."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return action()
+    box: list[Any] = [None, None]
+    if torch_dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except LatentddaeError as error:
+            box[1] = (type(error), str(error))
+    torch_dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1][0](box[1][1])
+    return box[0]
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: Sequence[Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words per counter: four int64 tensors in [0, 2^32) -> four of the broadcast shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -40,7 +42,9 @@ def purpose_key(seed: int, purpose: str) -> tuple[int, int]:
 def key_positions(keys: Sequence[str]) -> Tensor:
     """Positions for draws that follow a sample's key, not its place: (N,) int64."""
     hashes = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return torch.tensor([int.from_bytes(h, "little", signed=True) for h in hashes], dtype=torch.int64)
+    return torch.tensor(
+        [int.from_bytes(h, "little", signed=True) for h in hashes], dtype=torch.int64
+    )
 
 
 def words(seed: int, purpose: str, positions: Tensor, count: int) -> Tensor:

@@ -83,14 +83,16 @@ def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    handle = open(path, "a+")  # noqa: SIM115 - lives as long as the lock
+    handle = open(path, "a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.seek(0)
         holder = handle.read().strip() or "another process"
         handle.close()
-        raise ConfigError(f"{folder} is in use by {holder}; wait for it or choose another folder") from error
+        raise ConfigError(
+            f"{folder} is in use by {holder}; wait for it or choose another folder"
+        ) from error
     try:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()} ({purpose})")

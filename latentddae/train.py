@@ -1,0 +1,459 @@
+"""Pretrain a diffusion model on latent shards: the one training loop, on one CPU or on many GPUs.
+
+    deepspeed latentddae/train.py --config configs/pretrain/demo.yaml optim.lr=2e-4
+    torchrun -m latentddae.train --config ...
+    latentddae train --config ...
+
+The clock is images seen. Which samples a step sees, and every random number, follow from (seed, images seen)
+alone, so a run can be stopped anywhere and continued on any number of ranks by giving the same command again.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latentddae import config as configuration
+from latentddae import dist, draws, files, runlog
+from latentddae.data.latents import LatentSpec
+from latentddae.data.loader import Batch, Loader
+from latentddae.data.shards import ShardSet
+from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.flow import Flow
+from latentddae.errors import ConfigError, DataError, RequeueError, run_command
+from latentddae.models import DiTConfig, zoo
+from latentddae.training import checkpoint
+from latentddae.training.ema import Ema, EmaConfig
+from latentddae.training.engine import (
+    Engine,
+    EngineConfig,
+    OptimConfig,
+    StepResult,
+    lr_at,
+    plan_batch,
+)
+from latentddae.training.preemption import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are."""
+
+    path: str
+    split: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """When the resume state is written; the end of the run always writes one."""
+
+    every_images: int = 1_000_000
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_images < 1 or self.keep_last < 1:
+            raise ValueError("every_images and keep_last must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a pretraining run depends on."""
+
+    run: str
+    """The run folder; giving the same command again continues what is in it."""
+    data: DataConfig
+    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
+    """A name of the zoo and fields to override; input size, channels and classes come from the data."""
+    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    conditional: bool = False
+    """Train with labels (one in ten dropped); without them features are better."""
+    label_dropout: float = 0.1
+    total_images: int
+    global_batch: int = 256
+    seed: int = 0
+    log_every_images: int = 10_000
+    max_bad_steps: int = 10
+    """Non-finite steps in a row after which the run stops (exit status 65)."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if not self.run:
+            raise ValueError("run must name a folder")
+
+
+# Fields that may change between two starts of one run: they alter neither samples, draws nor the update rule.
+SAFE_TO_CHANGE = (
+    "run",
+    "data.path",
+    "total_images",
+    "log_every_images",
+    "max_bad_steps",
+    "save.",
+    "engine.micro_batch",
+    "engine.zero_stage",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="latentddae train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file, see configs/pretrain/")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
+    args = parser.parse_args(argv)
+    config = configuration.load(TrainConfig, args.config, args.overrides)
+    if args.print_config:
+        print(configuration.to_yaml(config), end="")
+        return
+    if args.dry_run:
+        print(describe(config))
+        return
+    train(config)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run (or continue) a pretraining run; returns the folder of its portable checkpoint.
+
+    Raises ConfigError for a refused configuration, DataError when numbers go bad, RequeueError when a signal
+    stopped the run after a complete save.
+    """
+    run = Path(config.run)
+    stop = StopRequest(run)
+    world = dist.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            if world.is_main:
+                dist.on_main(lambda: stack.enter_context(files.exclusive(run, "train")) and None)
+            else:
+                dist.on_main(lambda: None)
+            return Trainer(config, run, world, stop).run_to_end()
+    finally:
+        stop.restore()
+        dist.stop()
+
+
+def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
+    """The configuration with everything filled in that follows from the data."""
+    spec = shards.spec
+    classes = len(shards.classes) if config.conditional else 0
+    learn_sigma = bool(getattr(config.objective, "learn_sigma", False))
+    wanted = {
+        "input_size": spec.size,
+        "in_channels": spec.channels,
+        "num_classes": classes,
+        "learn_sigma": learn_sigma,
+    }
+    try:
+        return replace(config, model=replace(config.model, **wanted))
+    except ValueError as error:
+        raise ConfigError(f"model does not fit the data {shards.root}: {error}") from error
+
+
+def describe(config: TrainConfig) -> str:
+    """What would be trained, after the same checks as a real start; nothing is written."""
+    shards = ShardSet(config.data.path, config.data.split)
+    config = resolve(config, shards)
+    world = dist.world_from_environment()
+    plan = plan_batch(config.global_batch, config.engine.micro_batch, world.size)
+    with torch.device("meta"):
+        model = zoo.build(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{len(shards)} samples of {shards.spec.shape} from {shards.root}\n"
+        f"{config.model.kind} with {parameters:,} parameters, objective {config.objective.kind}\n"
+        f"{config.total_images:,} images in batches of {config.global_batch} = "
+        f"{world.size} ranks x {plan.accumulation} x {plan.micro}"
+    )
+
+
+class Trainer:
+    """The state of a run in this process, and its loop."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, world: dist.World, stop: StopRequest
+    ) -> None:
+        self.run, self.world, self.stop = run, world, stop
+        self.device = dist.device_for(world)
+        self.shards = ShardSet(config.data.path, config.data.split)
+        self.spec = self.shards.spec
+        self.config = config = resolve(config, self.shards)
+        self.objective = config.objective
+        self.contract = _contract(config, self.shards)
+        state = self._find_state()
+        model = zoo.build(config.model, seed=config.seed).to(self.device)
+        self.engine = Engine(
+            model, config.engine, config.optim, world, self.device, config.global_batch
+        )
+        self.model: nn.Module = model
+        self.ema = Ema(config.ema, self.engine.masters)
+        self.images = 0
+        if state is None:
+            self.engine.publish_masters()
+        else:
+            checkpoint.load(state, self.engine, self.ema)
+            self.images = state.images
+            self._say(f"continuing {run} at {self.images:,} images")
+        self.loader = Loader(
+            self.shards,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            rank=world.rank,
+            world=world.size,
+        )
+        self.bad_steps = 0
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def _find_state(self) -> checkpoint.State | None:
+        """The newest intact state that this configuration may continue; rank 0 looks, all agree."""
+
+        def look() -> checkpoint.State | None:
+            folder = self.run / "state"
+            state, warnings = checkpoint.newest_intact(folder)
+            for warning in warnings:
+                self._say(f"warning: {warning}; using an older state")
+            if state is None:
+                if warnings or files.read_json_lines(self.run / "metrics.jsonl"):
+                    raise ConfigError(
+                        f"{self.run} holds a run but no intact state in {folder}; "
+                        "choose another run folder or delete this one"
+                    )
+                return None
+            changed = {
+                key: pair
+                for key, pair in configuration.differences(
+                    state.info["contract"], self.contract
+                ).items()
+                if not key.startswith(SAFE_TO_CHANGE)
+            }
+            if changed:
+                key, (old, new) = next(iter(changed.items()))
+                raise ConfigError(
+                    f"{self.run} was trained with {key}={old!r}, now {new!r}; "
+                    "use another run folder or put the old value back"
+                )
+            return state
+
+        return dist.on_main(look)
+
+    def run_to_end(self) -> Path:
+        """Train until `total_images`, save, export; returns the portable checkpoint's folder."""
+        config = self.config
+        log = self._open_log() if self.world.is_main else None
+        last_save = last_log = self.images
+        window = Window()
+        progress = self._progress()
+        try:
+            for batch in self.loader.batches(self.images):
+                if self.images >= config.total_images:
+                    break
+                window.waited()
+                loss, result = self.step(batch)
+                self._guard(result, batch, log)
+                self.images += config.global_batch
+                progress.update(config.global_batch)
+                window.add(loss, result)
+                done = self.images >= config.total_images
+                if self.images - last_log >= config.log_every_images or done:
+                    row = window.row(self.images, config, self.device)
+                    if log is not None:
+                        log.write(row)
+                    progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    last_log = self.images
+                    window = Window()
+                stopping = dist.any_rank(bool(self.stop), self.device)
+                if self.images - last_save >= config.save.every_images or done or stopping:
+                    self.save()
+                    last_save = self.images
+                if stopping and not done:
+                    raise RequeueError(
+                        f"stopped by {self.stop.reason or 'another rank'} at {self.images:,} images; "
+                        "the state is saved, give the same command again to continue"
+                    )
+        finally:
+            progress.close()
+            if log is not None:
+                log.close()
+        return dist.on_main(lambda: export(self.run))
+
+    def step(self, batch: Batch) -> tuple[Tensor, StepResult]:
+        """One optimizer step on this rank's share of a global batch; the loss is this rank's mean."""
+        total = torch.zeros((), device=self.device)
+        parts = list(self.engine.micro_batches(batch.moments, batch.label, batch.position))
+        for moments, label, position in parts:
+            loss = self.loss(
+                moments.to(self.device, non_blocking=True),
+                label.to(self.device, non_blocking=True),
+                position.to(self.device, non_blocking=True),
+            ).mean()
+            self.engine.backward(loss)
+            total += loss.detach() / len(parts)
+        lr = lr_at(self.config.optim, self.images, self.config.total_images)
+        result = self.engine.step(lr)
+        if result.applied:
+            after = self.images + self.config.global_batch
+            self.ema.update(self.engine.masters, after, self.config.global_batch)
+        return total, result
+
+    def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> Tensor:
+        """Per-sample loss; every draw is keyed by (seed, purpose, global position): (N,)."""
+        seed, shape = self.config.seed, self.spec.shape
+        x0 = self.spec.sample(moments, draws.normal(seed, "posterior", position, shape))
+        t = self.objective.times(draws.uniform(seed, "time", position))
+        noise = draws.normal(seed, "noise", position, shape)
+        y = None
+        if self.config.conditional:
+            dropped = draws.uniform(seed, "label drop", position) < self.config.label_dropout
+            y = torch.where(dropped, self.config.model.num_classes, label)
+        return self.objective.loss(self.model, x0, y, t, noise)
+
+    def _guard(self, result: StepResult, batch: Batch, log: runlog.RunLog | None) -> None:
+        """Count and report skipped steps; stop when they do not end."""
+        self.bad_steps = 0 if result.applied else self.bad_steps + 1
+        if result.applied:
+            return
+        keys = self.shards.keys(batch.index.numpy()[:4])
+        self._say(
+            f"warning: gradient not finite at {self.images:,} images, step skipped; first keys: {keys}"
+        )
+        if log is not None:
+            log.write({"images": self.images, "event": "skipped step", "keys": keys})
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise DataError(
+                f"{self.bad_steps} steps in a row had a non-finite gradient (at {self.images:,} images); "
+                f"stopped, the last saved state is intact; first keys of the last batch: {keys}"
+            )
+
+    def save(self) -> None:
+        """Write a complete resume state (a collective) and delete the oldest ones."""
+        info = {
+            "contract": self.contract,
+            "model": configuration.to_dict(self.config.model),
+            "objective": configuration.to_dict(self.objective),
+            "latents": self.spec.to_dict(),
+            "classes": list(self.shards.classes),
+            "data": self.shards.fingerprints,
+            "ema_config": configuration.to_dict(self.config.ema),
+            "conditional": self.config.conditional,
+        }
+        folder = self.run / "state"
+        checkpoint.save(folder, self.engine, self.ema, self.images, info)
+        dist.on_main(lambda: checkpoint.prune(folder, self.config.save.keep_last))
+
+    def _open_log(self) -> runlog.RunLog:
+        files.write_atomic(self.run / "config.yaml", configuration.to_yaml(self.config))
+        where = runlog.environment(str(self.device), self.world.size)
+        where |= {"precision": self.engine.precision, "zero_stage": self.config.engine.zero_stage}
+        files.append_json_line(self.run / "environment.jsonl", where)
+        return runlog.RunLog(self.run, self.images)
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.config.total_images,
+            initial=min(self.images, self.config.total_images),
+            unit="img",
+            desc="train",
+            disable=not self.world.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+
+class Window:
+    """Numbers between two log lines; nothing is read back from the device before `row`."""
+
+    def __init__(self) -> None:
+        self.started = self.mark = time.perf_counter()
+        self.data_s = 0.0
+        self.losses: list[Tensor] = []
+        self.norms: list[float] = []
+        self.skipped = 0
+
+    def waited(self) -> None:
+        """The next batch is here: what passed since the last step was waiting for data."""
+        self.data_s += time.perf_counter() - self.mark
+
+    def add(self, loss: Tensor, result: StepResult) -> None:
+        self.losses.append(loss)
+        self.skipped += not result.applied
+        if result.applied:
+            self.norms.append(result.grad_norm)
+        self.mark = time.perf_counter()
+
+    def row(self, images: int, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+        """One line of metrics.jsonl, the loss averaged over ranks (a collective)."""
+        mean = dist.sum_tensor(torch.stack(self.losses).mean().to(device))
+        world = dist.world_from_environment().size
+        elapsed = time.perf_counter() - self.started
+        return {
+            "step": images // config.global_batch,
+            "images": images,
+            "loss": mean.item() / world,
+            "lr": lr_at(config.optim, images - config.global_batch, config.total_images),
+            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
+            "skipped": self.skipped,
+            "images_per_s": len(self.losses) * config.global_batch / elapsed,
+            "data_wait": self.data_s / elapsed,
+        }
+
+
+def _contract(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
+    """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
+    contract = {**configuration.to_dict(config), "data_fingerprints": shards.fingerprints}
+    if config.optim.schedule != "constant":  # a longer run would have had other learning rates
+        contract["schedule_end"] = config.total_images
+    return contract
+
+
+def export(run: Path) -> Path:
+    """Write the portable checkpoint of a run's newest state to RUN/export; one process, no DeepSpeed."""
+    state, _ = checkpoint.newest_intact(run / "state")
+    if state is None:
+        raise ConfigError(f"{run} holds no complete state to export")
+    reader, info = checkpoint.StateReader(state), state.info
+    model_config = configuration.build_choice(zoo.REGISTRY, info["model"], "model")
+    buffers = dict(zoo.build(model_config).named_buffers())
+    return zoo.save(
+        run / "export",
+        model=model_config,
+        objective=configuration.build_choice(OBJECTIVES, info["objective"], "objective"),
+        latents=LatentSpec.from_dict(info["latents"]),
+        weights={
+            "model": {**dict(reader.tensors("master")), **buffers},
+            "ema": {**dict(reader.tensors("ema")), **buffers},
+        },
+        info={
+            "classes": info["classes"],
+            "images_seen": state.images,
+            "ema": info["ema_config"],
+            "data": info["data"],
+            "conditional": info["conditional"],
+            "seed": info["contract"]["seed"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train", main))

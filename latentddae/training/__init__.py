@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, the weight average, the resume state and the signals that interrupt a run."""

@@ -1,0 +1,113 @@
+"""Fixtures shared by all tests: small shards with structure, and real multi-process launches."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import write_split
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+def tiny_spec(**changes: object) -> LatentSpec:
+    fields = {
+        "kind": "moments",
+        "channels": 4,
+        "size": 8,
+        "scaling_factor": 0.5,
+        "autoencoder": "toy",
+    }
+    return LatentSpec(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """96 train and 32 test samples of 4 planted classes: 4x8x8 moments in shards of 40."""
+    root = tmp_path_factory.mktemp("shards")
+    random = np.random.default_rng(0)
+    prototypes = random.normal(size=(4, 4, 8, 8)) * 2
+    for split, count in (("train", 96), ("test", 32)):
+        labels = np.arange(count) % 4
+        mean = prototypes[labels] + random.normal(size=(count, 4, 8, 8))
+        moments = np.concatenate([mean, np.full_like(mean, -4.0)], axis=1)[:, None]
+        keys = [f"{split}/{i:03d}" for i in range(count)]
+        write_split(
+            root,
+            split,
+            tiny_spec(),
+            moments.astype(np.float16),
+            labels.tolist(),
+            keys,
+            classes=("a", "b", "c", "d"),
+            shard_size=40,
+        )
+    return root
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 120) -> list[int]:
+    """Run `action` in `size` real processes that form a group; return their exit statuses.
+
+    The processes are forked from this one, so the heavy imports are paid once. An exception counts as status 1
+    and prints its traceback. Nothing is left running.
+    """
+    import deepspeed  # noqa: F401 - imported before forking, see above
+
+    port = _free_port()
+    children = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                status = action() or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(pid)
+    deadline = time.monotonic() + timeout
+    statuses: dict[int, int] = {}
+    try:
+        while len(statuses) < size and time.monotonic() < deadline:
+            for pid in set(children) - set(statuses):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+    finally:
+        for pid in set(children) - set(statuses):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert len(statuses) == size, (
+        f"{size - len(statuses)} of {size} ranks did not end in {timeout} s"
+    )
+    return [statuses[pid] for pid in children]
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[int]]:
+    """See run_ranks."""
+    return run_ranks

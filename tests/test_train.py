@@ -1,0 +1,262 @@
+"""The training loop: exact resume, the same run on any number of ranks, refusals that leave nothing behind."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentddae import files, train
+from latentddae.data.loader import Loader
+from latentddae.data.shards import ShardSet
+from latentddae.errors import run_command
+from latentddae.models import zoo
+from latentddae.training import checkpoint
+
+CONFIG = Path(__file__).parent / "training" / "tiny.yaml"
+STEP = 16
+
+
+def command(run: Path, data: Path, *overrides: str) -> list[str]:
+    return ["--config", str(CONFIG), f"run={run}", f"data.path={data}", *overrides]
+
+
+def start(*arguments: object) -> int:
+    return run_command("train", train.main, command(*arguments))  # type: ignore[arg-type]
+
+
+def tensors(run: Path, images: int) -> dict[str, torch.Tensor]:
+    """All saved pieces of a state, from all ranks."""
+    folder = run / "state" / f"images-{images:012d}"
+    out: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        out |= load_file(path)
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path, ranks) -> None:
+    """10 steps + restart + 10 equal 20 steps bit for bit: weights, moments, average, metrics, next keys."""
+    options = (f"engine.precision={precision}", "engine.micro_batch=4")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert ranks(lambda: start(whole, tiny_shards, *options), size) == [0] * size
+    for total in (10 * STEP, 20 * STEP):
+        action = lambda: start(parts, tiny_shards, *options, f"total_images={total}")  # noqa: E731, B023
+        assert ranks(action, size) == [0] * size
+    expected, seen = tensors(whole, 20 * STEP), tensors(parts, 20 * STEP)
+    assert expected.keys() == seen.keys()
+    assert {key.split("/")[0] for key in seen} == set(checkpoint.KINDS)
+    for key in expected:
+        assert torch.equal(expected[key], seen[key]), key
+    assert losses(whole) == losses(parts) and len(losses(whole)) == 20
+    loader = Loader(ShardSet(tiny_shards, "train"), global_batch=STEP, seed=0, workers=0)
+    states = [checkpoint.complete_states(run / "state")[-1] for run in (whole, parts)]
+    batches = [next(iter(loader.batches(state.images))) for state in states]
+    keys = [loader.shards.keys(batch.index.numpy()) for batch in batches]
+    assert keys[0] == keys[1]
+    for name in ("model", "ema"):
+        a, b = (load_file(run / "export" / f"{name}.safetensors") for run in (whole, parts))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_and_two_ranks_see_the_same_run(tiny_shards, tmp_path, ranks) -> None:
+    """Same global batch, same draws: only the order of summation differs."""
+    assert ranks(lambda: start(tmp_path / "1", tiny_shards)) == [0]
+    assert ranks(lambda: start(tmp_path / "2", tiny_shards), 2) == [0, 0]
+    np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "2"), rtol=2e-6)
+
+
+def test_a_state_of_two_ranks_continues_on_one(tiny_shards, tmp_path, ranks) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert ranks(lambda: start(whole, tiny_shards)) == [0]
+    assert ranks(lambda: start(moved, tiny_shards, f"total_images={10 * STEP}"), 2) == [0, 0]
+    assert ranks(lambda: start(moved, tiny_shards)) == [0]
+    np.testing.assert_allclose(losses(whole), losses(moved), rtol=1e-5)
+
+
+def test_export_is_the_state_and_loads(tiny_shards, tmp_path, ranks) -> None:
+    run = tmp_path / "run"
+    assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
+    found = zoo.load(run / "export")
+    assert found.info["images_seen"] == 20 * STEP
+    assert found.latents == ShardSet(tiny_shards, "train").spec
+    reader = checkpoint.StateReader(checkpoint.complete_states(run / "state")[-1])
+    for name, value in reader.tensors("ema"):
+        assert torch.equal(found.model.state_dict()[name], value)
+    raw = load_file(run / "export" / "model.safetensors")
+    assert raw.keys() == found.model.state_dict().keys()
+    x = torch.zeros(2, 4, 8, 8)
+    assert found.model(x, torch.zeros(2)).shape == x.shape
+
+
+def test_loss_falls(tiny_shards, tmp_path, ranks) -> None:
+    run = tmp_path / "run"
+    options = ("total_images=4800", "optim.lr=3e-3", "log_every_images=480")
+    assert ranks(lambda: start(run, tiny_shards, *options)) == [0]
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
+
+
+def test_a_signal_saves_and_asks_to_be_requeued(tiny_shards, tmp_path, ranks) -> None:
+    """SIGTERM to one of two ranks: both save the same step and leave with 75; the rerun ends like the whole run."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = ("total_images=3200", "log_every_images=16")
+    assert ranks(lambda: start(whole, tiny_shards, *options), 2) == [0, 0]
+
+    def interrupted() -> int:
+        if os.environ["RANK"] == "1":
+            threading.Timer(0.0, _terminate_when_running, (run,)).start()
+        return start(run, tiny_shards, *options)
+
+    assert ranks(interrupted, 2) == [75, 75]
+    states = checkpoint.complete_states(run / "state")
+    assert len(states) == 1 and 0 < states[0].images < 3200
+    assert ranks(lambda: start(run, tiny_shards, *options), 2) == [0, 0]
+    expected, seen = tensors(whole, 3200), tensors(run, 3200)
+    assert all(torch.equal(expected[key], seen[key]) for key in expected)
+
+
+def _terminate_when_running(run: Path) -> None:
+    while len(losses(run)) < 3:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_damaged_newest_state_falls_back_to_the_one_before(
+    tiny_shards, tmp_path, ranks, capfd
+) -> None:
+    run = tmp_path / "run"
+    options = (f"save.every_images={10 * STEP}",)
+    assert ranks(lambda: start(run, tiny_shards, *options)) == [0]
+    expected = tensors(run, 20 * STEP)
+    newest = run / "state" / f"images-{20 * STEP:012d}"
+    path = next(newest.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert checkpoint.newest_intact(run / "state")[0].images == 10 * STEP
+    for damaged in newest.glob("*"):
+        damaged.chmod(0o600)
+    assert ranks(lambda: start(run, tiny_shards, *options)) == [0]
+    assert "damaged" in capfd.readouterr().err
+    seen = tensors(run, 20 * STEP)
+    assert all(torch.equal(expected[key], seen[key]) for key in expected)
+
+
+def test_a_run_whose_states_are_lost_never_starts_over_silently(
+    tiny_shards, tmp_path, ranks, capfd
+) -> None:
+    run = tmp_path / "run"
+    assert ranks(lambda: start(run, tiny_shards)) == [0]
+    next((run / "state").glob("images-*/*.safetensors")).unlink()
+    assert ranks(lambda: start(run, tiny_shards)) == [78]
+    assert "no intact state" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "parts"),
+    [
+        (["optim.lrr=1"], 78, ["optim.lrr", "optim.lr?"]),
+        (["optim.lr=fast"], 78, ["optim.lr", "expected float"]),
+        (["global_batch=15"], 78, ["15", "2 ranks", "nearest: 14 or 16"]),
+        (["engine.micro_batch=3"], 78, ["micro_batch=3", "nearest"]),
+        (["model.patch_size=3"], 78, ["patch_size", "3"]),
+        (["data.path=/nowhere"], 78, ["/nowhere"]),
+        (["data.split=val"], 78, ["'val'", "train, test"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_run(
+    overrides, status, parts, tiny_shards, tmp_path, ranks, capfd
+) -> None:
+    run = tmp_path / "run"
+    assert ranks(lambda: start(run, tiny_shards, *overrides), 2) == [status] * 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) >= 1
+    for part in parts:
+        assert part in lines[0]
+    assert not (run / "config.yaml").exists() and not (run / "state").exists()
+
+
+def test_a_changed_configuration_is_refused_and_a_safe_change_is_not(
+    tiny_shards, tmp_path, ranks, capfd
+) -> None:
+    run = tmp_path / "run"
+    assert ranks(lambda: start(run, tiny_shards)) == [0]
+    before = (run / "config.yaml").read_text()
+    assert ranks(lambda: start(run, tiny_shards, "optim.lr=2e-3")) == [78]
+    assert "optim.lr=0.001, now 0.002" in capfd.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    assert ranks(lambda: start(run, tiny_shards, "log_every_images=32", "total_images=352")) == [0]
+
+
+def test_a_folder_in_use_is_refused(tiny_shards, tmp_path, ranks, capfd) -> None:
+    run = tmp_path / "run"
+    with files.exclusive(run, "train"):
+        assert ranks(lambda: start(run, tiny_shards), 2) == [78, 78]
+    assert f"in use by process {os.getpid()}" in capfd.readouterr().err
+
+
+def test_a_non_finite_batch_is_skipped_by_all_ranks(
+    tiny_shards, tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    """One poisoned sample on one rank: nobody steps, the average stays, the keys are logged, training goes on."""
+    run = tmp_path / "run"
+    honest = train.Trainer.loss
+
+    def poisoned(self, moments, label, position):
+        loss = honest(self, moments, label, position)
+        return loss * torch.where(position == 3 * STEP + 1, torch.nan, 1.0)
+
+    monkeypatch.setattr(train.Trainer, "loss", poisoned)
+    assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
+    assert "step skipped" in capfd.readouterr().err
+    state = checkpoint.complete_states(run / "state")[-1]
+    assert state.info["adam_steps"] == 19
+    assert all(torch.isfinite(v).all() for v in tensors(run, 20 * STEP).values())
+    events = [r for r in files.read_json_lines(run / "metrics.jsonl") if "event" in r]
+    assert [e["images"] for e in events] == [3 * STEP]
+
+
+def test_steps_that_stay_non_finite_stop_the_run(
+    tiny_shards, tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    run = tmp_path / "run"
+    honest = train.Trainer.loss
+
+    def poisoned(self, moments, label, position):
+        loss = honest(self, moments, label, position)
+        return loss * torch.where(position >= 12 * STEP, torch.nan, 1.0)
+
+    monkeypatch.setattr(train.Trainer, "loss", poisoned)
+    options = (f"save.every_images={5 * STEP}", "max_bad_steps=3")
+    assert ranks(lambda: start(run, tiny_shards, *options)) == [65]
+    assert "3 steps in a row" in capfd.readouterr().err
+    newest, warnings = checkpoint.newest_intact(run / "state")
+    assert newest is not None and newest.images == 10 * STEP and not warnings
+
+
+def test_print_config_and_dry_run_write_nothing(tiny_shards, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    train.main(["--print-config", *command(run, tiny_shards, "optim.lr=5e-4")])
+    printed = capsys.readouterr().out
+    assert "lr: 0.0005" in printed and "halflife_images: 100" in printed
+    train.main(["--dry-run", *command(run, tiny_shards)])
+    assert "96 samples" in capsys.readouterr().out
+    assert not run.exists()
+
+
+def test_conditional_training_uses_the_labels(tiny_shards, tmp_path, ranks) -> None:
+    run = tmp_path / "run"
+    assert ranks(lambda: start(run, tiny_shards, "conditional=true")) == [0]
+    assert zoo.load(run / "export").model.config.num_classes == 4
+    facts = json.loads((run / "export" / "config.json").read_text())
+    assert facts["classes"] == ["a", "b", "c", "d"] and facts["conditional"]
