@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from latentddae.diffusion.ddpm import DDPM
+from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.flow import Flow
+from latentddae.diffusion.objective import Objective
 
-OBJECTIVES: dict[str, Callable[..., Any]] = {"flow": Flow}
+OBJECTIVES: dict[str, Callable[..., Any]] = {"ddpm": DDPM, "edm": EDM, "flow": Flow}
 
-__all__ = ["OBJECTIVES", "Flow"]
+__all__ = ["DDPM", "EDM", "OBJECTIVES", "Flow", "Objective"]

@@ -5,7 +5,6 @@ the objective's own time t: t = s here by default (1 is noise), t = 1 - s for Si
 (`time: data`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentddae.diffusion.levels import Real, mean_over_elements, per_sample
-from latentddae.diffusion.weights import Weighting, relative_weight
-
-Model = Callable[..., Tensor]
+from latentddae.diffusion.levels import Real, mean_over_elements, mix, per_sample
+from latentddae.diffusion.objective import Model, Spacing
+from latentddae.diffusion.weights import Weighting, x0_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,9 @@ class Flow:
     """Velocity matching on the linear path."""
 
     kind: ClassVar[str] = "flow"
-    frame: ClassVar[str] = "linear"
+    frame: ClassVar[Literal["linear", "ve"]] = "linear"
+    learn_sigma: ClassVar[bool] = False
+    reach: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     time: Literal["noise", "data"] = "noise"
     """What t = 1 is."""
@@ -33,9 +33,8 @@ class Flow:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
-    """Levels become shift s / (1 + (shift - 1) s), in training and sampling: above 1 more noise,
-    below 1 less.
-    """
+    """Levels become shift s / (1 + (shift - 1) s) in training and in sampling: above 1 more noise.
+    LightningDiT's shift 0.3, written for its own time, is 1 / 0.3 here."""
     cosine_weight: float = 0.0
     """Weight of 1 - cos(predicted, true velocity) over channels (LightningDiT uses 1)."""
     weighting: Weighting = "none"
@@ -49,23 +48,16 @@ class Flow:
             raise ValueError(f"cosine_weight must be 0 or more, got {self.cosine_weight}")
 
     def to_level(self, t: Real) -> Real:
-        """Own time -> noise level s."""
         return t if self.time == "noise" else 1 - t
 
     def to_time(self, s: Real) -> Real:
-        """Noise level s -> own time."""
         return s if self.time == "noise" else 1 - s
-
-    def reach(self) -> tuple[float, float]:
-        """The levels the network is trained on."""
-        return 0.0, 1.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s = self.to_level(t)
         return 1 - s, s
 
     def times(self, u: Tensor) -> Tensor:
-        """Training times for uniform u in (0, 1): (N,) -> (N,)."""
         s = u
         if self.sampling == "logit_normal":
             s = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
@@ -74,46 +66,39 @@ class Flow:
     def shifted(self, s: Tensor) -> Tensor:
         return self.shift * s / (1 + (self.shift - 1) * s)
 
-    def grid(self, steps: int) -> Tensor:
-        """Times a sampler visits before it arrives at the clean end: (steps,) float64, noisiest
-        first.
-        """
+    def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
+        del spacing
         return self.to_time(self.shifted(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
 
     def start(self, noise: Tensor) -> Tensor:
-        """The noisiest latent, from which sampling starts."""
         return noise
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for clean x0 (N, C, H, W) at own times t (N,)."""
-        alpha, sigma = self.alpha_sigma(t)
-        return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise
+        return mix(x0, noise, self.alpha_sigma(t))
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is fed: here the pair itself."""
+        """The pair itself: t in [0, 1] reaches the network unscaled, as in SiT."""
         return x_t, t
 
     def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """dx_t/dt in own time: the target."""
+        """dx_t/dt in own time, which the network predicts."""
         return noise - x0 if self.time == "noise" else x0 - noise
 
     def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared velocity error per sample, plus the cosine term if asked for: (N,)."""
+        """Mean squared velocity error, plus the cosine term if asked for: (N,)."""
         x_t = self.add_noise(x0, t, noise)
         predicted = model(*self.network_input(x_t, t), y)[:, : x0.shape[1]]
         target = self.velocity(x0, noise)
         loss = mean_over_elements((predicted - target) ** 2)
         if self.weighting != "none":
             s = self.to_level(t)
-            loss = loss * relative_weight(self.weighting, s, base=s**-2.0)
+            loss = loss * x0_weight(self.weighting, s) * s**2  # velocity error = x0 error / s
         if self.cosine_weight:
             cosine = F.cosine_similarity(predicted, target, dim=1)
             loss = loss + self.cosine_weight * mean_over_elements(1 - cosine)
         return loss
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The clean latent the network expects behind x_t: (N, C, H, W)."""
         velocity = model(*self.network_input(x_t, t), y)[:, : x_t.shape[1]]
-        # along the path x0 is reached by walking the rest of the way at this velocity
-        way = self.to_level(t) if self.time == "noise" else self.to_level(t) * -1
-        return x_t - per_sample(way, x_t) * velocity
+        rest = -t if self.time == "noise" else 1 - t  # of the way along the straight path to x0
+        return x_t + per_sample(rest, x_t) * velocity

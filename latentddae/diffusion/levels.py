@@ -1,9 +1,9 @@
 """The noise axis all objectives share: level s = sigma / (alpha + sigma), 0 clean, 1 pure noise.
 
 A noisy latent is x_t = alpha x0 + sigma noise. Its ratio r = sigma / alpha, its log-SNR = -2 ln r
-and its level s = r / (1 + r) say the same thing; for flow matching s is the time itself. Numbers
-in, numbers out: a Python float gives a float, a tensor a tensor of its dtype (integers give
-float32). Sums run in float64.
+and its level s = r / (1 + r) say the same thing; for flow matching s is the time itself. A Python
+float gives a float, a tensor a tensor of its dtype (integers give float32); the arithmetic runs in
+float64.
 """
 
 import functools
@@ -16,15 +16,20 @@ from torch import Tensor
 Real = Any  # a float or a tensor; what goes in comes out
 
 
+def in_float64(value: Real, function: Callable[[Tensor], Tensor]) -> Real:
+    """`function` of a float64 tensor, applied to a float or a tensor of any dtype."""
+    if not isinstance(value, Tensor):
+        return float(function(torch.tensor(float(value), dtype=torch.float64)))
+    dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+    return function(value.to(torch.float64)).to(dtype)
+
+
 def elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Real], Real]:
     """Let a function of a float64 tensor take floats and tensors of any dtype."""
 
     @functools.wraps(function)
     def wrapped(value: Real) -> Real:
-        if not isinstance(value, Tensor):
-            return float(function(torch.tensor(float(value), dtype=torch.float64)))
-        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        return function(value.to(torch.float64)).to(dtype)
+        return in_float64(value, function)
 
     return wrapped
 
@@ -61,3 +66,9 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 def mean_over_elements(values: Tensor) -> Tensor:
     """(N, ...) -> (N,)."""
     return values.flatten(1).mean(dim=1)
+
+
+def mix(x0: Tensor, noise: Tensor, alpha_sigma: tuple[Tensor, Tensor]) -> Tensor:
+    """alpha x0 + sigma noise, with (N,) amplitudes."""
+    alpha, sigma = alpha_sigma
+    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise
