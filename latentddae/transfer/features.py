@@ -243,5 +243,6 @@ def check_data(spec: LatentSpec, shards: ShardSet) -> None:
         raise ConfigError(
             f"the shards were encoded by {shards.spec.autoencoder} {shards.spec.shape} "
             f"(codec {shards.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
-            f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the checkpoint's autoencoder"
+            f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
+            "checkpoint's autoencoder"
         )

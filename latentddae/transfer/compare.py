@@ -1,0 +1,322 @@
+"""`latentddae compare`: the pretrained network against its controls, under one probe protocol and
+split.
+
+Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; the same network
+untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
+embedding of the noisy latent) and with random gates. Networks appear once per pooling with their
+widths, and the pooling of each is the one with the higher held-out accuracy. An untrained network
+has its cell chosen by a grid of its own. Finished rows are not computed again.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentddae.data.shards import ShardSet
+from latentddae.errors import DataError, run_command
+from latentddae.files import exclusive, read_json_lines, text_hash, write_json
+from latentddae.models import zoo
+from latentddae.models.dit import randomize_gates
+from latentddae.transfer import grid as grids
+from latentddae.transfer import inputs, knn, linear
+from latentddae.transfer.cell import (
+    Arrays,
+    CellChoice,
+    arrays_of,
+    cell_arrays,
+    check_grid,
+    chosen_cell,
+    open_test,
+    read_grid,
+)
+from latentddae.transfer.features import BATCH, flat_latents
+
+PROTOCOL = "compare/1"
+LABELS = {  # group -> how tables name it
+    "ddae": "DDAE features",
+    "latents": "raw latents",
+    "pixels": "raw pixels",
+    "untrained": "untrained, as initialised",
+    "random_gates": "untrained, random gates",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A checkpoint with its grid, the data, and the pixels of the same images if there are any."""
+
+    checkpoint: Any
+    grid: dict[str, Any]
+    train: ShardSet
+    test: ShardSet
+    pixel_train: ShardSet | None = None
+    pixel_test: ShardSet | None = None
+    source: str = ""
+    weights: str = "ema"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What the controls cost. Seed, held-out part and training subset are those of the grid."""
+
+    control_levels: tuple[float, ...] | None = None
+    """Noise levels at which the untrained networks are judged; None: those of the grid."""
+    control_seed: int = 0
+    """Of the untrained networks' weights."""
+    batch: int = BATCH
+    """Speed only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row to be: a cell of a network, or flattened stored latents (or pixels) where there is
+    none."""
+
+    group: str
+    train: ShardSet
+    test: ShardSet
+    network: Any = None
+    cell: CellChoice | None = None
+
+
+def compare(
+    subject: Subject, out: Path, config: CompareConfig | None = None, *, progress: bool = True
+) -> list[dict[str, Any]]:
+    """The table: one row per group and pooling; `chosen` marks the pooling of each group.
+
+    Each row is a line of results.jsonl; the table is also written as compare.json. Rows that
+    results.jsonl holds for the same weights, cell, data and settings are read.
+    """
+    config = config or CompareConfig()
+    described = inputs.describe_checkpoint(subject.checkpoint, subject.source, subject.weights)
+    check_grid(subject.grid, described["model_hash"], subject.train)
+    settings = {name: subject.grid[name] for name in ("seed", "holdout", "limit")}
+    split = inputs.split_train(subject.train, **settings)
+    rows = []
+    with exclusive(out, "compare"):
+        for entry in entries(subject, out, config, progress):
+            row = measure(entry, subject, split, settings, described, out, config, progress)
+            rows.append(row)
+            if progress:
+                print(line_of(row), file=sys.stderr, flush=True)
+        rows = mark_chosen(rows)
+        write_json(out / "compare.json", {"kind": "compare-table", "rows": rows})
+    return rows
+
+
+def entries(subject: Subject, out: Path, config: CompareConfig, progress: bool) -> Iterator[Entry]:
+    """The rows in table order. Untrained networks have their grids run when their turn comes."""
+    train, test = subject.train, subject.test
+    pools = subject.grid["pools"]
+    for pool in pools:
+        cell = chosen_cell(subject.grid, pool)
+        yield Entry(group="ddae", train=train, test=test, network=subject.checkpoint, cell=cell)
+    yield Entry(group="latents", train=train, test=test)
+    if subject.pixel_train is not None and subject.pixel_test is not None:
+        yield Entry(group="pixels", train=subject.pixel_train, test=subject.pixel_test)
+    for group in ("untrained", "random_gates"):
+        network = untrained(subject.checkpoint, config.control_seed, group == "random_gates")
+        own = control_grid(subject, network, group, out / "grids" / group, config, progress)
+        for pool in pools:
+            cell = chosen_cell(own, pool)
+            yield Entry(group=group, train=train, test=test, network=network, cell=cell)
+
+
+def untrained(checkpoint: Any, seed: int, random_gates: bool) -> Any:
+    """The checkpoint with a fresh network of the same shape in place of the trained one."""
+    device = next(checkpoint.model.parameters()).device
+    model = zoo.build(checkpoint.model.config, seed=seed)
+    if random_gates:
+        randomize_gates(model, seed)
+    return dataclasses.replace(checkpoint, model=model.to(device).eval(), info={"images_seen": 0})
+
+
+def control_grid(
+    subject: Subject, network: Any, group: str, out: Path, config: CompareConfig, progress: bool
+) -> dict[str, Any]:
+    """The grid of an untrained network by the protocol of the trained one's; resumable under `out`.
+
+    As initialised all blocks are the identity: one stands for all.
+    """
+    grid = subject.grid
+    same = {key: grid[key] for key in ("holdout", "seed", "limit", "draws", "noisy_input")}
+    blocks = (1,) if group == "untrained" else tuple(grid["blocks"])
+    settings = grids.GridConfig(
+        levels=config.control_levels or tuple(grid["levels"]),
+        blocks=blocks,
+        pools=tuple(grid["pools"]),
+        batch=config.batch,
+        **same,
+    )
+    return grids.run(network, subject.train, out, settings, source=group, progress=progress)
+
+
+def measure(
+    entry: Entry,
+    subject: Subject,
+    split: inputs.Split,
+    settings: dict[str, Any],
+    described: dict[str, Any],
+    out: Path,
+    config: CompareConfig,
+    progress: bool,
+) -> dict[str, Any]:
+    """The row of an entry: read if it is finished, else features, both probes, and a result
+    line."""
+    cell = entry.cell
+    if entry.network is not None and entry.group != "ddae":
+        described = {**inputs.describe_checkpoint(entry.network, entry.group), "weights": "initial"}
+    facts = {
+        "kind": "compare",
+        "group": entry.group,
+        "checkpoint": described if entry.network is not None else None,
+        "protocol": {
+            "name": PROTOCOL,
+            "linear": {"name": linear.PROTOCOL, "strengths": list(linear.STRENGTHS)},
+            "knn": {"name": knn.PROTOCOL, "ks": list(knn.KS), "temperature": knn.TEMPERATURE},
+            **settings,
+        },
+        "cell": dataclasses.asdict(cell) if cell else None,
+        "data": {"train": entry.train.fingerprints, "test": entry.test.fingerprints},
+        "labels_from": {"train": subject.train.fingerprints, "test": subject.test.fingerprints},
+        "seed": settings["seed"],
+    }
+    key = text_hash(facts)
+    for row in read_json_lines(out / inputs.RESULTS):
+        if row.get("key") == key:
+            return row
+    arrays = _arrays(entry, subject, split, settings["seed"], config.batch, progress)
+    classes = len(subject.train.classes)
+    row = {
+        "key": key,
+        **facts,
+        "n_seen": arrays.n_seen,
+        "width": arrays.train_x.shape[1],
+        "linear": inputs.as_row(arrays.probe_with(linear.probe, classes=classes)),
+        "knn": inputs.as_row(arrays.probe_with(knn.probe, classes=classes)),
+    }
+    return inputs.record(out, row)
+
+
+def _arrays(
+    entry: Entry,
+    subject: Subject,
+    split: inputs.Split,
+    seed: int,
+    batch: int,
+    progress: bool,
+) -> Arrays:
+    """Features of an entry in the order of the latent sets, with the latent sets' labels."""
+    if entry.network is not None and entry.cell is not None:
+        return cell_arrays(
+            entry.network, entry.train, entry.test, split, entry.cell,
+            seed=seed, batch=batch, progress=progress,
+        )  # fmt: skip
+    train_x, test_x = (
+        flat_latents(own.spec, own, same_samples(reference, indices, own))
+        for reference, indices, own in (
+            (subject.train, split.train, entry.train),
+            (subject.test, np.arange(len(subject.test)), entry.test),
+        )
+    )
+    return arrays_of(train_x, test_x, subject.train, subject.test, split)
+
+
+def same_samples(reference: ShardSet, indices: np.ndarray, other: ShardSet) -> np.ndarray:
+    """Where the samples of `reference` lie in another encoding of the same images, found by key:
+    (N,) int64."""
+    if other is reference:
+        return indices
+    places = {key: place for place, key in enumerate(other.keys(np.arange(len(other))))}
+    keys = reference.keys(indices)
+    missing = [key for key in keys if key not in places]
+    if missing:
+        raise DataError(
+            f"{other.root} ({other.split}) lacks {len(missing)} of the {len(keys)} samples of "
+            f"{reference.root}, first {missing[0]!r}: encode the same source with --autoencoder none"
+        )
+    return np.array([places[key] for key in keys], dtype=np.int64)
+
+
+def mark_chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `chosen`: of each group's poolings the one with the best held-out linear accuracy, then
+    the narrowest."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        now = best.setdefault(row["group"], row)
+        if _rank(row) > _rank(now):
+            best[row["group"]] = row
+    return [{**row, "chosen": row is best[row["group"]]} for row in rows]
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, int]:
+    return row["linear"]["heldout_accuracy"], -row["width"]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A row's name in tables."""
+    return LABELS[row["group"]] + (f", {row['cell']['pool']}" if row["cell"] else "")
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One row as text."""
+    cell = row["cell"]
+    where = f"block {cell['block']} s={cell['level']:g}" if cell else ""
+    return (
+        f"{name_of(row):<32} {where:<15} width {row['width']:>5}  linear "
+        f"{100 * row['linear']['accuracy']:6.2f} %  k-NN {100 * row['knn']['accuracy']:6.2f} %"
+        + ("  <- chosen" if row.get("chosen") and cell else "")
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as text, one per line."""
+    return "\n".join(line_of(row) for row in rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="latentddae compare",
+        description="The pretrained network against raw latents, raw pixels and untrained networks.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
+    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
+    parser.add_argument("--grid", required=True, type=Path, help="grid.json of this checkpoint")
+    parser.add_argument("--out", required=True, type=Path, help="folder for results")
+    parser.add_argument("--pixels", type=Path, help="same images encoded with --autoencoder none")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--test-split", help="default: test, else val")
+    parser.add_argument("--control-levels", help="for untrained networks; fewer are cheaper")
+    parser.add_argument("--control-seed", type=int, default=0, help="of untrained weights")
+    parser.add_argument("--batch", type=int, default=BATCH, help="does not change the features")
+    args = parser.parse_args(argv)
+    grid = read_grid(args.grid)
+    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
+    test = open_test(args.data, args.test_split, checkpoint)
+    subject = Subject(
+        checkpoint=checkpoint,
+        grid=grid,
+        train=inputs.open_shards(args.data, "train", checkpoint),
+        test=test,
+        pixel_train=ShardSet(args.pixels, "train") if args.pixels else None,
+        pixel_test=ShardSet(args.pixels, test.split) if args.pixels else None,
+        source=args.checkpoint,
+        weights=args.weights,
+    )
+    levels = args.control_levels
+    config = CompareConfig(
+        control_levels=inputs.numbers(levels, float, "--control-levels") if levels else None,
+        control_seed=args.control_seed,
+        batch=args.batch,
+    )
+    print(table(compare(subject, args.out, config)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("compare", main))
