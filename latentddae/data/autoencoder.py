@@ -36,7 +36,7 @@ class Autoencoder:
         self.sha256 = "" if module is None else weights_sha256(module)
         self._spec: LatentSpec | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> one stored view each, unscaled: float32 on this device.
 
@@ -52,7 +52,7 @@ class Autoencoder:
             return out.latent_dist.parameters.float()
         return (out.latents if hasattr(out, "latents") else out.latent).float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H, W) in
         [-1, 1].

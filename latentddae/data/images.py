@@ -124,11 +124,12 @@ def _split_of(name: str) -> str | None:
 
 def natural_order(names: Iterable[str]) -> list[str]:
     """Sorted with numbers by their value: 2 before 10."""
-    return sorted(names, key=lambda n: [(int(p), p) if p.isdigit() else (-1, p) for p in _parts(n)])
 
+    def parts(name: str) -> list[tuple[int, int, str]]:
+        pieces = [piece for piece in re.split(r"([0-9]+)", name) if piece]
+        return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces]
 
-def _parts(name: str) -> list[str]:
-    return [part for part in re.split(r"(\d+)", name) if part]
+    return sorted(names, key=parts)
 
 
 def class_folder_source(root: Path) -> Source:

@@ -6,6 +6,9 @@ The choices for odd files (orientation, CMYK, 16 bit, alpha, ...) are tabled in 
 import io
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -102,3 +105,17 @@ def random_resized_crop(image: Image.Image, resolution: int, draw: np.ndarray) -
     box = (left, top, left + width, top + height)
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     return ImageOps.mirror(image) if draw[4] < 0.5 else image
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A way from an image of any size to a square."""
+
+    cut: Callable[[Image.Image, int], Image.Image]
+    description: dict[str, Any]
+    """What the manifest says about it."""
+
+
+CROPS = {
+    "center": Crop(center_crop, {"crop": "center", "filter": "box halving, bicubic"}),
+}

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from latentddae.data.autoencoder import Autoencoder, open_autoencoder
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import write_split
 
@@ -46,3 +48,27 @@ def make_set(tmp_path: Path) -> Callable[..., tuple[Path, np.ndarray]]:
         return tmp_path / "set", stored
 
     return make
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A class folder of 30 small JPEGs of different sizes: photos/{1,2,10}/img_NN.jpg."""
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(root: Path, classes: tuple[str, ...] = ("1", "2", "10"), each: int = 10) -> Path:
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            coarse = rng.integers(0, 256, (4, 4 + i % 3, 3)).astype(np.uint8)
+            size = (36 + 5 * (i % 4), 33 + 7 * (i % 3))
+            image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            image.save(root / name / f"img_{i:02d}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_autoencoder() -> Autoencoder:
+    """The one that ships with the package."""
+    return open_autoencoder("demo")

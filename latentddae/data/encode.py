@@ -1,0 +1,552 @@
+"""Images -> latent shards, once: restartable at any moment, on any number of ranks, always
+the same bytes.
+
+    latentddae encode --source photos/ --out data/photos --autoencoder demo --resolution 32
+    torchrun --nproc-per-node 8 -m latentddae.data.encode --config
+    configs/encode/imagenet256.yaml ...
+
+The plan comes first: one seeded permutation of all images says which image goes into which
+shard and which batch of
+the autoencoder. Ranks take whole shards. A finished shard is journalled in
+`.encode-SPLIT/`; the manifest is written
+last, and a shard that it does not name does not exist.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latentddae import dist, draws
+from latentddae.config import build, differences, merge
+from latentddae.data.autoencoder import DEFAULT_ID, Autoencoder, open_autoencoder
+from latentddae.data.images import Source, open_source, with_classes
+from latentddae.data.latents import LatentSpec
+from latentddae.data.loader import order
+from latentddae.data.manifest import MANIFEST, add_split, new_manifest, read_manifest
+from latentddae.data.pixels import CROPS, BadImageError, random_resized_crop
+from latentddae.data.shards import ShardWriter, shard_name
+from latentddae.errors import ConfigError, DataError, LatentddaeError, WriteError, run_command
+from latentddae.files import exclusive, text_hash, write_json
+
+T = TypeVar("T")
+
+MAX_STORED = 6e4  # float16 ends at 65504
+TIMEOUT_S = 3 * 86400.0  # ranks meet only at the end, hours apart
+BAD_NAMED = 1000  # so many bad images are named in the manifest; all are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """One split of one data set."""
+
+    source: str
+    """Folder, .tar or the name of a set."""
+    out: str
+    autoencoder: str = DEFAULT_ID
+    """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
+    resolution: int
+    split: str = "train"
+    views: tuple[str, ...] = ("original",)
+    """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random resized crops)."""
+    crop: str = "center"
+    """How an image becomes a square; see pixels.CROPS."""
+    max_bad: int = 0
+    """So many unreadable images are left out before the command stops."""
+    seed: int = 0
+    batch: int = 64
+    shard_size: int = 8192
+    workers: int = min(16, os.cpu_count() or 1)
+    """Threads that decode images."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "batch", "shard_size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_bad < 0:
+            raise ValueError(f"max_bad must not be negative, got {self.max_bad}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop is {self.crop!r}, allowed: {', '.join(CROPS)}")
+        known = [v for v in self.views if v in ("original", "mirror") or _copy_number(v)]
+        if not self.views or known != list(self.views) or len(set(known)) < len(known):
+            raise ValueError(
+                f"views are {','.join(self.views)!r}; allowed, each once: original, mirror, "
+                f"copy1, copy2, ..."
+            )
+
+
+def _copy_number(view: str) -> int:
+    """2 for "copy2", 0 for anything that is no copy."""
+    digits = view.removeprefix("copy")
+    return int(digits) if digits != view and digits.isdigit() else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, fixed before the first image is read."""
+
+    source: Source
+    spec: LatentSpec
+    config: EncodeConfig
+    order: np.ndarray
+    """(n,) int64: indices into the source in the order of the data set."""
+    settings: dict[str, Any]
+    """All that decides about the bytes; a restart or a rerun must have the same."""
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.order) // self.config.shard_size)
+
+    def batches(self, shard: int) -> Iterator[np.ndarray]:
+        """The source indices of each autoencoder batch of a shard."""
+        size = self.config.shard_size
+        indices = self.order[shard * size : (shard + 1) * size]
+        for start in range(0, len(indices), self.config.batch):
+            yield indices[start : start + self.config.batch]
+
+
+def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
+    listing = hashlib.sha256("\n".join(source.keys).encode())
+    listing.update(source.labels.astype("<i8").tobytes())
+    settings = {
+        "listing": listing.hexdigest()[:16],
+        "codec": spec.codec_fingerprint,
+        "pipeline": pipeline(config),
+        "views": list(config.views),
+        "classes": text_hash(source.classes),
+        "seed": config.seed,
+        "batch": config.batch,
+        "shard_size": config.shard_size,
+    }
+    return Plan(source, spec, config, order(config.seed, 0, len(source)), settings)
+
+
+def pipeline(config: EncodeConfig) -> dict[str, Any]:
+    """How an image becomes pixels: what the splits of one data set must have in common."""
+    return {"resolution": config.resolution, **CROPS[config.crop].description}
+
+
+class BadImages:
+    """Counts what could not become a sample, and stops when it is too much."""
+
+    def __init__(self, limit: int, known: Sequence[tuple[str, str]] = ()) -> None:
+        self.limit = limit
+        self.found: list[tuple[str, str]] = []
+        for name, reason in known:
+            self.add(name, reason)
+
+    def add(self, name: str, reason: str) -> None:
+        self.found.append((name, reason))
+        tqdm.write(f"bad image {name}: {reason}", file=sys.stderr)
+        if len(self.found) > self.limit:
+            raise DataError(
+                f"{too_many(len(self.found), self.limit)}, the last is {name}: {reason}; mend it "
+                f"or go on with "
+                f"--max-bad N"
+            )
+
+
+def too_many(count: int, limit: int) -> str:
+    return f"{count} bad image{'s' if count > 1 else ''}, allowed {limit}"
+
+
+def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict[str, Any]:
+    """Encode one split and return its entry in the manifest. Collective: every rank calls it."""
+    world = dist.world_from_environment()
+    if world.size > 1:
+        dist.start(TIMEOUT_S)
+    out = Path(config.out)
+    opened = together(lambda: _open(config, autoencoder, world))
+    plan, encoder = opened
+    finished = together(lambda: finished_entry(out, plan) if world.is_main else None)
+    finished = dist.broadcast_object(finished)
+    if finished:
+        _say(world, f"{out} holds split {config.split} already: {_summary(finished)}")
+        return finished
+    new = not out.exists()
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            together(lambda: held.enter_context(exclusive(_made(out), "encode")))
+        else:
+            together(lambda: None)
+        try:
+            together(lambda: prepare(out, plan) if world.is_main else None)
+            together(lambda: encode_shards(out, plan, encoder, world))
+            together(lambda: finish(out, plan, encoder) if world.is_main else None)
+        except LatentddaeError:
+            if world.is_main:
+                _leave_no_trace(out, plan, new)
+            raise
+    entry = read_manifest(out)["splits"][config.split]
+    _say(world, f"{out}: encoded split {config.split}: {_summary(entry)}")
+    return entry
+
+
+def _open(
+    config: EncodeConfig, autoencoder: Autoencoder | None, world: dist.World
+) -> tuple[Plan, Autoencoder]:
+    source = open_source(config.source, config.split)
+    if (Path(config.out) / MANIFEST).exists():
+        source = with_classes(source, read_manifest(Path(config.out))["classes"])
+    if autoencoder is None:
+        autoencoder = open_autoencoder(config.autoencoder, dist.device_for(world))
+    spec = autoencoder.spec(config.resolution, config.views)
+    return make_plan(config, source, spec), autoencoder
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot write {folder}: {error.strerror}") from error
+    return folder
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    bad = f", {entry['bad']} bad images left out" if entry["bad"] else ""
+    return f"{entry['samples']} samples in {len(entry['shards'])} shards{bad}"
+
+
+def _say(world: dist.World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run on every rank; what fails for the user on one rank is raised on all of them."""
+    error: LatentddaeError | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except LatentddaeError as found:
+        error = found
+    first = next((e for e in dist.gather_objects(error) if e is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def journal_folder(out: Path, split: str) -> Path:
+    return out / f".encode-{split}"
+
+
+def finished_entry(out: Path, plan: Plan) -> dict[str, Any] | None:
+    """The manifest's entry if this very split is done. ConfigError if the folder holds
+    something else."""
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = read_manifest(out)
+    codec = manifest["fingerprints"]["codec"]
+    if codec != plan.spec.codec_fingerprint:
+        old, new = manifest["latents"], plan.spec.to_dict()
+        changed = differences(old, {k: v for k, v in new.items() if k in old})
+        raise ConfigError(f"{out} was made with another autoencoder: {_changes(changed)}")
+    changed = differences(manifest["pipeline"], pipeline(plan.config))
+    if changed:
+        raise ConfigError(f"{out} was made with another image pipeline: {_changes(changed)}")
+    entry = manifest["splits"].get(plan.config.split)
+    if entry is None:
+        return None
+    changed = differences(entry.get("settings", {}), plan.settings)
+    if changed:
+        raise ConfigError(
+            f"{out} holds split {plan.config.split} made with other settings: "
+            f"{_changes(changed)}; choose another "
+            f"--out"
+        )
+    return entry
+
+
+def _changes(changed: dict[str, tuple]) -> str:
+    return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
+
+
+def prepare(out: Path, plan: Plan) -> None:
+    """Write the plan's settings, or compare them with those of the run that was stopped."""
+    journal = journal_folder(out, plan.config.split)
+    path = journal / "plan.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), plan.settings)
+        if changed:
+            raise ConfigError(
+                f"{out} holds an unfinished encoding with other settings: {_changes(changed)}; go "
+                f"on with the old "
+                f"ones, or remove {out}"
+            )
+    else:
+        write_json(path, plan.settings)
+    for stale in [*journal.glob("failed-*"), *out.glob(".tmp-*")]:
+        stale.unlink()
+
+
+def _leave_no_trace(out: Path, plan: Plan, new: bool) -> None:
+    """After an error before the first whole shard: nothing half written stays behind."""
+    journal = journal_folder(out, plan.config.split)
+    if any(journal.glob(f"{plan.config.split}-*.json")):
+        return
+    shutil.rmtree(journal, ignore_errors=True)
+    if new and not (out / MANIFEST).exists():
+        with contextlib.suppress(OSError):
+            (out / ".lock").unlink(missing_ok=True)
+            out.rmdir()
+
+
+def encode_shards(out: Path, plan: Plan, encoder: Autoencoder, world: dist.World) -> None:
+    """This rank's share of the shards that are not in the journal."""
+    journal = journal_folder(out, plan.config.split)
+    open_shards = [s for s in range(plan.shards) if journalled(out, plan, s) is None]
+    mine = open_shards[world.rank :: world.size]
+    known = [
+        tuple(b)
+        for s in range(plan.shards)
+        for b in (journalled(out, plan, s) or {}).get("bad", [])
+    ]
+    bad = BadImages(plan.config.max_bad, [*plan.source.rejected, *known] if world.is_main else ())
+    total = sum(len(b) for shard in mine for b in plan.batches(shard))
+    bar = tqdm(
+        total=total, unit="img", desc=f"encode {plan.config.split}", disable=not world.is_main
+    )
+    failed = journal / f"failed-{world.rank}"
+    try:
+        with bar, contextlib.closing(decoded_batches(plan, mine)) as batches:
+            for shard in mine:
+                if any(journal.glob("failed-*")):
+                    return  # another rank gave up; its error is raised everywhere
+                encode_shard(out, plan, shard, encoder, batches, bad, bar)
+    except LatentddaeError:
+        failed.touch()
+        raise
+
+
+def journalled(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
+    """The journal's entry of a finished shard, if the shard is there in full."""
+    name = shard_name(plan.config.split, shard)
+    path = journal_folder(out, plan.config.split) / f"{name}.json"
+    if not path.exists():
+        return None
+    entry = json.loads(path.read_text())
+    tar = out / f"{name}.tar"
+    whole = tar.exists() and tar.stat().st_size == entry["bytes"]
+    return entry if whole and tar.with_suffix(".idx.npy").exists() else None
+
+
+@dataclass
+class Decoded:
+    """One batch of images, decoded and cropped."""
+
+    indices: np.ndarray
+    """(n,) places in the source."""
+    pixels: np.ndarray
+    """(n, views, 3, H, W) uint8; zeros for a bad image."""
+    problems: dict[int, str]
+    """Row of a bad image -> reason."""
+
+
+def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
+    """All batches of these shards in order, decoded by threads while the autoencoder is busy."""
+    pending: deque[tuple[Decoded, list[Future[None]]]] = deque()
+    workers = plan.config.workers
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            for shard in shards:
+                for indices in plan.batches(shard):
+                    batch = _empty_batch(plan, indices)
+                    rows = [range(k, len(indices), workers) for k in range(workers)]
+                    pending.append(
+                        (batch, [pool.submit(_decode, plan, batch, r) for r in rows if r])
+                    )
+                    if len(pending) > 2:
+                        yield _finished(pending.popleft())
+            while pending:
+                yield _finished(pending.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _empty_batch(plan: Plan, indices: np.ndarray) -> Decoded:
+    shape = (
+        len(indices),
+        len(plan.config.views),
+        3,
+        plan.config.resolution,
+        plan.config.resolution,
+    )
+    return Decoded(indices, np.zeros(shape, np.uint8), {})
+
+
+def _finished(batch: tuple[Decoded, list[Future[None]]]) -> Decoded:
+    for future in batch[1]:
+        future.result()
+    return batch[0]
+
+
+def _decode(plan: Plan, batch: Decoded, rows: range) -> None:
+    for row in rows:
+        index = int(batch.indices[row])
+        try:
+            batch.pixels[row] = squares(plan, index)
+        except BadImageError as error:
+            batch.problems[row] = str(error)
+
+
+def squares(plan: Plan, index: int) -> np.ndarray:
+    """All views of one image: (views, 3, H, W) uint8. Random crops are keyed by (seed,
+    key, copy)."""
+    config = plan.config
+    image = plan.source.image(index)
+    square = np.asarray(CROPS[config.crop].cut(image, config.resolution))
+    views = []
+    for view in config.views:
+        pixels = square[:, ::-1] if view == "mirror" else square
+        if copy := _copy_number(view):
+            position = draws.key_positions([plan.source.keys[index]])
+            draw = draws.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
+            pixels = np.asarray(random_resized_crop(image, config.resolution, draw))
+        views.append(pixels.transpose(2, 0, 1))
+    return np.stack(views)
+
+
+def encode_shard(
+    out: Path,
+    plan: Plan,
+    shard: int,
+    encoder: Autoencoder,
+    batches: Iterator[Decoded],
+    bad: BadImages,
+    bar: tqdm,
+) -> None:
+    """Encode, write, and enter in the journal."""
+    name = shard_name(plan.config.split, shard)
+    writer = ShardWriter(out, name, plan.spec, len(plan.source.classes))
+    bad_before = len(bad.found)
+    try:
+        for _ in plan.batches(shard):
+            batch = next(batches)
+            stored = encode_batch(plan, encoder, batch)
+            for row, index in enumerate(batch.indices.tolist()):
+                if row in batch.problems:
+                    bad.add(plan.source.names[index], batch.problems[row])
+                else:
+                    writer.add(plan.source.keys[index], stored[row], int(plan.source.labels[index]))
+            bar.update(len(batch.indices))
+        entry = writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    entry["bad"] = bad.found[bad_before:]
+    write_json(journal_folder(out, plan.config.split) / f"{name}.json", entry)
+
+
+def encode_batch(plan: Plan, encoder: Autoencoder, batch: Decoded) -> np.ndarray:
+    """(n, views, 3, H, W) uint8 -> (n, views, *stored_shape); adds to `problems` what came
+    out non-finite."""
+    if plan.spec.kind == "image":
+        return batch.pixels
+    n, size = len(batch.indices), plan.config.batch
+    stored = np.empty((n, len(plan.spec.views), *plan.spec.stored_shape), plan.spec.stored_dtype)
+    for view in range(stored.shape[1]):
+        pixels = np.zeros(
+            (size, *batch.pixels.shape[2:]), np.uint8
+        )  # always a full batch: same kernels
+        pixels[:n] = batch.pixels[:, view]
+        moments = encoder.encode(torch.from_numpy(pixels).to(encoder.device).float() / 127.5 - 1)[
+            :n
+        ]
+        fits = (moments.abs() < MAX_STORED).flatten(1).all(dim=1).tolist()  # false for NaN, too
+        stored[:, view] = moments.half().cpu().numpy()
+        for row in range(n):
+            if not fits[row] and row not in batch.problems:
+                batch.problems[row] = (
+                    f"the autoencoder's numbers are not finite in float16 ({plan.spec.views[view]})"
+                )
+    return stored
+
+
+def finish(out: Path, plan: Plan, encoder: Autoencoder) -> None:
+    """All shards are in the journal: write the manifest, drop the journal."""
+    config = plan.config
+    entries = [journalled(out, plan, shard) for shard in range(plan.shards)]
+    missing = [shard_name(config.split, s) for s, entry in enumerate(entries) if entry is None]
+    if missing:
+        raise DataError(
+            f"{out}: shard {missing[0]} disappeared while encoding; run the command again"
+        )
+    whole = [entry for entry in entries if entry is not None]
+    bad = [*plan.source.rejected, *(tuple(b) for entry in whole for b in entry.pop("bad"))]
+    if len(bad) > config.max_bad:
+        raise DataError(f"{too_many(len(bad), config.max_bad)}, e.g. {bad[0][0]}: {bad[0][1]}")
+    samples = sum(entry["samples"] for entry in whole)
+    if samples + len(bad) != len(plan.order) + len(plan.source.rejected):
+        raise DataError(
+            f"{out}: {samples} samples and {len(bad)} bad images do not add up to the source"
+        )
+    if not samples:
+        raise DataError(f"{config.source}: none of {len(bad)} images can be read")
+    exists = (out / MANIFEST).exists()
+    old = (
+        read_manifest(out)
+        if exists
+        else new_manifest(plan.spec, pipeline(config), plan.source.classes)
+    )
+    new = add_split(
+        old,
+        config.split,
+        plan.spec,
+        whole,
+        source=plan.source.name,
+        device=encoder.device.type,
+        bad=len(bad),
+        bad_images=[list(b) for b in bad[:BAD_NAMED]],
+        ignored_files=plan.source.ignored,
+        settings=plan.settings,
+    )
+    write_json(out / MANIFEST, new)
+    shutil.rmtree(journal_folder(out, config.split))
+
+
+def parse(argv: list[str] | None) -> EncodeConfig:
+    parser = argparse.ArgumentParser(prog="latentddae encode", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", help="YAML file; options given here win over it")
+    parser.add_argument("--source", help="folder, .tar or the name of a set")
+    parser.add_argument("--out", help="data folder to write")
+    parser.add_argument("--autoencoder", help='folder, Hub id, "demo" or "none" (pixels)')
+    parser.add_argument("--resolution", type=int, help="pixels of the square")
+    parser.add_argument("--split", help="train (default), val or test")
+    parser.add_argument("--views", help="original (default) | original,mirror | copy1,copy2,...")
+    parser.add_argument("--crop", help=f"one of: {', '.join(CROPS)}")
+    parser.add_argument("--max-bad", type=int, metavar="N", help="go on with up to N bad images")
+    parser.add_argument("--seed", type=int, help="of the permutation and the random crops")
+    parser.add_argument("--batch", type=int, help="images per call of the autoencoder")
+    parser.add_argument("--shard-size", type=int, help="samples per shard")
+    parser.add_argument("--workers", type=int, help="decoding threads")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    path, overrides = given.pop("config", None), given.pop("overrides")
+    if "views" in given:
+        given["views"] = given["views"].split(",")
+    return build(EncodeConfig, {**merge(path, overrides), **given})
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        encode(parse(argv))
+    finally:
+        dist.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("encode", main))
