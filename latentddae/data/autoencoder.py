@@ -164,6 +164,13 @@ def _from_hub(source: str) -> Path:
     return Path(root) / subfolder
 
 
+def new_autoencoder_kl(**config: Any) -> Any:
+    """An untrained AutoencoderKL of diffusers, from the global generator."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**config)
+
+
 def weights_sha256(module: nn.Module) -> str:
     """A hash over names, shapes and float32 numbers of all weights: the same for any file they came
     from.
