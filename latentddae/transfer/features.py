@@ -100,9 +100,9 @@ def extract(
             for cell, value in pooled_blocks(
                 model, objective, x0, noise, level, wanted, pools, noisy_input
             ):
-                sums[cell] = value if draw == 0 else sums[cell].add_(value)
+                sums[cell] = value if draw == 0 else sums[cell] + value
         if draws > 1:
-            sums = {cell: value.div_(draws) for cell, value in sums.items()}
+            sums = {cell: value / draws for cell, value in sums.items()}
         yield FeatureBatch(index, sums)
 
 

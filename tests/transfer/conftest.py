@@ -1,0 +1,59 @@
+"""A small random network as a portable checkpoint, and the shards it fits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentddae.data.shards import ShardSet
+from latentddae.diffusion.flow import Flow
+from latentddae.models import zoo
+from latentddae.models.dit import DiTConfig, randomize_gates
+
+CONFIG = DiTConfig(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=3, num_heads=2, num_classes=0
+)
+
+
+def write_checkpoint(
+    folder: Path, shards: ShardSet, config: DiTConfig = CONFIG, seed: int = 1
+) -> Path:
+    model = zoo.build(config, seed=seed)
+    randomize_gates(model, seed)
+    return zoo.save(
+        folder,
+        model=config,
+        objective=Flow(),
+        latents=shards.spec,
+        weights={"model": model.state_dict(), "ema": model.state_dict()},
+        info={"images_seen": 1000, "classes": list(shards.classes)},
+    )
+
+
+@pytest.fixture(scope="session")
+def train(tiny_shards: Path) -> ShardSet:
+    return ShardSet(tiny_shards, "train")
+
+
+@pytest.fixture(scope="session")
+def test(tiny_shards: Path) -> ShardSet:
+    return ShardSet(tiny_shards, "test")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory, train: ShardSet) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "export", train)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_folder: Path) -> Any:
+    return zoo.load(checkpoint_folder)
+
+
+@pytest.fixture(scope="session")
+def labelled_checkpoint(tmp_path_factory, train: ShardSet) -> Any:
+    """A class-conditional network."""
+    from dataclasses import replace
+
+    folder = tmp_path_factory.mktemp("labelled") / "export"
+    return zoo.load(write_checkpoint(folder, train, replace(CONFIG, num_classes=4)))

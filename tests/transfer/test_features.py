@@ -1,0 +1,182 @@
+"""Features: keyed by sample, the same in any batch and order, and no block runs that nobody asked for."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentddae.draws import key_positions
+from latentddae.errors import ConfigError, UsageError
+from latentddae.transfer import features
+from latentddae.transfer.features import collect, extract, held_out, pool_grid, pool_mean, subset
+
+BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
+
+
+def collected(checkpoint, shards, indices, **options):
+    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, **options}
+    return collect(
+        checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices, **fields
+    )
+
+
+def test_pool_mean_ignores_token_order():
+    tokens = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pool_mean(tokens), pool_mean(tokens.flip(1)))
+
+
+def test_pool_grid_is_the_mean_of_each_quarter():
+    map_ = torch.randn(2, 4, 4, 3, generator=torch.Generator().manual_seed(0))
+    quarters = [map_[:, r : r + 2, c : c + 2].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 2)]
+    torch.testing.assert_close(pool_grid(map_.flatten(1, 2), 2), torch.cat(quarters, dim=1))
+
+
+def test_pool_grid_on_a_side_that_does_not_divide():
+    map_ = torch.arange(9.0).view(1, 9, 1)
+    expected = [
+        [(0 + 1 + 3 + 4) / 4, (1 + 2 + 4 + 5) / 4, (3 + 4 + 6 + 7) / 4, (4 + 5 + 7 + 8) / 4]
+    ]
+    torch.testing.assert_close(pool_grid(map_, 2), torch.tensor(expected))
+
+
+def test_pools_are_float32_and_refuse_no_square():
+    tokens = torch.ones(1, 16, 2, dtype=torch.bfloat16)
+    assert all(pool(tokens).dtype == torch.float32 for pool in features.POOLS.values())
+    with pytest.raises(ConfigError, match="12 tokens"):
+        pool_grid(torch.ones(1, 12, 2), 2)
+
+
+def test_equals_taps_of_a_hand_made_input(checkpoint, train):
+    """The slow way: noise by hand, all taps kept, pooled afterwards."""
+    index = np.array([3, 40, 7])
+    stored = torch.from_numpy(train.gather(index)[:, 0])
+    x0 = checkpoint.latents.mean(stored)
+    positions = key_positions(train.keys(index))
+    noise = features.noise_of(5, 0, positions, x0.shape[1:])
+    x = 0.7 * x0 + 0.3 * noise
+    taps = checkpoint.model.taps(x, torch.full((3,), 0.3), None, BLOCKS)
+    found = collected(checkpoint, train, index)
+    for block in BLOCKS:
+        np.testing.assert_allclose(found[block, "mean"], taps[block].mean(dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_changes_nothing(checkpoint, train, batch):
+    index = np.arange(50)
+    whole, parts = (collected(checkpoint, train, index, batch=b) for b in (50, batch))
+    assert all(np.abs(whole[cell] - parts[cell]).max() < 1e-5 for cell in whole)
+
+
+def test_order_changes_nothing(checkpoint, train):
+    order = np.random.default_rng(0).permutation(50)
+    straight = collected(checkpoint, train, np.arange(50), batch=16)
+    shuffled = collected(checkpoint, train, order, batch=16)
+    assert all(np.abs(straight[cell][order] - shuffled[cell]).max() < 1e-5 for cell in straight)
+
+
+def test_ranks_together_see_every_sample_once(checkpoint, train):
+    """Three ranks take every third sample: nothing doubled, nothing dropped, same numbers."""
+    whole = collected(checkpoint, train, np.arange(50))[2, "mean"]
+    merged = np.full_like(whole, np.nan)
+    for rank in range(3):
+        merged[rank::3] = collected(checkpoint, train, np.arange(rank, 50, 3))[2, "mean"]
+    assert np.abs(whole - merged).max() < 1e-5
+
+
+def test_labels_never_change_features(labelled_checkpoint, train, monkeypatch):
+    before = collected(labelled_checkpoint, train, np.arange(20))
+    monkeypatch.setattr(train, "labels", np.roll(train.labels, 1))
+    after = collected(labelled_checkpoint, train, np.arange(20))
+    assert all((before[cell] == after[cell]).all() for cell in before)
+
+
+def test_conditional_networks_are_given_the_null_label(labelled_checkpoint, train, monkeypatch):
+    seen = []
+    stream = labelled_checkpoint.model.stream
+    monkeypatch.setattr(
+        labelled_checkpoint.model, "stream", lambda x, t, y: seen.append(y) or stream(x, t, y)
+    )
+    collected(labelled_checkpoint, train, np.arange(5))
+    assert seen[0].tolist() == [4] * 5
+
+
+def test_stops_after_the_deepest_block(checkpoint, train):
+    ran = []
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, block in enumerate(checkpoint.model.blocks, start=1)
+    ]
+    try:
+        found = collected(checkpoint, train, np.arange(4), blocks=(2,), batch=4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == [1, 2]
+    assert list(found) == [(2, "mean"), (2, "grid2")]
+
+
+def test_noise_is_common_to_all_levels_and_own_to_seed_draw_and_key():
+    positions = key_positions(["a", "b"])
+    noise = features.noise_of(0, 0, positions, (4, 8, 8))
+    assert noise[0].ne(noise[1]).any()
+    assert noise.ne(features.noise_of(1, 0, positions, (4, 8, 8))).any()
+    assert noise.ne(features.noise_of(0, 1, positions, (4, 8, 8))).any()
+    assert noise[1].equal(features.noise_of(0, 0, key_positions(["b"]), (4, 8, 8))[0])
+
+
+def test_draws_are_averaged(checkpoint, train):
+    index = np.arange(6)
+    three = collected(checkpoint, train, index, draws=3)[1, "mean"]
+    x0 = features.clean_latents(checkpoint.latents, train, index)
+    positions = key_positions(train.keys(index))
+    single = [
+        features.pooled_blocks(
+            checkpoint.model, checkpoint.objective, x0,
+            features.noise_of(5, draw, positions, x0.shape[1:]), 0.3, (1,), ("mean",),
+        )[0][1]
+        for draw in range(3)
+    ]  # fmt: skip
+    np.testing.assert_allclose(three, torch.stack(single).mean(dim=0), atol=1e-6)
+
+
+def test_clean_input_does_not_depend_on_the_seed_but_on_the_level(checkpoint, train):
+    def clean(**options):
+        return collected(checkpoint, train, np.arange(6), noisy_input=False, **options)[3, "mean"]
+
+    assert (clean(seed=1) == clean(seed=2)).all()
+    assert np.abs(clean(level=0.1) - clean(level=0.5)).max() > 1e-4  # fresh time weights are small
+
+
+def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
+    for wrong in ({"blocks": (4,)}, {"blocks": (0,)}, {"blocks": ()}, {"pools": ("mode",)}):
+        with pytest.raises(UsageError):
+            next(
+                iter(
+                    extract(
+                        checkpoint.model, checkpoint.objective, checkpoint.latents, train,
+                        np.arange(2), **{"level": 0.1, "blocks": (1,), **wrong},
+                    )
+                )
+            )  # fmt: skip
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="encode the data"):
+        features.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
+
+
+def test_held_out_part_follows_the_keys():
+    keys = [f"train/{i}" for i in range(2000)]
+    mask = held_out(keys, 0.2, seed=0)
+    assert abs(mask.mean() - 0.2) < 3 * (0.2 * 0.8 / 2000) ** 0.5
+    order = np.random.default_rng(0).permutation(2000)
+    assert (held_out([keys[i] for i in order], 0.2, seed=0) == mask[order]).all()
+    assert (held_out(keys, 0.2, seed=1) != mask).any()
+
+
+def test_subset_is_of_the_right_size_and_follows_the_keys():
+    keys = [f"{i}" for i in range(100)]
+    chosen = subset(keys, 30, seed=0)
+    assert len(set(chosen)) == 30
+    assert (np.diff(chosen) > 0).all()
+    backwards = subset(keys[::-1], 30, seed=0)
+    assert {keys[i] for i in chosen} == {keys[::-1][i] for i in backwards}
+    assert (subset(keys, None, seed=0) == np.arange(100)).all()

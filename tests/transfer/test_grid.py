@@ -1,0 +1,184 @@
+"""The grid: one pass per level, the right numbers, resumable, and never a look at test."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeClassifier
+
+from latentddae.data.shards import ShardSet
+from latentddae.errors import ConfigError, DataError, UsageError
+from latentddae.files import read_json_lines
+from latentddae.transfer import grid, inputs, ridge
+from latentddae.transfer.features import collect
+from latentddae.transfer.grid import GridConfig
+
+CONFIG = GridConfig(levels=(0.1, 0.4), pools=("mean", "grid2"), holdout=0.3, seed=3, batch=32)
+
+
+def run(checkpoint, train, out, config=CONFIG):
+    return grid.run(checkpoint, train, out, config, source="toy", progress=False)
+
+
+def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
+    result = run(checkpoint, train, tmp_path)
+    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    for cell in result["cells"]:
+        features = collect(
+            checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
+            level=cell["level"], blocks=[cell["block"]], pools=[cell["pool"]], seed=3,
+        )[cell["block"], cell["pool"]].astype(np.float64)  # fmt: skip
+        fit, aside = features[~split.heldout], features[split.heldout]
+        for strength, score in zip(ridge.STRENGTHS, cell["accuracies"], strict=True):
+            if strength < 1e-4:
+                continue  # too close to singular for two solvers to agree on every sample
+            alpha = strength * fit.var(axis=0).sum() * len(fit) / fit.shape[1]
+            theirs = RidgeClassifier(alpha=alpha, solver="cholesky")
+            theirs.fit(fit, train.labels[~split.heldout])
+            assert score == pytest.approx(theirs.score(aside, train.labels[split.heldout]))
+
+
+def test_chooses_the_best_cell_and_counts_what_it_saw(checkpoint, train, tmp_path):
+    result = run(checkpoint, train, tmp_path)
+    assert len(result["cells"]) == 2 * 3 * 2
+    best = max(cell["accuracy"] for cell in result["cells"])
+    assert result["chosen"]["accuracy"] == best
+    for pool, width in (("mean", 24), ("grid2", 96)):
+        chosen = result["chosen_by_pool"][pool]
+        assert chosen["width"] == width
+        assert chosen["accuracy"] == max(
+            cell["accuracy"] for cell in result["cells"] if cell["pool"] == pool
+        )
+    assert sum(result["n_seen"].values()) == len(train)
+    assert result["data"] == train.fingerprints
+    assert result["checkpoint"]["images_seen"] == 1000
+
+
+def test_of_equally_good_cells_the_narrowest_then_the_first():
+    cells = [
+        {"accuracy": a, "width": w, "level": s, "block": k}
+        for a, w, s, k in [
+            (0.9, 96, 0.1, 1),
+            (0.9, 24, 0.4, 2),
+            (0.9, 24, 0.1, 3),
+            (0.8, 8, 0.1, 1),
+        ]
+    ]
+    assert grid.best_cell(cells) == {"accuracy": 0.9, "width": 24, "level": 0.1, "block": 3}
+
+
+def test_one_forward_pass_per_level(checkpoint, train, tmp_path):
+    calls = []
+    hook = checkpoint.model.blocks[0].register_forward_hook(lambda _, x, y: calls.append(len(y)))
+    try:
+        run(checkpoint, train, tmp_path)
+    finally:
+        hook.remove()
+    assert sum(calls) == 2 * len(train)
+
+
+def test_files(checkpoint, train, tmp_path):
+    result = run(checkpoint, train, tmp_path)
+    assert json.loads((tmp_path / "grid.json").read_text()) == result
+    lines = list(csv.DictReader((tmp_path / "grid.csv").open()))
+    assert len(lines) == 12 * len(ridge.STRENGTHS)
+    assert float(lines[0]["t"]) == 0.1
+    for pool in CONFIG.pools:
+        assert (tmp_path / f"grid-{pool}.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = read_json_lines(tmp_path / "results.jsonl")
+    wanted = {"checkpoint", "protocol", "data", "seed", "n_seen", "chosen"}
+    assert wanted <= line.keys()
+
+
+def test_an_interrupted_grid_continues_and_ends_the_same(checkpoint, train, tmp_path, monkeypatch):
+    whole = run(checkpoint, train, tmp_path / "whole")
+    judge = grid.judge_level
+    judged = []
+
+    def interrupted(checkpoint, train, level, *rest):
+        if level == 0.4 and judged == [0.1]:
+            raise KeyboardInterrupt
+        judged.append(level)
+        return judge(checkpoint, train, level, *rest)
+
+    monkeypatch.setattr(grid, "judge_level", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, train, tmp_path / "half")
+    assert not (tmp_path / "half" / "grid.json").exists()
+    judged.append("stopped")
+    assert run(checkpoint, train, tmp_path / "half") == whole
+    assert judged == [0.1, "stopped", 0.4]
+    files = [(tmp_path / name / "grid.json").read_bytes() for name in ("whole", "half")]
+    assert files[0] == files[1]
+
+
+def test_a_finished_grid_is_read_and_recorded_once(checkpoint, train, tmp_path, monkeypatch):
+    first = run(checkpoint, train, tmp_path)
+    monkeypatch.setattr(grid, "judge_level", lambda *_: pytest.fail("computed again"))
+    assert run(checkpoint, train, tmp_path) == first
+    assert len(read_json_lines(tmp_path / "results.jsonl")) == 1
+
+
+def test_more_levels_reuse_those_that_are_done(checkpoint, train, tmp_path, monkeypatch):
+    run(checkpoint, train, tmp_path)
+    judge, judged = grid.judge_level, []
+    monkeypatch.setattr(grid, "judge_level", lambda *args: judged.append(args[2]) or judge(*args))
+    assert run(checkpoint, train, tmp_path, replace(CONFIG, levels=(0.1, 0.2, 0.4)))["levels"] == [
+        0.1,
+        0.2,
+        0.4,
+    ]
+    assert judged == [0.2]
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"holdout": 0.4}, {"limit": 50}, {"draws": 2}])
+def test_other_settings_are_not_taken_for_the_same(checkpoint, train, tmp_path, change):
+    first = run(checkpoint, train, tmp_path)
+    again = run(checkpoint, train, tmp_path, replace(CONFIG, **change))
+    fresh = run(checkpoint, train, tmp_path / "fresh", replace(CONFIG, **change))
+    assert again == fresh != first
+
+
+def test_batch_size_changes_no_choice(checkpoint, train, tmp_path):
+    one, two = (
+        run(checkpoint, train, tmp_path / str(batch), replace(CONFIG, batch=batch))
+        for batch in (96, 7)
+    )
+    assert one["chosen"] == two["chosen"]
+
+
+def test_the_command_needs_no_test_split(checkpoint_folder, tiny_shards, tmp_path, capsys):
+    data = shutil.copytree(tiny_shards, tmp_path / "data")
+    for file in data.glob("test-*"):
+        file.unlink()
+    arguments = f"--checkpoint {checkpoint_folder} --data {data} --out {tmp_path / 'out'}"
+    grid.main([*arguments.split(), "--levels", "0.2", "--blocks", "1,3", "--limit", "60"])
+    result = json.loads((tmp_path / "out" / "grid.json").read_text())
+    assert (result["blocks"], result["levels"], result["limit"]) == ([1, 3], [0.2], 60)
+    assert sum(result["n_seen"].values()) == 60
+    assert "<- chosen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--levels 1.5", "--levels x", "--blocks 9", "--pools mode", "--holdout 1", "--levels ,"],
+)
+def test_wrong_arguments_are_refused(checkpoint_folder, tiny_shards, tmp_path, wrong):
+    arguments = f"--checkpoint {checkpoint_folder} --data {tiny_shards} --out {tmp_path} {wrong}"
+    with pytest.raises(UsageError):
+        grid.main(arguments.split())
+
+
+def test_data_of_another_autoencoder_and_samples_without_label_are_refused(
+    checkpoint, train, tmp_path, monkeypatch
+):
+    other = replace(checkpoint, latents=replace(checkpoint.latents, scaling_factor=9.0))
+    with pytest.raises(ConfigError, match="encode the data"):
+        inputs.open_shards(train.root, "train", other)
+    unlabelled = ShardSet(train.root, "train")
+    unlabelled.labels = np.where(np.arange(len(train)) == 5, -1, train.labels)
+    with pytest.raises(DataError, match="1 samples of train have no label"):
+        run(checkpoint, unlabelled, tmp_path)
