@@ -246,7 +246,7 @@ def heun(
     denoise = Denoiser(objective, model, y, guidance, clip)
     nodes, x = path(objective, steps), objective.start(noise)
     for i, (here, there) in enumerate(pairwise(nodes)):
-        if churn and churn_min <= here.sigma / here.alpha <= churn_max:
+        if churn and here.alpha and churn_min <= here.sigma / here.alpha <= churn_max:
             factor = 1 + min(churn / steps, MAX_CHURN)
             x, here = _noisier(
                 objective, x, here, factor, churn_noise * need_draw(draw, "churn")(i)
@@ -295,8 +295,10 @@ def euler_maruyama(
     dz = (v + w/2 * noise / s) ds + sqrt(w) dW with w = `diffusion` * s (SiT's `sigma` form; REPA
     uses 2). Levels fall evenly to `last_level`; the step from there to 0 adds no noise.
     """
+    if steps < 1:
+        raise ConfigError(f"sampling needs at least 1 step, got {steps}")
     draw = need_draw(draw, "euler_maruyama")
-    first = path(objective, steps)[0].level
+    first = objective.reach[1]
     if not 0 < last_level < first:
         raise ConfigError(f"last_level must lie in (0, {first:.3g}), got {last_level}")
     denoise = Denoiser(objective, model, y, guidance, clip)
@@ -344,21 +346,23 @@ def ode(
         from torchdiffeq import odeint
     except ImportError as error:
         raise ConfigError("sampler ode needs torchdiffeq: pip install 'latentddae[fid]'") from error
-    first = path(objective, 1)[0].level
-    levels = torch.tensor([first, max(ODE_LAST_LEVEL, objective.reach[0])], dtype=torch.float64)
+    first = objective.reach[1]
+    last = max(ODE_LAST_LEVEL, objective.reach[0])
     results = []
     for k, x in enumerate(objective.start(noise).split(1)):
         denoise = Denoiser(objective, model, None if y is None else y[k : k + 1], guidance, clip)
 
         def velocity(level: Tensor, z: Tensor, denoise: Denoiser = denoise) -> Tensor:
-            node = _node_at_level(objective, float(level))
+            node = _node_at_level(objective, min(max(float(level), last), first))
             scale = node.alpha + node.sigma
             return _slope(z * scale, denoise(z * scale, node), node, "linear")
 
         start = _node_at_level(objective, first)
         z = x / (start.alpha + start.sigma)
-        z = odeint(velocity, z, levels.to(z), method=method, rtol=rtol, atol=atol)[-1]
-        end = _node_at_level(objective, float(levels[-1]))
+        levels = torch.tensor([first, last], dtype=z.dtype, device=z.device)
+        ends = {"step_t": levels[1:]}  # stop there; by default it oversteps and interpolates
+        z = odeint(velocity, z, levels, method=method, rtol=rtol, atol=atol, options=ends)[-1]
+        end = _node_at_level(objective, last)
         results.append(denoise(z * (end.alpha + end.sigma), end))
     return torch.cat(results)
 

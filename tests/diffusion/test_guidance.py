@@ -1,0 +1,97 @@
+"""USER_PAINS #34: the traps of classifier-free guidance."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentddae.diffusion import DDPM, Flow
+from latentddae.diffusion.guidance import Guidance, guided
+from latentddae.diffusion.samplers import ancestral, euler
+from latentddae.errors import ConfigError
+
+
+class Counted:
+    """A model that answers its label and counts the rows it is asked for."""
+
+    def __init__(self, null_label: int | None = 10, double: bool = False) -> None:
+        self.null_label, self.rows, self.double = null_label, 0, double
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        self.rows += len(x)
+        value = torch.zeros(len(x)) if y is None else y.float()
+        out = value[:, None, None, None].expand_as(x)
+        return torch.cat([out, 100 + out], dim=1) if self.double else out
+
+
+def noise(n: int = 2) -> Tensor:
+    return torch.randn(n, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_guidance_pulls_all_channels_by_default() -> None:
+    y = torch.tensor([1, 4])
+    out = guided(Counted(), Guidance(scale=3.0))(noise(), torch.zeros(2), y)
+    assert out[:, :, 0, 0].tolist() == [[10 + 3 * (1 - 10)] * 4, [10 + 3 * (4 - 10)] * 4]
+
+
+def test_three_channels_are_a_choice() -> None:
+    y = torch.tensor([1, 4])
+    out = guided(Counted(), Guidance(scale=3.0, channels=3))(noise(), torch.zeros(2), y)
+    assert out[0, :, 0, 0].tolist() == [-17, -17, -17, 1]
+
+
+def test_a_learned_variance_stays_the_labelled_one() -> None:
+    y = torch.tensor([1, 4])
+    out = guided(Counted(double=True), Guidance(scale=3.0))(noise(), torch.zeros(2), y)
+    assert out[0, :, 0, 0].tolist() == [-17] * 4 + [101] * 4
+
+
+def test_scale_1_costs_one_pass_and_equals_the_labelled_output() -> None:
+    y, plain, one = torch.tensor([1, 4]), Counted(), Counted()
+    a = euler(Flow(), plain, noise(), y, steps=5)
+    b = euler(Flow(), one, noise(), y, steps=5, guidance=Guidance(scale=1.0))
+    assert torch.equal(a, b)
+    assert plain.rows == one.rows == 10
+    two = Counted()
+    euler(Flow(), two, noise(), y, steps=5, guidance=Guidance(scale=2.0))
+    assert two.rows == 20
+
+
+@pytest.mark.parametrize("objective", [Flow(), Flow(time="data"), DDPM(variance="large")])
+def test_the_interval_saves_passes_outside(objective: Any) -> None:
+    model, levels = Counted(), objective.to_level(objective.grid(10).double())
+    inside = int(((levels >= 0.25) & (levels <= 0.75)).sum())
+    assert 0 < inside < 10
+    guidance = Guidance(scale=2.0, low=0.25, high=0.75)
+    euler(objective, model, noise(), torch.tensor([1, 4]), steps=10, guidance=guidance)
+    assert model.rows == 2 * (10 + inside)
+    if objective.kind == "ddpm":
+        model = Counted()
+        draw = lambda step: noise()  # noqa: E731
+        ancestral(
+            objective, model, noise(), torch.tensor([1, 4]), steps=10, guidance=guidance, draw=draw
+        )
+        even = objective.to_level(objective.grid(10, spacing="even").double())
+        assert model.rows == 2 * (10 + int(((even >= 0.25) & (even <= 0.75)).sum()))
+
+
+def test_scales_below_one_need_the_flag() -> None:
+    """`cfg_scale: 0` is not "off": it is fully unconditional sampling."""
+    for scale in (0.0, 0.99, -1.0):
+        with pytest.raises(ConfigError, match="allow-cfg-below-1"):
+            Guidance(scale=scale)
+    off = Guidance(scale=0.0, allow_below_one=True)
+    out = guided(Counted(), off)(noise(), torch.zeros(2), torch.tensor([1, 4]))
+    assert (out == 10).all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="unconditional"):
+        guided(Counted(null_label=None), Guidance(scale=2.0))
+    with pytest.raises(ConfigError, match="needs labels"):
+        guided(Counted(), Guidance(scale=2.0))(noise(), torch.zeros(2), None)
+    with pytest.raises(ConfigError, match="interval"):
+        Guidance(scale=2.0, low=0.8, high=0.2)
+    with pytest.raises(ConfigError, match="channel"):
+        Guidance(scale=2.0, channels=0)
