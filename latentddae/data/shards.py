@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,16 +221,15 @@ class ShardSet:
         self._npy_header = npy_header(self.spec.stored_dtype, self._shape)
         self._access = access
         self._files: list[int] = []
-        self._maps: list[mmap.mmap] = []
-        self._arrays: list[
-            np.ndarray
-        ] = []  # per shard: (n, views, *stored_shape), a strided view of the map
-        self._offsets: list[tuple[int, int]] = []  # per shard: first sample's offset, stride
+        self._maps: list[memoryview] = []
         shards = [shard for shard in entry["shards"] if shard["samples"]]
-        self.labels = np.concatenate(
-            [np.empty(0, np.int64), *(self._open(shard) for shard in shards)]
-        )
+        _allow_open_files(len(shards))
+        opened = [self._open(shard) for shard in shards]
+        self._names = [shard["file"] for shard in shards]
+        self._first = np.array([first for first, _, _ in opened], np.int64)
+        self._stride = np.array([stride for _, stride, _ in opened], np.int64)
         self._starts = np.cumsum([0] + [shard["samples"] for shard in shards])
+        self.labels = np.concatenate([np.empty(0, np.int64), *(labels for _, _, labels in opened)])
         if not len(self.labels):
             raise DataError(f"{self.root}: split {split} holds no samples")
 
@@ -242,8 +242,8 @@ class ShardSet:
         1,)."""
         return self._starts
 
-    def _open(self, entry: dict[str, Any]) -> np.ndarray:
-        """Map one shard, check it against its index, and return its labels (n,) int64."""
+    def _open(self, entry: dict[str, Any]) -> tuple[int, int, np.ndarray]:
+        """Map one shard and check it against its index; its first offset, stride and labels."""
         path = self.root / entry["file"]
         index = _read_index(index_path(path), entry["samples"])
         try:
@@ -257,64 +257,52 @@ class ShardSet:
                 f"shard {path} has {size} bytes, the manifest says {entry['bytes']}; encode it "
                 f"again"
             )
-        first, stride = _regular(
-            path, index[:, 0], size, math.prod(self._shape) * self.spec.stored_dtype.itemsize
-        )
-        view = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
-        if view[first - len(self._npy_header) : first] != self._npy_header:
+        payload = math.prod(self._shape) * self.spec.stored_dtype.itemsize
+        first, stride = _regular(path, index[:, 0], size, payload)
+        header = os.pread(handle, len(self._npy_header), first - len(self._npy_header))
+        if header != self._npy_header:
             raise DataError(
                 f"shard {path}: its arrays are not {self.spec.stored_dtype} {self._shape}"
             )
-        array: np.ndarray = np.ndarray(self._shape, self.spec.stored_dtype, view, first)
-        self._arrays.append(
-            np.lib.stride_tricks.as_strided(
-                array, (len(index), *self._shape), (stride, *array.strides), writeable=False
-            )
-        )
-        self._maps.append(view)
-        self._offsets.append((first, stride))
-        return index[:, 1].copy()
+        if self._access == "mmap":
+            self._maps.append(memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ)))
+            os.close(self._files.pop())  # the map keeps its own
+        return first, stride, index[:, 1].copy()
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """Stored samples: (N,) indices -> (N, views, *stored_shape); with `views` (N,): (N,
-        *stored_shape)."""
+        """Stored samples: (N,) indices -> (N, views, *stored_shape), a copy; with `views` (N,):
+        (N, *stored_shape)."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices outside [0, {len(self)})")
         shape = self._shape if views is None else self._shape[1:]
-        out = np.empty((len(indices), *shape), self.spec.stored_dtype)
+        size = math.prod(shape) * self.spec.stored_dtype.itemsize
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = (indices - self._starts[shards]).tolist()
-        chosen = [None] * len(rows) if views is None else np.asarray(views).tolist()
-        read = self._copy if self._access == "mmap" else self._pread
-        for target, shard, row, view in zip(out, shards.tolist(), rows, chosen, strict=True):
-            read(target, shard, row, view)
-        return out
+        starts = self._first[shards] + (indices - self._starts[shards]) * self._stride[shards]
+        if views is not None:
+            starts = starts + np.asarray(views, np.int64) * size
+        places = zip(shards.tolist(), starts.tolist(), strict=True)
+        # Joining slices of the maps copies each sample once, in C: a third faster than array rows.
+        data = bytearray().join([self._read(shard, at, size) for shard, at in places])
+        return np.frombuffer(data, self.spec.stored_dtype).reshape(len(indices), *shape)
 
-    def _copy(self, target: np.ndarray, shard: int, row: int, view: int | None) -> None:
-        target[...] = self._arrays[shard][row] if view is None else self._arrays[shard][row, view]
-
-    def _pread(self, target: np.ndarray, shard: int, row: int, view: int | None) -> None:
-        first, stride = self._offsets[shard]
-        offset = first + row * stride + (0 if view is None else view * target.nbytes)
-        got = os.preadv(self._files[shard], [target.data.cast("B")], offset)
-        if got != target.nbytes:
-            raise DataError(
-                f"{self.root}: {self.keys(np.array([self._starts[shard] + row]))} was cut short"
-            )
+    def _read(self, shard: int, start: int, size: int) -> memoryview | bytes:
+        if self._access == "mmap":
+            return self._maps[shard][start : start + size]
+        data = os.pread(self._files[shard], size, start)
+        if len(data) < size:
+            raise DataError(f"shard {self._names[shard]} was cut short at byte {start + len(data)}")
+        return data
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """The samples' keys, read from the tar headers."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        return [
-            self._key(shard, int(index - self._starts[shard]))
-            for shard, index in zip(shards, indices, strict=True)
-        ]
+        numbers = self._first[shards] + (indices - self._starts[shards]) * self._stride[shards]
+        headers = numbers - len(self._npy_header) - BLOCK
+        return [self._key(*place) for place in zip(shards.tolist(), headers.tolist(), strict=True)]
 
-    def _key(self, shard: int, row: int) -> str:
-        first, stride = self._offsets[shard]
-        start = first + row * stride - len(self._npy_header) - BLOCK
-        header = os.pread(self._files[shard], BLOCK, start)
+    def _key(self, shard: int, start: int) -> str:
+        header = bytes(self._read(shard, start, BLOCK))
         name, prefix = (
             field.split(b"\0", 1)[0].decode() for field in (header[:100], header[345:500])
         )
@@ -323,7 +311,6 @@ class ShardSet:
 
     def close(self) -> None:
         """Give back files and maps; the set cannot be used afterwards."""
-        self._arrays.clear()
         self._maps.clear()
         while self._files:
             os.close(self._files.pop())
@@ -331,6 +318,14 @@ class ShardSet:
     def __del__(self) -> None:
         if hasattr(self, "_files"):
             self.close()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of this process (1024 by custom) where many shards need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512
+    if soft < needed <= hard or (hard == resource.RLIM_INFINITY and soft < needed):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _read_index(path: Path, samples: int) -> np.ndarray:

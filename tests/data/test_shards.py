@@ -171,3 +171,29 @@ def test_codec_fingerprint_follows_what_matters(spec: LatentSpec) -> None:
     assert same.codec_fingerprint == spec.codec_fingerprint
     for change in ({"scaling_factor": 0.6}, {"autoencoder_sha256": "cd" * 32}, {"size": 8}):
         assert replace(spec, **change).codec_fingerprint != spec.codec_fingerprint
+
+
+def test_more_shards_than_open_files_are_allowed(make_set: MakeSet) -> None:
+    import resource
+
+    root, stored = make_set(n=40, shard_size=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
+        for access in ("mmap", "pread"):
+            shards = ShardSet(root, "train", access=access)
+            np.testing.assert_array_equal(shards.gather(np.arange(40)), stored)
+            shards.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_files_and_maps_are_given_back(make_set: MakeSet) -> None:
+    root, _ = make_set(n=20, shard_size=4)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for access in ("mmap", "pread"):
+        shards = ShardSet(root, "train", access=access)
+        del shards
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
