@@ -151,6 +151,8 @@ def load(
     DataError for unreadable files.
     """
     folder = Path(path)
+    if (folder / "export" / "config.json").is_file():  # a run folder
+        folder = folder / "export"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a checkpoint: it has no config.json")
     if weights not in WEIGHT_FILES:
