@@ -33,12 +33,13 @@ from tqdm import tqdm
 from latentddae import dist, draws
 from latentddae.config import build, differences, merge
 from latentddae.data.autoencoder import DEFAULT_ID, Autoencoder, open_autoencoder
-from latentddae.data.images import Source, open_source, with_classes
+from latentddae.data.images import CLASSES, open_source
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import order
 from latentddae.data.manifest import MANIFEST, add_split, new_manifest, read_manifest
 from latentddae.data.pixels import CROPS, BadImageError, random_resized_crop
 from latentddae.data.shards import ShardWriter, shard_name
+from latentddae.data.source import Source, with_classes
 from latentddae.errors import ConfigError, DataError, LatentddaeError, WriteError, run_command
 from latentddae.files import exclusive, text_hash, write_json
 
@@ -60,6 +61,12 @@ class EncodeConfig:
     """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
     resolution: int
     split: str = "train"
+    classes: str = "auto"
+    """How class folders are numbered: auto, folders or imagenet1k."""
+    root: str = "data/raw"
+    """Where named sets lie."""
+    download: bool = False
+    """Fetch a named set that is not there."""
     views: tuple[str, ...] = ("original",)
     """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random resized crops)."""
     crop: str = "center"
@@ -80,6 +87,8 @@ class EncodeConfig:
             raise ValueError(f"max_bad must not be negative, got {self.max_bad}")
         if self.crop not in CROPS:
             raise ValueError(f"crop is {self.crop!r}, allowed: {', '.join(CROPS)}")
+        if self.classes not in CLASSES:
+            raise ValueError(f"classes is {self.classes!r}, allowed: {', '.join(CLASSES)}")
         known = [v for v in self.views if v in ("original", "mirror") or _copy_number(v)]
         if not self.views or known != list(self.views) or len(set(known)) < len(known):
             raise ValueError(
@@ -198,7 +207,7 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
 def _open(
     config: EncodeConfig, autoencoder: Autoencoder | None, world: dist.World
 ) -> tuple[Plan, Autoencoder]:
-    source = open_source(config.source, config.split)
+    source = open_source(config.source, config.split, config.classes, config.root, config.download)
     if (Path(config.out) / MANIFEST).exists():
         source = with_classes(source, read_manifest(Path(config.out))["classes"])
     if autoencoder is None:
@@ -526,6 +535,9 @@ def parse(argv: list[str] | None) -> EncodeConfig:
     parser.add_argument("--autoencoder", help='folder, Hub id, "demo" or "none" (pixels)')
     parser.add_argument("--resolution", type=int, help="pixels of the square")
     parser.add_argument("--split", help="train (default), val or test")
+    parser.add_argument("--classes", help=f"numbering of class folders: {', '.join(CLASSES)}")
+    parser.add_argument("--root", help="where named sets lie (default data/raw)")
+    parser.add_argument("--download", action="store_true", default=None, help="fetch a named set")
     parser.add_argument("--views", help="original (default) | original,mirror | copy1,copy2,...")
     parser.add_argument("--crop", help=f"one of: {', '.join(CROPS)}")
     parser.add_argument("--max-bad", type=int, metavar="N", help="go on with up to N bad images")

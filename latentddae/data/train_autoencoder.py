@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from latentddae import draws
 from latentddae.data.autoencoder import new_autoencoder_kl
-from latentddae.data.images import Source, open_source
+from latentddae.data.images import open_source
 from latentddae.data.loader import order
 from latentddae.data.pixels import BadImageError, center_crop
+from latentddae.data.source import Source
 from latentddae.errors import DataError, UsageError, run_command
 
 ARCHITECTURE: dict[str, Any] = {  # 954,567 parameters, f4, 4 channels

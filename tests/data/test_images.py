@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentddae.data.images import natural_order, open_source, with_classes
+from latentddae.data.images import open_source
+from latentddae.data.source import natural_order, with_classes
 from latentddae.errors import ConfigError, DataError
 
 
