@@ -76,20 +76,20 @@ def _open_folder(path: Path, split: str, classes: str) -> Source:
         return imagenet.tiny_source(path, split)
     tars = sorted(path.glob("*.tar"))
     if tars:
-        return webdataset_source(str(path), _of_split(path, tars, split))
+        return webdataset_source(str(path), _of_split(path, tars, split) or tars)
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     chosen = _of_split(path, folders, split)
-    root = chosen[0] if chosen != folders and chosen else path
+    root = chosen[0] if chosen else path
     if next(root.glob("ILSVRC2012_val_*.JPEG"), None) is not None:
         return imagenet.val_folder_source(root)
     return class_folder_source(root, classes)
 
 
 def _of_split(path: Path, entries: list[Path], split: str) -> list[Path]:
-    """The entries named after the split; all if none is named after any split."""
+    """The entries named after the split; none if no entry is named after any split."""
     named = {entry: _split_of(entry.name) for entry in entries}
     if not any(named.values()):
-        return entries
+        return []
     chosen = [entry for entry in entries if named[entry] == split]
     if not chosen:
         known = sorted({name for name in named.values() if name})
