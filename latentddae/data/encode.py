@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,9 +38,9 @@ from latentddae.data.images import CLASSES, open_source
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import order
 from latentddae.data.manifest import MANIFEST, add_split, new_manifest, read_manifest
-from latentddae.data.pixels import CROPS, BadImageError, random_resized_crop
+from latentddae.data.pixels import CROPS, BadImageError
 from latentddae.data.shards import ShardWriter, shard_name
-from latentddae.data.source import Source, with_classes
+from latentddae.data.source import Source, part_of, with_classes
 from latentddae.errors import ConfigError, DataError, LatentddaeError, WriteError, run_command
 from latentddae.files import exclusive, text_hash, write_json
 
@@ -71,6 +72,9 @@ class EncodeConfig:
     """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random resized crops)."""
     crop: str = "center"
     """How an image becomes a square; see pixels.CROPS."""
+    test_share: float = 0.0
+    """For a source without splits of its own: this share of each class is its test split, chosen by
+    a hash of the keys; the rest is train. 0: the source's own splits."""
     max_bad: int = 0
     """So many unreadable images are left out before the command stops."""
     seed: int = 0
@@ -208,6 +212,8 @@ def _open(
     config: EncodeConfig, autoencoder: Autoencoder | None, world: dist.World
 ) -> tuple[Plan, Autoencoder]:
     source = open_source(config.source, config.split, config.classes, config.root, config.download)
+    if config.test_share:
+        source = part_of(source, config.split, config.test_share)
     if (Path(config.out) / MANIFEST).exists():
         source = with_classes(source, read_manifest(Path(config.out))["classes"])
     if autoencoder is None:
@@ -423,7 +429,7 @@ def squares(plan: Plan, index: int) -> np.ndarray:
         if copy := _copy_number(view):
             position = draws.key_positions([plan.source.keys[index]])
             draw = draws.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
-            pixels = np.asarray(random_resized_crop(image, config.resolution, draw))
+            pixels = np.asarray(CROPS[config.crop].copy(image, config.resolution, draw))
         views.append(pixels.transpose(2, 0, 1))
     return np.stack(views)
 
@@ -540,6 +546,11 @@ def parse(argv: list[str] | None) -> EncodeConfig:
     parser.add_argument("--download", action="store_true", default=None, help="fetch a named set")
     parser.add_argument("--views", help="original (default) | original,mirror | copy1,copy2,...")
     parser.add_argument("--crop", help=f"one of: {', '.join(CROPS)}")
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        help="cut a source without splits: so much of each class is test",
+    )
     parser.add_argument("--max-bad", type=int, metavar="N", help="go on with up to N bad images")
     parser.add_argument("--seed", type=int, help="of the permutation and the random crops")
     parser.add_argument("--batch", type=int, help="images per call of the autoencoder")
@@ -554,6 +565,7 @@ def parse(argv: list[str] | None) -> EncodeConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata; pixels are checked by us
     try:
         encode(parse(argv))
     finally:

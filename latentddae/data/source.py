@@ -3,6 +3,7 @@
 Nothing is extracted or copied: a sample is a range of bytes in some file.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -109,6 +110,31 @@ def with_classes(source: Source, classes: Sequence[str]) -> Source:
         )
     places = np.array([*(list(classes).index(name) for name in source.classes), -1])
     return replace(source, classes=tuple(classes), labels=places[source.labels])
+
+
+def part_of(source: Source, split: str, test_share: float) -> Source:
+    """The train or test part of a source that has no splits: of each class the given share, rounded,
+    of the images with the smallest key hashes is test. Adding images moves few others.
+    """
+    if split not in ("train", "test") or not 0 < test_share < 1:
+        raise ConfigError(
+            f"a test share cuts a source into train and test; got split {split!r}, share {test_share}"
+        )
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]
+    ranked = np.array(sorted(range(len(source)), key=digests.__getitem__), np.int64)
+    labels = source.labels[ranked]
+    test = [
+        ranked[labels == c][: round(test_share * (labels == c).sum())] for c in np.unique(labels)
+    ]
+    chosen = np.isin(np.arange(len(source)), np.concatenate(test), invert=split == "train")
+    rows = np.flatnonzero(chosen)
+    return replace(
+        source,
+        keys=tuple(source.keys[i] for i in rows),
+        names=tuple(source.names[i] for i in rows),
+        labels=source.labels[rows],
+        read=lambda i: source.read(int(rows[i])),
+    )
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
