@@ -16,6 +16,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
+    "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),
     "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
 }
 

@@ -1,11 +1,13 @@
 """Pictures on disk: PNG folders, sheets of images, and the `.npz` that ADM's evaluator reads."""
 
+import contextlib
 import io
 import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -93,19 +95,32 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return buffer.getvalue()
 
 
+def npz_image_shape(path: Path) -> tuple[int, int, int, int]:
+    """(N, H, W, 3) of `arr_0` of an ADM file. Raises DataError if it is not one."""
+    with _open_images(path) as (shape, _):
+        return shape
+
+
 def read_npz_images(path: Path, batch: int) -> Iterator[np.ndarray]:
     """`arr_0` of an ADM file in batches of (n, H, W, 3) uint8, without loading all of it."""
+    with _open_images(path) as (shape, member):
+        row = math.prod(shape[1:])
+        for first in range(0, shape[0], batch):
+            count = min(batch, shape[0] - first)
+            block = member.read(count * row)
+            if len(block) != count * row:
+                raise DataError(f"{path}: arr_0 is cut off after {first} images")
+            yield np.frombuffer(block, dtype=np.uint8).reshape(count, *shape[1:])
+
+
+@contextlib.contextmanager
+def _open_images(path: Path) -> Iterator[tuple[tuple[int, int, int, int], IO[bytes]]]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            read_header = NPY_HEADERS[version]
+            read_header = NPY_HEADERS[np.lib.format.read_magic(member)]
             shape, fortran_order, dtype = read_header(member)
             if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran_order:
                 raise DataError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
-            row = math.prod(shape[1:])
-            for first in range(0, shape[0], batch):
-                count = min(batch, shape[0] - first)
-                block = np.frombuffer(member.read(count * row), dtype=np.uint8)
-                yield block.reshape(count, *shape[1:])
+            yield shape, member
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not an .npz of images in arr_0: {error}") from error

@@ -1,0 +1,270 @@
+"""`latentddae fid` with a randomly initialised Inception from a local file: no download."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentddae.errors import ConfigError, DataError, LatentddaeError, UsageError
+from latentddae.generation import fid
+from latentddae.generation.frechet import frechet_distance, moments
+from latentddae.generation.protocols import PROTOCOLS, Protocol, check
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the layout of the original file, saved locally."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None
+        )
+        patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
+        torch.manual_seed(0)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def pictures(folder: Path, count: int, seed: int, size: int = 16) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        small = rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((size, size)).save(folder / f"{index:04d}.png")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture, *argv: Any) -> dict:
+    fid.main([str(argument) for argument in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_all_metrics_between_folders(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, b = pictures(tmp_path / "a", 12, 0), pictures(tmp_path / "b", 14, 1)
+    arguments = ("--inception-weights", weights, "--metrics", "fid,sfid,is,kid,pr")
+    more = ("--kid-subset", 8, "--out", tmp_path / "out")
+    result = run(capsys, a, b, *arguments, *more)
+    assert result["samples"]["count"] == 12
+    assert result["reference"]["count"] == 14
+    assert result["fid"] > 0
+    assert result["sfid"] > 0
+    assert result["is"] >= 1
+    assert 0 <= result["precision"] <= 1
+    assert result["inception"]["original"] is False
+    same = run(capsys, a, a, *arguments, *more)
+    assert same["fid"] < 1e-6
+    assert same["sfid"] < 1e-6
+    assert same["precision"] == same["recall"] == 1
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [result, same]
+
+
+@pytest.mark.slow
+def test_fid_agrees_with_torch_fidelity(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, b = pictures(tmp_path / "a", 10, 0), pictures(tmp_path / "b", 10, 1)
+    ours = run(
+        capsys, a, b, "--inception-weights", weights, "--metrics", "fid,kid,is", "--kid-subset", 10
+    )
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(a),
+        input2=str(b),
+        fid=True,
+        kid=True,
+        isc=True,
+        cuda=False,
+        kid_subset_size=10,
+        samples_shuffle=False,
+        feature_extractor_weights_path=str(weights),
+        verbose=False,
+        cache=False,
+    )
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3, abs=1e-4)
+    assert ours["kid"] == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-3, abs=1e-6
+    )
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_folder_its_npz_and_its_statistics_are_the_same_reference(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, b = pictures(tmp_path / "a", 8, 0), pictures(tmp_path / "b", 9, 1)
+    images = np.stack([np.asarray(Image.open(p)) for p in sorted(b.iterdir())])
+    np.savez(tmp_path / "b.npz", arr_0=images)
+    fid.main(
+        [str(b), "--save-reference", str(tmp_path / "ref.npz"), "--inception-weights", str(weights)]
+    )
+    capsys.readouterr()
+    results = [
+        run(capsys, a, reference, "--inception-weights", weights, "--metrics", "fid,sfid,pr")
+        for reference in (b, tmp_path / "b.npz", tmp_path / "ref.npz")
+    ]
+    for name in ("fid", "sfid", "precision", "recall"):
+        assert len({round(result[name], 6) for result in results}) == 1
+    assert results[0]["reference"]["sha256"] == results[1]["reference"]["sha256"]
+    assert results[2]["reference"]["count"] == 9
+    with np.load(tmp_path / "ref.npz", allow_pickle=False) as archive:
+        assert archive["mu"].shape == (2048,)
+        assert archive["mu_s"].shape == (2023,)
+
+
+def test_full_set_statistics_win_over_the_images_beside_them(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """ADM's files carry mu of 1.28M images and 10,000 images; FID must use the former (USER_PAINS
+    #6).
+    """
+    a = pictures(tmp_path / "a", 6, 0)
+    other = pictures(tmp_path / "b", 6, 1)
+    images = np.stack([np.asarray(Image.open(p)) for p in sorted(other.iterdir())])
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=images,
+        mu=np.zeros(2048),
+        sigma=np.zeros((2048, 2048)),
+        mu_s=np.zeros(2023),
+        sigma_s=np.zeros((2023, 2023)),
+    )
+    result = run(
+        capsys, a, tmp_path / "adm.npz", "--inception-weights", weights, "--metrics", "fid,pr"
+    )
+    own = fid.from_images(a, _inception(weights), 4).pooled
+    assert own is not None
+    expected = (own.mean**2).sum() + np.trace(own.covariance)
+    assert result["fid"] == pytest.approx(expected, rel=1e-6)
+    assert 0 <= result["recall"] <= 1
+
+
+def _inception(weights: Path) -> Any:
+    from latentddae.generation.inception import Inception
+
+    return Inception(weights)
+
+
+def test_spatial_features_are_adms(weights: Path) -> None:
+    """First 7 channels of Mixed_6d's 1x1 branch, 17 x 17, channels fastest."""
+    inception = _inception(weights)
+    kept = []
+    inception.network.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, o: kept.append(o))
+    images = np.random.default_rng(0).integers(0, 256, size=(2, 20, 20, 3), dtype=np.uint8)
+    spatial = inception(images).spatial.reshape(2, 17, 17, 7)
+    np.testing.assert_array_equal(spatial, kept[0][:, :7].permute(0, 2, 3, 1).numpy())
+
+
+def test_feature_arrays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 5)), rng.normal(1, 2, size=(60, 5))
+    np.save(tmp_path / "a.npy", a)
+    np.save(tmp_path / "b.npy", b)
+    result = run(capsys, tmp_path / "a.npy", tmp_path / "b.npy")
+    assert result["frechet_distance"] == frechet_distance(moments(a), moments(b))
+    assert result["dimensions"] == 5
+
+
+GOOD: dict[str, Any] = {
+    "source": Path("nowhere"),
+    "count": 50_000,
+    "size": (256, 256),
+    "reference_arrays": ("mu", "sigma", "mu_s", "sigma_s", "arr_0"),
+    "reference_count": 0,
+    "reference_sha256": "abc",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 49_999}, "49999 samples instead of 50000"),
+        ({"size": (128, 128)}, r"samples of \(128, 128\) pixels instead of 256"),
+        ({"reference_arrays": ("mu", "sigma")}, "a reference without mu_s, sigma_s, arr_0"),
+    ],
+)
+def test_a_protocol_refuses_what_differs(change: dict, message: str) -> None:
+    """USER_PAINS #6: a number is comparable or it is not made."""
+    check(PROTOCOLS["adm-imagenet256-50k"], **GOOD)
+    with pytest.raises(ConfigError, match=f"adm-imagenet256-50k refuses {message}"):
+        check(PROTOCOLS["adm-imagenet256-50k"], **{**GOOD, **change})
+
+
+def test_a_protocol_reads_how_the_samples_were_made(tmp_path: Path) -> None:
+    protocol = PROTOCOLS["dit-imagenet256-50k-cfg1.5"]
+    facts = {"sampler": "ancestral", "steps": 250, "labels": "random", "dtype": "fp32"}
+    guidance = {"scale": 1.5, "channels": 3}
+    folder = {**GOOD, "source": tmp_path}
+    (tmp_path / "sample.json").write_text(json.dumps({**facts, "guidance": guidance}))
+    check(protocol, **folder)
+    guidance["scale"] = 4.0
+    (tmp_path / "sample.json").write_text(json.dumps({**facts, "guidance": guidance, "steps": 50}))
+    with pytest.raises(
+        ConfigError, match=r"steps = 50 instead of 250; .*scale = 4\.0 instead of 1\.5"
+    ):
+        check(protocol, **folder)
+    with pytest.raises(ConfigError, match="sampler = None instead of ancestral"):
+        check(protocol, **GOOD)
+
+
+def test_a_pinned_reference(tmp_path: Path) -> None:
+    pinned = Protocol(name="pinned", reference_sha256="123")
+    with pytest.raises(ConfigError, match="reference abc, not 123"):
+        check(pinned, **GOOD)
+
+
+def test_bad_input_is_one_clear_line(tmp_path: Path, weights: Path) -> None:
+    a = pictures(tmp_path / "a", 3, 0)
+    odd = pictures(tmp_path / "odd", 2, 0)
+    Image.new("RGB", (7, 9)).save(odd / "zz.png")
+    broken = pictures(tmp_path / "broken", 2, 0)
+    (broken / "0001.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "grey.npz", arr_0=np.zeros((2, 4, 4), dtype=np.uint8))
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    buffer = io.BytesIO()
+    torch.save({"x": torch.zeros(1)}, buffer)
+    (tmp_path / "other.pth").write_bytes(buffer.getvalue())
+    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    cases: list[tuple[list[Any], type[LatentddaeError], str]] = [
+        (
+            [a, a, "--protocol", "adm"],
+            ConfigError,
+            "unknown protocol 'adm'; known: adm-imagenet256",
+        ),
+        ([a, a, "--protocol", "adm-imagenet256-50k"], ConfigError, "3 samples instead of 50000"),
+        ([a, a, "--protocol", "adm-imagenet256-50k", "--metrics", "fid"], UsageError, "not both"),
+        ([a, a, "--metrics", "fdi"], UsageError, "unknown metric 'fdi'"),
+        ([a], UsageError, "REFERENCE"),
+        ([a, tmp_path / "absent"], ConfigError, "absent does not exist"),
+        ([a, tmp_path / "empty"], DataError, "holds no images"),
+        ([a, tmp_path / "x.npz"], DataError, "x.npz"),
+        ([a, tmp_path / "grey.npz"], DataError, r"expected uint8 \(N, H, W, 3\)"),
+        ([a, tmp_path / "x.npy"], UsageError, "feature array"),
+        ([a, odd], DataError, r"zz\.png is 7x9, the first image 16x16"),
+        ([a, broken], DataError, r"0001\.png is not a readable image"),
+        ([a, a, "--metrics", "kid"], ConfigError, "--kid-subset"),
+    ]
+    for argv, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            fid.main([*map(str, argv), "--inception-weights", str(weights), "--batch", "2"])
+    assert not list(tmp_path.rglob("results.jsonl"))
+    for file, message in [
+        ("absent.pth", "do not exist"),
+        ("other.pth", "does not hold Inception's weights"),
+        ("evil.pth", "not a plain file of weights"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            fid.main([str(a), str(a), "--inception-weights", str(tmp_path / file)])
