@@ -11,7 +11,7 @@ from torch import Tensor
 from latentddae.errors import ConfigError
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.attention import BACKENDS
-from latentddae.models.dit import randomize_gates, shape_of_state, sincos_table, unpatchify
+from latentddae.models.dit import gelu, randomize_gates, shape_of_state, sincos_table, unpatchify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -316,6 +316,26 @@ def test_attention_backends_agree(dtype: torch.dtype, head_dim: int) -> None:
         torch.testing.assert_close(
             backend(q, k, v).double(), expected, rtol=tolerance, atol=tolerance
         )
+
+
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-6),
+    torch.bfloat16: (1e-2, 1e-6),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("size", [1, 300_000])
+def test_the_fast_gelu_is_gelu(dtype: torch.dtype, size: int) -> None:
+    x = (torch.linspace(-12, 12, size, dtype=torch.float64)[:, None] + 0.01).to(dtype)
+    with torch.no_grad():
+        fast = gelu(x)
+    slow = torch.nn.functional.gelu(x, approximate="tanh")
+    assert fast.dtype == dtype
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
+    assert torch.equal(gelu(x), slow), "training must see torch's own"
 
 
 @pytest.mark.gpu
