@@ -14,142 +14,37 @@ last, and a shard that it does not name does not exist.
 
 import argparse
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from latentddae import dist, draws
+from latentddae import dist
 from latentddae.config import build, differences, merge
-from latentddae.data.autoencoder import DEFAULT_ID, Autoencoder, open_autoencoder
+from latentddae.data.autoencoder import Autoencoder, open_autoencoder
+from latentddae.data.decoding import Decoded, decoded_batches
 from latentddae.data.images import CLASSES, open_source
-from latentddae.data.latents import LatentSpec
-from latentddae.data.loader import order
 from latentddae.data.manifest import MANIFEST, add_split, new_manifest, read_manifest
-from latentddae.data.pixels import CROPS, BadImageError
+from latentddae.data.pixels import CROPS
+from latentddae.data.plan import EncodeConfig, Plan, make_plan, pipeline
 from latentddae.data.shards import ShardWriter, shard_name
-from latentddae.data.source import Source, part_of, with_classes
+from latentddae.data.source import part_of, with_classes
 from latentddae.errors import ConfigError, DataError, LatentddaeError, WriteError, run_command
-from latentddae.files import exclusive, text_hash, write_json
+from latentddae.files import exclusive, write_json
 
 T = TypeVar("T")
 
 MAX_STORED = 6e4  # float16 ends at 65504
 TIMEOUT_S = 3 * 86400.0  # ranks meet only at the end, hours apart
 BAD_NAMED = 1000  # so many bad images are named in the manifest; all are counted
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """One split of one data set."""
-
-    source: str
-    """Folder, .tar or the name of a set."""
-    out: str
-    autoencoder: str = DEFAULT_ID
-    """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
-    resolution: int
-    split: str = "train"
-    classes: str = "auto"
-    """How class folders are numbered: auto, folders or imagenet1k."""
-    root: str = "data/raw"
-    """Where named sets lie."""
-    download: bool = False
-    """Fetch a named set that is not there."""
-    views: tuple[str, ...] = ("original",)
-    """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random resized crops)."""
-    crop: str = "center"
-    """How an image becomes a square; see pixels.CROPS."""
-    test_share: float = 0.0
-    """For a source without splits of its own: this share of each class is its test split, chosen by
-    a hash of the keys; the rest is train. 0: the source's own splits."""
-    max_bad: int = 0
-    """So many unreadable images are left out before the command stops."""
-    seed: int = 0
-    batch: int = 64
-    shard_size: int = 8192
-    workers: int = min(16, os.cpu_count() or 1)
-    """Threads that decode images."""
-
-    def __post_init__(self) -> None:
-        for name in ("resolution", "batch", "shard_size", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_bad < 0:
-            raise ValueError(f"max_bad must not be negative, got {self.max_bad}")
-        if self.crop not in CROPS:
-            raise ValueError(f"crop is {self.crop!r}, allowed: {', '.join(CROPS)}")
-        if self.classes not in CLASSES:
-            raise ValueError(f"classes is {self.classes!r}, allowed: {', '.join(CLASSES)}")
-        known = [v for v in self.views if v in ("original", "mirror") or _copy_number(v)]
-        if not self.views or known != list(self.views) or len(set(known)) < len(known):
-            raise ValueError(
-                f"views are {','.join(self.views)!r}; allowed, each once: original, mirror, "
-                f"copy1, copy2, ..."
-            )
-
-
-def _copy_number(view: str) -> int:
-    """2 for "copy2", 0 for anything that is no copy."""
-    digits = view.removeprefix("copy")
-    return int(digits) if digits != view and digits.isdigit() else 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be written, fixed before the first image is read."""
-
-    source: Source
-    spec: LatentSpec
-    config: EncodeConfig
-    order: np.ndarray
-    """(n,) int64: indices into the source in the order of the data set."""
-    settings: dict[str, Any]
-    """All that decides about the bytes; a restart or a rerun must have the same."""
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.order) // self.config.shard_size)
-
-    def batches(self, shard: int) -> Iterator[np.ndarray]:
-        """The source indices of each autoencoder batch of a shard."""
-        size = self.config.shard_size
-        indices = self.order[shard * size : (shard + 1) * size]
-        for start in range(0, len(indices), self.config.batch):
-            yield indices[start : start + self.config.batch]
-
-
-def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
-    listing = hashlib.sha256("\n".join(source.keys).encode())
-    listing.update(source.labels.astype("<i8").tobytes())
-    settings = {
-        "listing": listing.hexdigest()[:16],
-        "codec": spec.codec_fingerprint,
-        "pipeline": pipeline(config),
-        "views": list(config.views),
-        "classes": text_hash(source.classes),
-        "seed": config.seed,
-        "batch": config.batch,
-        "shard_size": config.shard_size,
-    }
-    return Plan(source, spec, config, order(config.seed, 0, len(source)), settings)
-
-
-def pipeline(config: EncodeConfig) -> dict[str, Any]:
-    """How an image becomes pixels: what the splits of one data set must have in common."""
-    return {"resolution": config.resolution, **CROPS[config.crop].description}
 
 
 class BadImages:
@@ -319,6 +214,41 @@ def _leave_no_trace(out: Path, plan: Plan, new: bool) -> None:
             out.rmdir()
 
 
+class BatchEncoder:
+    """Runs the autoencoder on decoded batches, in memory that is used again."""
+
+    def __init__(self, plan: Plan, autoencoder: Autoencoder) -> None:
+        self._spec, self._autoencoder = plan.spec, autoencoder
+        side = plan.config.resolution
+        shape = (plan.config.batch, 3, side, side)
+        # Always a full batch: the same kernels, hence the same bits, for the last one.
+        self._images = torch.empty(shape, device=autoencoder.device)
+
+    def __call__(self, batch: Decoded) -> np.ndarray:
+        """(n, views, *stored_shape) in the stored dtype; what came out non-finite is added to
+        the batch's problems."""
+        if self._spec.kind == "image":
+            return batch.pixels
+        n, views = len(batch.indices), self._spec.views
+        stored = np.empty((n, len(views), *self._spec.stored_shape), self._spec.stored_dtype)
+        for view, name in enumerate(views):
+            moments = self._encode(torch.from_numpy(batch.pixels[:, view]))
+            stored[:, view] = moments.half().cpu().numpy()
+            fits = (moments.abs() < MAX_STORED).flatten(1).all(dim=1).tolist()  # not so for NaN
+            for row in range(n):
+                if not fits[row]:
+                    reason = f"the autoencoder's numbers are not finite in float16 ({name})"
+                    batch.problems.setdefault(row, reason)
+        return stored
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        n = len(pixels)
+        torch.mul(pixels.to(self._images.device), 1 / 127.5, out=self._images[:n])
+        self._images[:n] -= 1
+        self._images[n:] = 0
+        return self._autoencoder.encode(self._images)[:n]
+
+
 def encode_shards(out: Path, plan: Plan, encoder: Autoencoder, world: dist.World) -> None:
     """This rank's share of the shards that are not in the journal."""
     journal = journal_folder(out, plan.config.split)
@@ -334,13 +264,14 @@ def encode_shards(out: Path, plan: Plan, encoder: Autoencoder, world: dist.World
     bar = tqdm(
         total=total, unit="img", desc=f"encode {plan.config.split}", disable=not world.is_main
     )
+    batch_encoder = BatchEncoder(plan, encoder)
     failed = journal / f"failed-{world.rank}"
     try:
         with bar, contextlib.closing(decoded_batches(plan, mine)) as batches:
             for shard in mine:
                 if any(journal.glob("failed-*")):
                     return  # another rank gave up; its error is raised everywhere
-                encode_shard(out, plan, shard, encoder, batches, bad, bar)
+                encode_shard(out, plan, shard, batch_encoder, batches, bad, bar)
     except LatentddaeError:
         failed.touch()
         raise
@@ -358,87 +289,11 @@ def journalled(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     return entry if whole and tar.with_suffix(".idx.npy").exists() else None
 
 
-@dataclass
-class Decoded:
-    """One batch of images, decoded and cropped."""
-
-    indices: np.ndarray
-    """(n,) places in the source."""
-    pixels: np.ndarray
-    """(n, views, 3, H, W) uint8; zeros for a bad image."""
-    problems: dict[int, str]
-    """Row of a bad image -> reason."""
-
-
-def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
-    """All batches of these shards in order, decoded by threads while the autoencoder is busy."""
-    pending: deque[tuple[Decoded, list[Future[None]]]] = deque()
-    workers = plan.config.workers
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for shard in shards:
-                for indices in plan.batches(shard):
-                    batch = _empty_batch(plan, indices)
-                    rows = [range(k, len(indices), workers) for k in range(workers)]
-                    pending.append(
-                        (batch, [pool.submit(_decode, plan, batch, r) for r in rows if r])
-                    )
-                    if len(pending) > 2:
-                        yield _finished(pending.popleft())
-            while pending:
-                yield _finished(pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _empty_batch(plan: Plan, indices: np.ndarray) -> Decoded:
-    shape = (
-        len(indices),
-        len(plan.config.views),
-        3,
-        plan.config.resolution,
-        plan.config.resolution,
-    )
-    return Decoded(indices, np.zeros(shape, np.uint8), {})
-
-
-def _finished(batch: tuple[Decoded, list[Future[None]]]) -> Decoded:
-    for future in batch[1]:
-        future.result()
-    return batch[0]
-
-
-def _decode(plan: Plan, batch: Decoded, rows: range) -> None:
-    for row in rows:
-        index = int(batch.indices[row])
-        try:
-            batch.pixels[row] = squares(plan, index)
-        except BadImageError as error:
-            batch.problems[row] = str(error)
-
-
-def squares(plan: Plan, index: int) -> np.ndarray:
-    """All views of one image: (views, 3, H, W) uint8. Random crops are keyed by (seed,
-    key, copy)."""
-    config = plan.config
-    image = plan.source.image(index)
-    square = np.asarray(CROPS[config.crop].cut(image, config.resolution))
-    views = []
-    for view in config.views:
-        pixels = square[:, ::-1] if view == "mirror" else square
-        if copy := _copy_number(view):
-            position = draws.key_positions([plan.source.keys[index]])
-            draw = draws.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
-            pixels = np.asarray(CROPS[config.crop].copy(image, config.resolution, draw))
-        views.append(pixels.transpose(2, 0, 1))
-    return np.stack(views)
-
-
 def encode_shard(
     out: Path,
     plan: Plan,
     shard: int,
-    encoder: Autoencoder,
+    encoder: BatchEncoder,
     batches: Iterator[Decoded],
     bad: BadImages,
     bar: tqdm,
@@ -450,7 +305,7 @@ def encode_shard(
     try:
         for _ in plan.batches(shard):
             batch = next(batches)
-            stored = encode_batch(plan, encoder, batch)
+            stored = encoder(batch)
             for row, index in enumerate(batch.indices.tolist()):
                 if row in batch.problems:
                     bad.add(plan.source.names[index], batch.problems[row])
@@ -463,31 +318,6 @@ def encode_shard(
         raise
     entry["bad"] = bad.found[bad_before:]
     write_json(journal_folder(out, plan.config.split) / f"{name}.json", entry)
-
-
-def encode_batch(plan: Plan, encoder: Autoencoder, batch: Decoded) -> np.ndarray:
-    """(n, views, 3, H, W) uint8 -> (n, views, *stored_shape); adds to `problems` what came
-    out non-finite."""
-    if plan.spec.kind == "image":
-        return batch.pixels
-    n, size = len(batch.indices), plan.config.batch
-    stored = np.empty((n, len(plan.spec.views), *plan.spec.stored_shape), plan.spec.stored_dtype)
-    for view in range(stored.shape[1]):
-        pixels = np.zeros(
-            (size, *batch.pixels.shape[2:]), np.uint8
-        )  # always a full batch: same kernels
-        pixels[:n] = batch.pixels[:, view]
-        moments = encoder.encode(torch.from_numpy(pixels).to(encoder.device).float() / 127.5 - 1)[
-            :n
-        ]
-        fits = (moments.abs() < MAX_STORED).flatten(1).all(dim=1).tolist()  # false for NaN, too
-        stored[:, view] = moments.half().cpu().numpy()
-        for row in range(n):
-            if not fits[row] and row not in batch.problems:
-                batch.problems[row] = (
-                    f"the autoencoder's numbers are not finite in float16 ({plan.spec.views[view]})"
-                )
-    return stored
 
 
 def finish(out: Path, plan: Plan, encoder: Autoencoder) -> None:

@@ -21,6 +21,7 @@ import re
 import resource
 import tarfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from latentddae.errors import ConfigError, DataError, WriteError
 from latentddae.files import sync_folder, write_atomic, write_json
 
 BLOCK = 512
+NAME_BYTES = 100
 MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
 KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 
@@ -59,8 +61,21 @@ def key_problem(key: str, kind: str = "moments") -> str | None:
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    """One USTAR header block; nothing in it but the name and the size. ValueError if the name does
-    not fit."""
+    """One USTAR header block with a name, a size and nothing else. ValueError if the name does not
+    fit."""
+    encoded = name.encode("ascii")
+    if not 0 < len(encoded) <= NAME_BYTES:
+        return _plain_header(name, size)
+    # As tarfile makes it, ten times faster: put the name in and correct the checksum.
+    header = _plain_header("", size)
+    checksum = int(header[148:154], 8) + sum(encoded)
+    return b"".join(
+        [encoded.ljust(NAME_BYTES, b"\0"), header[100:148], b"%06o" % checksum, header[154:]]
+    )
+
+
+@lru_cache(maxsize=64)
+def _plain_header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT)

@@ -113,12 +113,14 @@ def with_classes(source: Source, classes: Sequence[str]) -> Source:
 
 
 def part_of(source: Source, split: str, test_share: float) -> Source:
-    """The train or test part of a source that has no splits: of each class the given share, rounded,
+    """The train or test part of a source that has no splits: of each class the given
+    share, rounded,
     of the images with the smallest key hashes is test. Adding images moves few others.
     """
     if split not in ("train", "test") or not 0 < test_share < 1:
         raise ConfigError(
-            f"a test share cuts a source into train and test; got split {split!r}, share {test_share}"
+            f"a test share cuts a source into train and test; got split {split!r}, share "
+            f"{test_share}"
         )
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]
     ranked = np.array(sorted(range(len(source)), key=digests.__getitem__), np.int64)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from latentddae.data.autoencoder import Autoencoder
-from latentddae.data.encode import EncodeConfig, encode, parse
+from latentddae.data.encode import encode, parse
+from latentddae.data.plan import EncodeConfig
 from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, DataError, run_command
 
