@@ -145,7 +145,9 @@ def control_grid(
     As initialised all blocks are the identity: one stands for all.
     """
     grid = subject.grid
-    same = {key: grid[key] for key in ("holdout", "seed", "limit", "draws", "noisy_input")}
+    same = {
+        key: grid[key] for key in ("holdout", "seed", "limit", "draws", "noisy_input", "shortlist")
+    }
     blocks = (1,) if group == "untrained" else tuple(grid["blocks"])
     settings = grids.GridConfig(
         levels=config.control_levels or tuple(grid["levels"]),

@@ -2,8 +2,9 @@
 
 Train is seen once per level. Its features feed streamed ridge statistics; a held-out part of
 train, gathered in the same pass, ranks the cells. The test split is never opened. Each level is
-written as it ends, so an interrupted grid goes on where it stopped. Reported numbers come from
-`latentddae linear` on the chosen cell.
+written as it ends, so an interrupted grid goes on where it stopped. The few best cells of each pool
+are then judged by the full linear probe, still on held-out train, and the winner is the chosen
+cell. Reported numbers come from `latentddae linear` on it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from latentddae.config import to_dict
 from latentddae.data.shards import ShardSet
 from latentddae.errors import UsageError, run_command
 from latentddae.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.transfer import inputs, plots, ridge
+from latentddae.transfer import inputs, plots, ridge, shortlist
 from latentddae.transfer.features import (
     BATCH,
     POOLS,
@@ -37,7 +38,7 @@ from latentddae.transfer.features import (
 )
 
 PROTOCOL = "ridge-grid/1"
-LEVELS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class GridConfig:
     draws: int = 1
     """Noises whose features are averaged."""
     noisy_input: bool = True
+    shortlist: int = 5
+    """Cells of each pool that the full probe judges in the end; 0: ridge alone chooses."""
     batch: int = BATCH
     """Speed only."""
 
@@ -66,6 +69,10 @@ class GridConfig:
         check_pools(self.pools)
         if not self.levels or not self.pools:
             raise UsageError("a grid needs at least one noise level and one pool")
+        if self.shortlist < 0 or self.draws < 1:
+            raise UsageError(
+                f"shortlist must be 0 or more and draws 1 or more, got {self.shortlist}, {self.draws}"
+            )
 
 
 def run(
@@ -106,7 +113,14 @@ def run(
     levels = sorted(set(config.levels))
     with exclusive(out, "grid"):
         parts = _levels(checkpoint, train, out, config, settings, levels, blocks, split, progress)
-        grid = assemble(settings, described, levels, parts, split)
+        cells = [cell for part in parts for cell in part["cells"]]
+        judged = shortlist.run(
+            checkpoint, train, out / "levels", settings, split,
+            shortlist.shortlisted(cells, config.pools, config.shortlist),
+            {key: getattr(config, key) for key in ("seed", "draws", "batch", "noisy_input")},
+            lambda total: progress_bar(total, "shortlist", progress),
+        )  # fmt: skip
+        grid = assemble(settings, described, levels, parts, judged, config.shortlist, split)
         _write(out, grid)
     return grid
 
@@ -126,10 +140,7 @@ def _levels(
     identity = text_hash(settings)
     done = {level: _read_level(out, level, identity) for level in levels}
     todo = [level for level in levels if done[level] is None]
-    with tqdm(
-        total=len(todo) * len(split.train), unit="img", unit_scale=True,
-        disable=not progress or not todo, mininterval=0.5,
-    ) as bar:  # fmt: skip
+    with progress_bar(len(todo) * len(split.train), "grid", progress) as bar:
         for level in todo:
             bar.set_description(f"grid s={level:g}")
             part = {
@@ -139,6 +150,14 @@ def _levels(
             write_json(_level_path(out, level), part)
             done[level] = part
     return [part for part in done.values() if part is not None]
+
+
+def progress_bar(total: int, name: str, show: bool) -> Any:
+    """A bar that counts images, with rate and time left; hidden where there is nothing to do."""
+    return tqdm(
+        total=total, desc=name, unit="img", unit_scale=True, mininterval=0.5,
+        disable=not show or total == 0,
+    )  # fmt: skip
 
 
 def judge_level(
@@ -204,10 +223,17 @@ def assemble(
     described: dict[str, Any],
     levels: list[float],
     parts: list[dict[str, Any]],
+    judged: list[dict[str, Any]],
+    shortlist_size: int,
     split: inputs.Split,
 ) -> dict[str, Any]:
     """The whole grid as JSON-able data, and the best cell overall and for each pool."""
-    cells = [cell for part in parts for cell in part["cells"]]
+    scores = {(c["level"], c["block"], c["pool"]): c for c in judged}
+    cells = [
+        {**cell, **scores.get((cell["level"], cell["block"], cell["pool"]), {})}
+        for part in parts
+        for cell in part["cells"]
+    ]
     by_pool = {
         pool: best_cell([cell for cell in cells if cell["pool"] == pool])
         for pool in settings["pools"]
@@ -225,6 +251,7 @@ def assemble(
         "blocks": settings["blocks"],
         "pools": settings["pools"],
         "strengths": settings["strengths"],
+        "shortlist": shortlist_size,
         "chosen": best_cell(list(by_pool.values())),
         "chosen_by_pool": by_pool,
         "cells": cells,
@@ -232,8 +259,15 @@ def assemble(
 
 
 def best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The most accurate cell; of equals the narrowest, then the first in (level, block)."""
-    best = min(cells, key=lambda c: (-c["accuracy"], c["width"], c["level"], c["block"]))
+    """The cell that reads held-out train best: by the full probe among those that it judged, else
+    by ridge; of equals the narrowest, then the first in (level, block)."""
+    judged = [cell for cell in cells if "probe_accuracy" in cell]
+    best = min(
+        judged or cells,
+        key=lambda c: (
+            -c.get("probe_accuracy", c["accuracy"]), c["width"], c["level"], c["block"]
+        ),
+    )  # fmt: skip
     return {key: value for key, value in best.items() if key != "accuracies"}
 
 
@@ -287,6 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
     parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
     parser.add_argument(
+        "--shortlist", type=int, default=5, help="cells per pool judged by the full probe"
+    )
+    parser.add_argument(
         "--clean-input", action="store_true", help="clean latent, time of the level"
     )
     args = parser.parse_args(argv)
@@ -294,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         levels=inputs.numbers(args.levels, float, "--levels"),
         blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
         pools=tuple(args.pools.split(",")),
-        draws=args.draws, noisy_input=not args.clean_input, batch=args.batch,
+        draws=args.draws, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
         **inputs.settings_of(args, {}),
     )  # fmt: skip
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
@@ -302,9 +339,10 @@ def main(argv: list[str] | None = None) -> None:
     grid = run(checkpoint, train, args.out, config, source=args.checkpoint, weights=args.weights)
     for pool, cell in grid["chosen_by_pool"].items():
         mark = "  <- chosen" if pool == grid["chosen"]["pool"] else ""
+        score = cell.get("probe_accuracy", cell["accuracy"])
         print(
             f"{pool:<6} block {cell['block']} at s={cell['level']:g}: "
-            f"{100 * cell['accuracy']:.2f} % held-out (width {cell['width']}){mark}"
+            f"{100 * score:.2f} % held-out (width {cell['width']}){mark}"
         )
 
 

@@ -21,7 +21,7 @@ from latentddae.transfer.features import check_data, held_out, subset
 
 RESULTS = "results.jsonl"
 LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
-HOLDOUT = 0.15  # share of train kept aside for every choice: cell, pooling, strength, k
+HOLDOUT = 0.2  # share of train kept aside for every choice: cell, pooling, strength, k
 
 
 @dataclass(frozen=True, kw_only=True)

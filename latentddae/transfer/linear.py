@@ -20,9 +20,11 @@ from latentddae.errors import DataError, run_command
 from latentddae.transfer import cell, inputs
 
 PROTOCOL = "lbfgs-linear/1"
-STRENGTHS = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
-"""L2 strengths, strongest first: the loss is mean cross-entropy + strength / 2 * |weight|² (C = 1
-/ (n strength))."""
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+"""L2 strengths, strongest first: the loss is mean cross-entropy + strength / 2 * |weight|².
+
+scikit-learn's C is 1 / (n strength).
+"""
 PATIENCE = 3
 """Strengths in a row without a better held-out accuracy after which weaker ones are not tried."""
 MAX_ITERATIONS = 200
@@ -46,6 +48,17 @@ class ProbeResult:
     n_test: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What the held-out part of train decided."""
+
+    strength: float
+    heldout_accuracy: float
+    strengths: tuple[float, ...]  # those tried, strongest first
+    heldout_accuracies: tuple[float, ...]  # one per strength tried
+    model: "Softmax"  # fitted without the held-out part
+
+
 def probe(
     train_x: np.ndarray,
     train_y: np.ndarray,
@@ -56,25 +69,68 @@ def probe(
     strengths: Sequence[float] = STRENGTHS,
     classes: int | None = None,
 ) -> ProbeResult:
-    """Fit and score a linear probe: x (N, D) float, y (N,) int in [0, classes), heldout (N,) bool
-    over train.
+    """Fit and score a linear probe: x (N, D) float, y (N,) int in [0, classes), heldout (N,) bool.
 
     Everything is chosen on the held-out rows of train; test is used for one prediction at the end.
     """
     check_arrays(train_x, train_y, test_x, test_y, heldout)
     count = classes or int(max(train_y.max(), test_y.max())) + 1
     mean, scale = standard_scale(train_x)
-    rows = np.concatenate([np.flatnonzero(~heldout), np.flatnonzero(heldout)])
-    x = standardise(train_x, mean, scale, rows)  # the fit part comes first: both parts are views
-    y = torch.from_numpy(train_y[rows].astype(np.int64))
-    n_fit = int((~heldout).sum())
+    x, y, n_fit = fit_first(train_x, train_y, heldout, mean, scale)
     curvature = second_moment(x)
+    choice = choose(x, y, n_fit, count, strengths, curvature)
+    model = fit(x, y, choice.strength, start=choice.model, curvature=curvature)
+    test = standardise(test_x, mean, scale)
+    return ProbeResult(
+        accuracy=accuracy(model, test, torch.from_numpy(test_y.astype(np.int64))),
+        heldout_accuracy=choice.heldout_accuracy,
+        strength=choice.strength,
+        strengths=choice.strengths,
+        heldout_accuracies=choice.heldout_accuracies,
+        width=train_x.shape[1],
+        n_train=len(train_x),
+        n_heldout=int(heldout.sum()),
+        n_test=len(test_x),
+    )
 
+
+def judge(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    heldout: np.ndarray,
+    classes: int,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Choice:
+    """The part of `probe` that comes before test: how good the features look on held-out train."""
+    x, y, n_fit = fit_first(train_x, train_y, heldout, *standard_scale(train_x))
+    return choose(x, y, n_fit, classes, strengths, second_moment(x))
+
+
+def fit_first(
+    x: np.ndarray, y: np.ndarray, heldout: np.ndarray, mean: np.ndarray, scale: np.ndarray
+) -> tuple[Tensor, Tensor, int]:
+    """Standardised rows and labels, those to fit on first: both parts are then views of one
+    array."""
+    rows = np.concatenate([np.flatnonzero(~heldout), np.flatnonzero(heldout)])
+    labels = torch.from_numpy(y[rows].astype(np.int64))
+    return standardise(x, mean, scale, rows), labels, int((~heldout).sum())
+
+
+def choose(
+    x: Tensor,
+    y: Tensor,
+    n_fit: int,
+    classes: int,
+    strengths: Sequence[float],
+    curvature: Tensor,
+) -> Choice:
+    """Fit on the first `n_fit` rows from the strongest penalty to the weakest, each from the last,
+    and keep the one that reads the other rows best; of equals the strongest."""
     path = sorted(strengths, reverse=True)
     fitted: list[Softmax] = []
     scores: list[float] = []
-    best = 0  # of equals the strongest
-    model = Softmax.zero(x.shape[1], count)
+    best = 0
+    model = Softmax.zero(x.shape[1], classes)
     for number, strength in enumerate(path):
         model = fit(x[:n_fit], y[:n_fit], strength, start=model, curvature=curvature)
         fitted.append(model)
@@ -82,19 +138,12 @@ def probe(
         best = number if scores[number] > scores[best] else best
         if number - best >= PATIENCE:
             break
-    strength = path[best]
-    model = fit(x, y, strength, start=fitted[best], curvature=curvature)
-    test = standardise(test_x, mean, scale)
-    return ProbeResult(
-        accuracy=accuracy(model, test, torch.from_numpy(test_y.astype(np.int64))),
+    return Choice(
+        strength=path[best],
         heldout_accuracy=scores[best],
-        strength=strength,
-        heldout_accuracies=tuple(scores),
         strengths=tuple(path[: len(scores)]),
-        width=train_x.shape[1],
-        n_train=len(train_x),
-        n_heldout=int(heldout.sum()),
-        n_test=len(test_x),
+        heldout_accuracies=tuple(scores),
+        model=fitted[best],
     )
 
 
@@ -202,11 +251,20 @@ def fit(x: Tensor, y: Tensor, strength: float, *, start: Softmax, curvature: Ten
 
 
 def _factor(curvature: Tensor, strength: float) -> Tensor:
-    """Lower Cholesky factor of curvature + strength, float32. It only steers the search, so tiny
-    pivots may be raised."""
+    """Lower Cholesky factor of curvature + strength, float32.
+
+    It only steers the search: where float32 sums left a negative pivot the diagonal is raised.
+    """
     system = curvature.double()
-    system.diagonal().add_(max(strength, 1e-6 * system.trace().item() / len(system)))
-    return torch.linalg.cholesky(system).float()
+    mean = system.diagonal().mean().item()
+    raised = max(strength, 1e-6 * mean)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(
+            system + raised * torch.eye(len(system), dtype=torch.float64)
+        )
+        if not failed.item():
+            return factor.float()
+        raised = max(10 * raised, 1e-6 * mean)
 
 
 def objective(

@@ -45,7 +45,10 @@ def heat_map(grid: dict[str, Any], pool: str) -> bytes:
     if table.size <= 400:
         _write_values(axes, table)
     best = grid["chosen_by_pool"][pool]
-    _frame(axes, levels.index(best["level"]), blocks.index(best["block"]))
+    for cell in grid["cells"]:
+        if cell["pool"] == pool and "probe_accuracy" in cell:
+            _frame(axes, levels.index(cell["level"]), blocks.index(cell["block"]), 1.0, "white")
+    _frame(axes, levels.index(best["level"]), blocks.index(best["block"]), 3.0, ACCENT)
     chosen = " (chosen)" if grid["chosen"]["pool"] == pool else ""
     axes.set_title(f"pool {pool}{chosen}: held-out accuracy, %", fontsize=10, color=INK)
     picture.colorbar(image, ax=axes, pad=0.02)
@@ -63,11 +66,13 @@ def _write_values(axes: Any, table: np.ndarray) -> None:
         )  # fmt: skip
 
 
-def _frame(axes: Any, column: int, row: int) -> None:
+def _frame(axes: Any, column: int, row: int, width: float, colour: str) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(
-        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=ACCENT, linewidth=3)
+        Rectangle(
+            (column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width
+        )
     )
 
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import RidgeClassifier
 from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, DataError, UsageError
 from latentddae.files import read_json_lines
-from latentddae.transfer import grid, inputs, ridge
+from latentddae.transfer import grid, inputs, linear, ridge, shortlist
 from latentddae.transfer.features import collect
 from latentddae.transfer.grid import GridConfig
 
@@ -44,14 +44,11 @@ def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
 def test_chooses_the_best_cell_and_counts_what_it_saw(checkpoint, train, tmp_path):
     result = run(checkpoint, train, tmp_path)
     assert len(result["cells"]) == 2 * 3 * 2
-    best = max(cell["accuracy"] for cell in result["cells"])
-    assert result["chosen"]["accuracy"] == best
+    by_pool = result["chosen_by_pool"].values()
+    assert result["chosen"]["probe_accuracy"] == max(cell["probe_accuracy"] for cell in by_pool)
     for pool, width in (("mean", 24), ("grid2", 96)):
         chosen = result["chosen_by_pool"][pool]
         assert chosen["width"] == width
-        assert chosen["accuracy"] == max(
-            cell["accuracy"] for cell in result["cells"] if cell["pool"] == pool
-        )
     assert sum(result["n_seen"].values()) == len(train)
     assert result["data"] == train.fingerprints
     assert result["checkpoint"]["images_seen"] == 1000
@@ -70,11 +67,40 @@ def test_of_equally_good_cells_the_narrowest_then_the_first():
     assert grid.best_cell(cells) == {"accuracy": 0.9, "width": 24, "level": 0.1, "block": 3}
 
 
+def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tmp_path):
+    result = run(checkpoint, train, tmp_path, replace(CONFIG, shortlist=2))
+    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    for pool in CONFIG.pools:
+        own = [cell for cell in result["cells"] if cell["pool"] == pool]
+        judged = [cell for cell in own if "probe_accuracy" in cell]
+        others = [cell["accuracy"] for cell in own if cell not in judged]
+        assert len(judged) == 2
+        assert min(cell["accuracy"] for cell in judged) >= max(others)
+        chosen = result["chosen_by_pool"][pool]
+        assert chosen["probe_accuracy"] == max(cell["probe_accuracy"] for cell in judged)
+        features = collect(
+            checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
+            level=chosen["level"], blocks=[chosen["block"]], pools=[pool], seed=3,
+        )[chosen["block"], pool]  # fmt: skip
+        choice = linear.judge(features, train.labels, split.heldout, 4)
+        assert chosen["probe_accuracy"] == choice.heldout_accuracy
+
+
+def test_the_shortlist_fits_on_few_samples_and_keeps_all_held_out(train, monkeypatch):
+    monkeypatch.setattr(shortlist, "SAMPLES", 20)
+    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    few = shortlist.samples(train, split, seed=3)
+    assert few.heldout.sum() == split.heldout.sum()
+    assert len(few.fit) == 20
+    assert set(few.train) <= set(split.train)
+    assert (few.heldout == split.heldout[np.isin(split.train, few.train)]).all()
+
+
 def test_one_forward_pass_per_level(checkpoint, train, tmp_path):
     calls = []
     hook = checkpoint.model.blocks[0].register_forward_hook(lambda _, x, y: calls.append(len(y)))
     try:
-        run(checkpoint, train, tmp_path)
+        run(checkpoint, train, tmp_path, replace(CONFIG, shortlist=0))
     finally:
         hook.remove()
     assert sum(calls) == 2 * len(train)
