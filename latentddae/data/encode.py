@@ -243,8 +243,7 @@ class BatchEncoder:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         n = len(pixels)
-        torch.mul(pixels.to(self._images.device), 1 / 127.5, out=self._images[:n])
-        self._images[:n] -= 1
+        self._images[:n].copy_(pixels.to(self._images.device)).div_(127.5).sub_(1)
         self._images[n:] = 0
         return self._autoencoder.encode(self._images)[:n]
 

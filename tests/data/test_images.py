@@ -40,6 +40,15 @@ def test_a_flat_folder_has_no_labels(photos: Path) -> None:
     assert (len(source), source.classes, set(source.labels.tolist())) == (10, (), {-1})
 
 
+def test_relative_sources_have_the_same_keys(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_source(str(photos), "train").keys
+    monkeypatch.chdir(photos)
+    assert open_source(".", "train").keys == expected
+    monkeypatch.chdir(photos / "1")
+    assert open_source(".", "train").keys == tuple(f"img_{i:02d}" for i in range(10))
+    assert open_source("../../photos", "train").keys == expected
+
+
 def test_other_files_are_counted_not_read(photos: Path) -> None:
     (photos / "2" / "notes.txt").write_text("hello")
     (photos / "2" / ".hidden.jpg").write_text("hello")
