@@ -1,0 +1,92 @@
+"""How the samplers' error falls with the number of network calls: python benchmarks/convergence.py.
+
+A mixture of three Gaussians, whose best denoiser is known (latentddae/diffusion/exact.py), in
+float64. The truth is the same probability flow solved with thousands of Heun steps. Writes the
+slopes to benchmarks/convergence.json and the plot of docs/generation.md.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from latentddae import draws
+from latentddae.diffusion import EDM, Flow
+from latentddae.diffusion.exact import Mixture, as_network
+from latentddae.diffusion.samplers import euler, heun
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+PLOT = HERE.parent / "docs" / "images" / "convergence.png"
+STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
+EXACT_STEPS = 16_384
+SAMPLES = 256
+FITTED_FROM = 64  # steps from which the slope is fitted: before, higher orders still matter
+MIXTURE = Mixture(
+    weights=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+    means=torch.tensor([[1.0, -0.5], [-0.8, 0.4], [0.6, 0.9]], dtype=torch.float64),
+    stds=torch.tensor([0.2, 0.35, 0.15], dtype=torch.float64),
+)
+
+
+def errors(sampler: Callable[..., Tensor], objective: Any, truth: Tensor, noise: Tensor) -> list:
+    """Mean distance to the truth for each number of steps."""
+    model = as_network(objective, MIXTURE)
+    found = [sampler(objective, model, noise, steps=steps) for steps in STEPS]
+    return [float((x - truth).flatten(1).norm(dim=1).mean()) for x in found]
+
+
+def slope(values: list[float]) -> float:
+    """Order of convergence: the least-squares slope of log error over log steps, negated."""
+    kept = [
+        (math.log(s), math.log(e)) for s, e in zip(STEPS, values, strict=True) if s >= FITTED_FROM
+    ]
+    mean_x, mean_y = (sum(column) / len(kept) for column in zip(*kept, strict=True))
+    top = sum((x - mean_x) * (y - mean_y) for x, y in kept)
+    return -top / sum((x - mean_x) ** 2 for x, _ in kept)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    torch.set_num_threads(1)
+    noise = draws.normal(0, "convergence", torch.arange(SAMPLES), (2, 1, 1)).double()
+    rows = []
+    figure, axes = plt.subplots(figsize=(6, 4.2))
+    for name, objective in {"flow": Flow(), "edm": EDM()}.items():
+        truth = heun(objective, as_network(objective, MIXTURE), noise, steps=EXACT_STEPS)
+        for sampler, calls in ((euler, 1), (heun, 2)):
+            found = errors(sampler, objective, truth, noise)
+            order = slope(found)
+            label = f"{name}, {sampler.__name__}: order {order:.2f}"
+            line = "-o" if name == "flow" else "--s"
+            axes.loglog([calls * s for s in STEPS], found, line, markersize=4, label=label)
+            rows.append(
+                {
+                    "objective": name,
+                    "sampler": sampler.__name__,
+                    "order": round(order, 3),
+                    "steps": STEPS,
+                    "error": [float(f"{e:.4g}") for e in found],
+                }
+            )
+            print(label)
+    axes.set_xlabel("network calls")
+    axes.set_ylabel("mean distance to the exact sample")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110, metadata={"Software": None})
+    (HERE / "convergence.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
