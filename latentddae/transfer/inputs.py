@@ -4,6 +4,7 @@ result file."""
 import argparse
 import dataclasses
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def as_row(result: Any) -> dict[str, Any]:
 def record(out: Path, row: dict[str, Any]) -> dict[str, Any]:
     """Append a result line once: a rerun that gives the same row adds nothing. Returns the line
     with its id."""
-    line = {"id": text_hash(row), **row, "version": __version__}
+    line = json.loads(json.dumps({"id": text_hash(row), **row, "version": __version__}))
     path = out / RESULTS
     if all(old.get("id") != line["id"] for old in read_json_lines(path)):
         append_json_line(path, line)

@@ -97,8 +97,8 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
     with pytest.raises(ConfigError, match="run `latentddae grid` first"):
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
+    rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
-        rest = ("--cell", grid_file, "--pool", "mode")
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
 
 
