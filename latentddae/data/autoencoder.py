@@ -7,12 +7,15 @@ images = autoencoder.decode(spec.unscale(x0))
 
 import hashlib
 import json
+import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from latentddae.data.latents import LatentSpec
 from latentddae.errors import ConfigError
@@ -23,45 +26,85 @@ KINDS: dict[str, Literal["moments", "deterministic"]] = {  # diffusers class -> 
     "AutoencoderDC": "deterministic",
 }
 DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # the choice of DiT, SiT and REPA
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_PIXELS = 64  # an image of this size tells the number of channels and the reduction factor
 
 
 class Autoencoder:
-    """A frozen autoencoder. `module` None is the identity on pixels."""
+    """A frozen autoencoder. `module` None is the identity on pixels.
 
-    def __init__(self, source: str, module: nn.Module | None, device: torch.device | str = "cpu"):
-        self.source, self.device = source, torch.device(device)
-        self.module = None if module is None else module.eval().requires_grad_(False).to(device)
+    It computes in float32 (TF32 convolutions where the hardware has them) with autocast
+    off, or in bfloat16 on request.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        module: nn.Module | None,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}, allowed: {', '.join(PRECISIONS)}")
+        self.source, self.device, self.precision = source, torch.device(device), precision
         self.kind = "image" if module is None else KINDS[type(module).__name__]
         self.sha256 = "" if module is None else weights_sha256(module)
-        self._spec: LatentSpec | None = None
+        self.module: Any = None
+        if module is not None:
+            self.module = module.eval().requires_grad_(False).to(device)
+            if precision != "fp32":
+                self.module.to(PRECISIONS[precision])
+            if self.device.type == "cuda":
+                self.module.to(memory_format=torch.channels_last)
+        self.micro_batch: int | None = None
+        """So many images fit into memory at once; None until that was found out."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> one stored view each, unscaled: float32 on this device.
 
-        Kind moments: (N, 2C, h, w) posterior mean and log-variance; deterministic: (N, C, h, w);
-        image: as it came.
+        Kind moments: (N, 2C, h, w) posterior mean and log-variance; deterministic: (N, C,
+        h, w); image: as it came.
         """
         images = images.to(self.device, torch.float32)
-        if self.module is None:
-            return images
-        with torch.autocast(self.device.type, enabled=False):
-            out: Any = self.module.encode(images)  # type: ignore[operator]
-        if self.kind == "moments":
-            return out.latent_dist.parameters.float()
-        return (out.latents if hasattr(out, "latents") else out.latent).float()
+        return images if self.module is None else self._in_parts(self._encode, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H, W) in
-        [-1, 1].
-        """
+        """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H,
+        W) in [-1, 1]."""
         latents = latents.to(self.device, torch.float32)
-        if self.module is None:
-            return latents.clamp(-1, 1)
-        with torch.autocast(self.device.type, enabled=False):
-            return self.module.decode(latents).sample.float().clamp(-1, 1)  # type: ignore[operator]
+        out = latents if self.module is None else self._in_parts(self._decode, latents)
+        return out.clamp(-1, 1)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        out = self.module.encode(images)
+        if self.kind == "moments":
+            return out.latent_dist.parameters
+        return out.latents if hasattr(out, "latents") else out.latent
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.module.decode(latents).sample
+
+    def _in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """`run` on as many rows at once as memory allows; halves the number until it fits."""
+        batch = batch.to(PRECISIONS[self.precision])
+        while True:
+            size = min(self.micro_batch or len(batch), len(batch))
+            try:
+                with torch.autocast(self.device.type, enabled=False):
+                    return torch.cat([run(part).float() for part in batch.split(size)])
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise ConfigError(
+                        f"out of memory with one {tuple(batch.shape[1:])} input on {self.device}"
+                    ) from error
+                self.micro_batch = size // 2
+                tqdm.write(f"out of memory: {self.micro_batch} images at once", file=sys.stderr)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def spec(self, resolution: int, views: tuple[str, ...] = ("original",)) -> LatentSpec:
         """What this autoencoder makes of images of `resolution` pixels. ConfigError if
@@ -89,17 +132,23 @@ class Autoencoder:
         )
 
 
-def open_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoencoder:
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def open_autoencoder(
+    source: str, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Autoencoder:
     """A local folder, a Hub id (perhaps with a subfolder), "demo" (ships with the package) or
     "none".
     """
     if source == "none":
-        return Autoencoder(source, None, device)
+        return Autoencoder(source, None, device, precision)
     folder = Path(str(files("latentddae") / "assets" / "autoencoder"))
     if source != "demo":
         folder = Path(source) if Path(source).is_dir() else _from_hub(source)
         source = str(folder.resolve()) if Path(source).is_dir() else source
-    return Autoencoder(source, _load(folder), device)
+    return Autoencoder(source, _load(folder), device, precision)
 
 
 def open_matching(

@@ -112,7 +112,7 @@ def _open(
     if (Path(config.out) / MANIFEST).exists():
         source = with_classes(source, read_manifest(Path(config.out))["classes"])
     if autoencoder is None:
-        autoencoder = open_autoencoder(config.autoencoder, dist.device_for(world))
+        autoencoder = open_autoencoder(config.autoencoder, dist.device_for(world), config.precision)
     spec = autoencoder.spec(config.resolution, config.views)
     return make_plan(config, source, spec), autoencoder
 
@@ -380,6 +380,7 @@ def parse(argv: list[str] | None) -> EncodeConfig:
         type=float,
         help="cut a source without splits: so much of each class is test",
     )
+    parser.add_argument("--precision", help="of the autoencoder: fp32 (default) or bf16")
     parser.add_argument("--max-bad", type=int, metavar="N", help="go on with up to N bad images")
     parser.add_argument("--seed", type=int, help="of the permutation and the random crops")
     parser.add_argument("--batch", type=int, help="images per call of the autoencoder")

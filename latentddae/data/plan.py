@@ -42,6 +42,8 @@ class EncodeConfig:
     test_share: float = 0.0
     """For a source without splits of its own: this share of each class is its test split, chosen by
     a hash of the keys; the rest is train. 0: the source's own splits."""
+    precision: str = "fp32"
+    """Of the autoencoder: fp32 (TF32 convolutions on a GPU) or bf16."""
     max_bad: int = 0
     """So many unreadable images are left out before the command stops."""
     seed: int = 0
@@ -107,6 +109,7 @@ def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
         "pipeline": pipeline(config),
         "views": list(config.views),
         "classes": text_hash(source.classes),
+        "precision": config.precision,
         "seed": config.seed,
         "batch": config.batch,
         "shard_size": config.shard_size,
