@@ -36,11 +36,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, if it is a checkout."""
+    """The commit of the code that runs, if it is a checkout and git is there."""
     here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
     return result.stdout.strip() or None
 
 
