@@ -20,6 +20,7 @@ from latentddae.transfer.features import collect, subset
 
 SAMPLES = 10_000
 """Fit on at most this many samples: it ranks a handful of cells, and a fit costs seconds."""
+STRENGTHS = linear.STRENGTHS[::2]
 
 
 def shortlisted(
@@ -63,7 +64,7 @@ def judge(
     out = []
     for cell in cells:
         x = features[cell["block"], cell["pool"]]
-        choice = linear.judge(x, labels, split.heldout, len(train.classes))
+        choice = linear.judge(x, labels, split.heldout, len(train.classes), STRENGTHS)
         out.append(
             {
                 **{key: cell[key] for key in ("level", "block", "pool")},
@@ -95,7 +96,7 @@ def run(
     """Judge the shortlisted `cells`, one pass per level; finished levels under `folder` are
     read."""
     few = samples(train, split, settings["seed"])
-    rules = [settings, linear.PROTOCOL, list(linear.STRENGTHS), SAMPLES]
+    rules = [settings, linear.PROTOCOL, list(STRENGTHS), SAMPLES]
     done: dict[float, list[dict[str, Any]]] = {}
     todo: list[tuple[float, list[dict[str, Any]], Path, str]] = []
     for level in sorted({cell["level"] for cell in cells}):

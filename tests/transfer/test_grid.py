@@ -82,7 +82,7 @@ def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tm
             checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
             level=chosen["level"], blocks=[chosen["block"]], pools=[pool], seed=3,
         )[chosen["block"], pool]  # fmt: skip
-        choice = linear.judge(features, train.labels, split.heldout, 4)
+        choice = linear.judge(features, train.labels, split.heldout, 4, shortlist.STRENGTHS)
         assert chosen["probe_accuracy"] == choice.heldout_accuracy
 
 
