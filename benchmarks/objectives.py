@@ -8,6 +8,8 @@ table of docs/objectives.md (also benchmarks/objectives.json). Minutes per objec
 
 import argparse
 import json
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentddae import train
 from latentddae.data import encode
 from latentddae.data.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
@@ -45,7 +46,9 @@ def measure(kind: str, data: Path, run: Path, images: int) -> dict[str, Any]:
     """Train one objective (or continue) and compare the trained network with a fresh one."""
     recipe = Path(str(resources.files("latentddae") / "assets" / "demo.yaml"))
     overrides = [f"run={run}", f"data.path={data}", f"objective={kind}", f"total_images={images}"]
-    train.main(["--config", str(recipe), *overrides])
+    # A process of its own: DeepSpeed can be started only once in one.
+    command = [sys.executable, "-m", "latentddae", "train", "--config", str(recipe), *overrides]
+    subprocess.run(command, check=True)
     checkpoint = zoo.load(run)
     test = ShardSet(data, "test")
     fresh = zoo.build(checkpoint.model.config).eval()

@@ -28,6 +28,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError, DataError, RequeueError, run_command
+from latentddae.generation.monitor import Monitor, MonitorConfig
 from latentddae.models import DiTConfig, zoo
 from latentddae.training import checkpoint
 from latentddae.training.ema import Ema, EmaConfig
@@ -76,6 +77,7 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     conditional: bool = False
     """Train with labels (one in ten dropped); without them features are better."""
     label_dropout: float = 0.1
@@ -104,6 +106,7 @@ SAFE_TO_CHANGE = (
     "log_every_images",
     "max_bad_steps",
     "save.",
+    "monitor",
     "engine.micro_batch",
     "engine.zero_stage",
 )
@@ -201,6 +204,7 @@ class Trainer:
         self.objective = config.objective
         self.contract = _contract(config, self.shards)
         state = self._find_state()
+        self.monitor = self._open_monitor()
         model = zoo.build(config.model, seed=config.seed).to(self.device)
         self.engine = Engine(
             model, config.engine, config.optim, world, self.device, config.global_batch
@@ -259,11 +263,33 @@ class Trainer:
 
         return dist.on_main(look)
 
+    def _open_monitor(self) -> Monitor | None:
+        """On rank 0, if the configuration asks for looks; what it needs is missing now or never."""
+        config, opened = self.config, []
+        if config.monitor.every_images:
+            dist.on_main(
+                lambda: opened.append(Monitor(config.monitor, self.run, self.shards, config.seed))
+            )
+        return opened[0] if opened else None
+
+    def look(self, log: runlog.RunLog | None) -> float:
+        """Samples and scores of the state just saved; rank 0 works, the others wait. In seconds."""
+        started = time.perf_counter()
+
+        def scores() -> dict[str, float]:
+            assert self.monitor is not None
+            return self.monitor.look(zoo.load(export(self.run), device=self.device))
+
+        found = dist.on_main(scores)
+        if log is not None:
+            log.write({"images": self.images, "event": "look", **found})
+        return time.perf_counter() - started
+
     def run_to_end(self) -> Path:
         """Train until `total_images`, save, export; returns the portable checkpoint's folder."""
         config = self.config
         log = self._open_log() if self.world.is_main else None
-        last_save = last_log = self.images
+        last_save = last_log = last_look = self.images
         window = Window()
         progress = self._progress()
         try:
@@ -285,9 +311,19 @@ class Trainer:
                     last_log = self.images
                     window = Window()
                 stopping = dist.any_rank(bool(self.stop), self.device)
-                if self.images - last_save >= config.save.every_images or done or stopping:
+                every = config.monitor.every_images
+                looking = every > 0 and (self.images - last_look >= every or done)
+                if (
+                    self.images - last_save >= config.save.every_images
+                    or looking
+                    or done
+                    or stopping
+                ):
                     self.save()
                     last_save = self.images
+                if looking:
+                    window.paused(self.look(log))
+                    last_look = self.images
                 if stopping and not done:
                     raise RequeueError(
                         f"stopped by {self.stop.reason or 'another rank'} at {self.images:,} images; "
@@ -401,6 +437,11 @@ class Window:
         if result.applied:
             self.norms.append(result.grad_norm)
         self.mark = time.perf_counter()
+
+    def paused(self, seconds: float) -> None:
+        """Time that was neither training nor waiting for data."""
+        self.started += seconds
+        self.mark += seconds
 
     def row(self, images: int, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         """One line of metrics.jsonl, the loss averaged over ranks (a collective)."""
