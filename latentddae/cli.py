@@ -1,4 +1,5 @@
-"""`latentddae <command> ...`: finds the command's module and runs its `main`. Imports nothing heavy itself."""
+"""`latentddae <command> ...`: finds the command's module and runs its `main`. Imports
+nothing heavy itself."""
 
 import importlib
 import sys
@@ -10,6 +11,8 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "demo": ("latentddae.demo", "the whole story on real images, on a laptop CPU"),
     "encode": ("latentddae.data.encode", "images -> latent shards"),
     "verify": ("latentddae.data.verify", "check a data folder and list what is wrong"),
+    "info": ("latentddae.data.info", "what a data folder holds"),
+    "preview": ("latentddae.data.preview", "decode samples beside their sources to a PNG"),
     "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
