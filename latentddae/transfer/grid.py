@@ -58,8 +58,8 @@ class GridConfig:
     draws: int = 1
     """Noises whose features are averaged."""
     noisy_input: bool = True
-    shortlist: int = 5
-    """Cells of each pool that the full probe judges in the end; 0: ridge alone chooses."""
+    shortlist: int = 6
+    """Blocks of each pool, at their best level, that the full probe judges in the end; 0: none."""
     batch: int = BATCH
     """Speed only."""
 
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
     parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
     parser.add_argument(
-        "--shortlist", type=int, default=5, help="cells per pool judged by the full probe"
+        "--shortlist", type=int, default=6, help="blocks per pool judged by the full probe"
     )
     parser.add_argument(
         "--clean-input", action="store_true", help="clean latent, time of the level"

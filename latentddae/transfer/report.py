@@ -216,7 +216,7 @@ def heat_maps(found: Found) -> str:
         body += paragraph(
             f"Held-out accuracy of a closed-form ridge probe on {grid['n_seen']['fit']:,} training "
             "samples, for each block (1 = first) and noise level (s = 0 clean, 1 pure noise). "
-            "Thin frames: the best few, judged again by the full linear probe on held-out training "
+            "Thin frames: the best few blocks, judged again by the full linear probe on held-out training "
             f"samples; thick frame: its winner. Chosen overall: block {best['block']} at "
             f"s = {best['level']:g}, pool {best['pool']}.",
             "note",

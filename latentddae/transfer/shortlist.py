@@ -1,4 +1,4 @@
-"""The last round of a grid: the few best cells of each pool, judged by the reported probe on
+"""The last round of a grid: the few best blocks of each pool, judged by the reported probe on
 held-out train.
 
 Closed-form ridge ranks cells well but not perfectly: with a weak penalty it whitens the features,
@@ -26,14 +26,22 @@ STRENGTHS = linear.STRENGTHS[::2]
 def shortlisted(
     cells: Sequence[dict[str, Any]], pools: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
-    """The `count` best cells of each pool by ridge accuracy; of equals the first in (level,
-    block)."""
+    """The `count` best blocks of each pool, each at its best noise level, by ridge accuracy.
+
+    One cell per block: neighbours in noise say much the same, and ridge errs between blocks. Of
+    equals the first in (level, block).
+    """
     out: list[dict[str, Any]] = []
     for pool in pools:
-        own = [cell for cell in cells if cell["pool"] == pool]
-        own.sort(key=lambda cell: (-cell["accuracy"], cell["level"], cell["block"]))
-        out += own[:count]
+        best: dict[int, dict[str, Any]] = {}
+        for cell in sorted((cell for cell in cells if cell["pool"] == pool), key=_rank):
+            best.setdefault(cell["block"], cell)
+        out += list(best.values())[:count]
     return out
+
+
+def _rank(cell: dict[str, Any]) -> tuple[float, float, int]:
+    return -cell["accuracy"], cell["level"], cell["block"]
 
 
 def samples(train: ShardSet, split: inputs.Split, seed: int) -> inputs.Split:
