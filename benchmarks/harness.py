@@ -50,7 +50,8 @@ def record(
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     rows = [old for old in rows if old["name"] != name] + [row]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{name}: {ours:,.1f} against {other:,.1f} {unit} ({opponent}): {ratio:.2f}x")
+    shown = [f"{v:,.1f}" if v >= 100 else f"{v:.3g}" for v in (ours, other)]
+    print(f"{name}: {shown[0]} against {shown[1]} {unit} ({opponent}): {ratio:.2f}x")
 
 
 def machine() -> str:

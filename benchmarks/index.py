@@ -19,7 +19,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Loader, order
 from latentddae.data.manifest import MANIFEST, add_split, new_manifest
 from latentddae.data.shards import ShardSet, npy_header, shard_name
-from latentddae.files import write_json
+from latentddae.files import sha256, write_json
 
 SAMPLES = 1_281_167
 SHARD = 8192
@@ -41,10 +41,10 @@ def sparse_set(root: Path) -> None:
             file.write(header)
         index = np.stack([512 + len(header) + np.arange(n) * stride, np.arange(n) % 1000], axis=1)
         np.save(path.with_suffix(".idx.npy"), index)
+        index_hash = sha256(path.with_suffix(".idx.npy"))
         sums = {"count": 1, "sum": [0.0] * 4, "squares": [1.0] * 4}
-        entries.append(
-            {"file": path.name, "samples": n, "bytes": size, "sha256": "0", "sums": sums}
-        )
+        known = {"sha256": "0", "index_sha256": index_hash, "sums": sums}
+        entries.append({"file": path.name, "samples": n, "bytes": size, **known})
     classes = [str(i) for i in range(1000)]
     write_json(root / MANIFEST, add_split(new_manifest(SPEC, {}, classes), "train", SPEC, entries))
 

@@ -136,7 +136,8 @@ def _check_entries(path: Path, split: dict[str, Any]) -> None:
             raise DataError(
                 f"{path} names the shard {name!r}; only plain .tar files beside it are read"
             )
-        if shard["samples"] < 0 or shard["bytes"] < 0 or not shard["sha256"]:
+        hashes = isinstance(shard["sha256"], str) and isinstance(shard["index_sha256"], str)
+        if shard["samples"] < 0 or shard["bytes"] < 0 or not hashes:
             raise DataError(f"{path}: impossible entry for shard {name}")
     if split["samples"] != sum(shard["samples"] for shard in split["shards"]):
         raise DataError(f"{path}: the shards do not add up to {split['samples']} samples")

@@ -14,6 +14,7 @@ does not exist.
 """
 
 import hashlib
+import io
 import math
 import mmap
 import os
@@ -21,6 +22,7 @@ import re
 import resource
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,21 @@ from typing import Any
 import numpy as np
 
 from latentddae.data.latents import LatentSpec
-from latentddae.data.manifest import MANIFEST, Sums, add_split, new_manifest, read_manifest
+from latentddae.data.manifest import (
+    MANIFEST,
+    Sums,
+    add_split,
+    content_fingerprint,
+    new_manifest,
+    read_manifest,
+)
 from latentddae.errors import ConfigError, DataError, WriteError
-from latentddae.files import sync_folder, write_atomic, write_json
+from latentddae.files import sha256, sync_folder, write_atomic, write_json
 
 BLOCK = 512
 NAME_BYTES = 100
+HASH_BELOW = 2**28  # bytes of a split whose hashes are checked whenever it is opened (0.3 s)
+HASH_THREADS = 4
 MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
 KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 
@@ -207,12 +218,14 @@ def shard_name(split: str, number: int) -> str:
 class ShardSet:
     """One split of a data folder, open for random access by index.
 
-    `access="mmap"` gathers from memory maps; `"pread"` reads, slower, but a file that vanishes is
-    an error and not a
-    bus error. Sizes, indexes and array headers are checked here; hashes by `latentddae verify`.
+    `access`: "mmap" gathers from memory maps; "pread" reads, slower, but a file that vanishes is an
+    error and not a bus error. `check`: "size" compares sizes, indexes and array headers; "hash" all
+    bytes, too; "auto" does that below HASH_BELOW bytes, where it takes no time.
     """
 
-    def __init__(self, root: Path | str, split: str, access: str = "mmap") -> None:
+    def __init__(
+        self, root: Path | str, split: str, access: str = "mmap", check: str = "auto"
+    ) -> None:
         self.root, self.split = Path(root), split
         self.manifest = read_manifest(self.root)
         if split not in self.manifest["splits"]:
@@ -220,6 +233,8 @@ class ShardSet:
             raise ConfigError(f"{self.root} has no split {split!r}; it has: {known}")
         if access not in ("mmap", "pread"):
             raise ConfigError(f"access is {access!r}, allowed: mmap, pread")
+        if check not in ("auto", "size", "hash"):
+            raise ConfigError(f"check is {check!r}, allowed: auto, size, hash")
         entry = self.manifest["splits"][split]
         self.spec = LatentSpec.from_dict({**self.manifest["latents"], "views": entry["views"]})
         self.classes: tuple[str, ...] = tuple(self.manifest["classes"])
@@ -232,6 +247,8 @@ class ShardSet:
             raise ConfigError(
                 f"{self.root}: the manifest's latents were edited; its fingerprint is of others"
             )
+        if content_fingerprint(entry["shards"]) != entry["fingerprint"]:
+            raise DataError(f"{self.root}: the manifest's shards do not match their fingerprint")
         self._shape = (len(self.spec.views), *self.spec.stored_shape)
         self._npy_header = npy_header(self.spec.stored_dtype, self._shape)
         self._access = access
@@ -247,6 +264,11 @@ class ShardSet:
         self.labels = np.concatenate([np.empty(0, np.int64), *(labels for _, _, labels in opened)])
         if not len(self.labels):
             raise DataError(f"{self.root}: split {split} holds no samples")
+        if not -1 <= self.labels.min() <= self.labels.max() < max(len(self.classes), 1):
+            raise DataError(f"{self.root}: split {split} has labels outside its class list")
+        small = sum(shard["bytes"] for shard in shards) < HASH_BELOW
+        if check == "hash" or (check == "auto" and small):
+            self.check_hashes()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -260,7 +282,7 @@ class ShardSet:
     def _open(self, entry: dict[str, Any]) -> tuple[int, int, np.ndarray]:
         """Map one shard and check it against its index; its first offset, stride and labels."""
         path = self.root / entry["file"]
-        index = _read_index(index_path(path), entry["samples"])
+        index = _read_index(index_path(path), entry)
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -283,6 +305,20 @@ class ShardSet:
             self._maps.append(memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ)))
             os.close(self._files.pop())  # the map keeps its own
         return first, stride, index[:, 1].copy()
+
+    def check_hashes(self, rank: int = 0, world: int = 1) -> None:
+        """Compare every byte of this rank's share of the shards with the manifest; reads them all,
+        which also warms the page cache. DataError names the first damaged one."""
+        mine = [s for s in self.manifest["splits"][self.split]["shards"] if s["samples"]]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            entries = mine[rank::world]
+            found = pool.map(lambda entry: sha256(self.root / entry["file"]), entries)
+            for entry, digest in zip(entries, found, strict=True):
+                if digest != entry["sha256"]:
+                    raise DataError(
+                        f"shard {self.root / entry['file']} is damaged: its bytes are not those "
+                        f"that were written; encode it again"
+                    )
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """Stored samples: (N,) indices -> (N, views, *stored_shape), a copy; with `views` (N,):
@@ -343,16 +379,20 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _read_index(path: Path, samples: int) -> np.ndarray:
-    """(n, 2) int64, or DataError."""
+def _read_index(path: Path, entry: dict[str, Any]) -> np.ndarray:
+    """(n, 2) int64, the very bytes that the manifest knows, or DataError."""
     try:
-        index = np.load(path, allow_pickle=False)
+        data = path.read_bytes()
+        index = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"index {path} cannot be read: {error}") from error
-    if index.dtype != np.int64 or index.shape != (samples, 2):
+    if index.dtype != np.int64 or index.shape != (entry["samples"], 2):
         raise DataError(
-            f"index {path} holds {index.dtype} {index.shape}, the manifest says {samples} samples"
+            f"index {path} holds {index.dtype} {index.shape}, the manifest says "
+            f"{entry['samples']} samples"
         )
+    if hashlib.sha256(data).hexdigest() != entry["index_sha256"]:
+        raise DataError(f"index {path} is damaged or of another shard; encode it again")
     return index
 
 

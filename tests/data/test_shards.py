@@ -16,6 +16,7 @@ import webdataset
 
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, key_from_path, key_problem, npy_header
+from latentddae.data.verify import problems
 from latentddae.errors import ConfigError, DataError
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
@@ -122,19 +123,63 @@ def test_missing_things_are_named(make_set: MakeSet, tmp_path: Path) -> None:
         ShardSet(root, "val")
 
 
-def test_damaged_shards_are_refused(make_set: MakeSet) -> None:
+def whole_members(data: bytes, cut: int) -> bytes:
+    """The first `cut` samples of a shard of (2, 8, 4, 4) float16, cut at a member's boundary."""
+    return data[: cut * (512 + 1024 + 1024)]
+
+
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {  # (shard, another shard) -> what lies there
+    "cut at a member's boundary": lambda shard, other: whole_members(shard, 3),
+    "cut in a header": lambda shard, other: shard[: 2560 + 200],
+    "cut in a payload": lambda shard, other: shard[:1500],
+    "end mark cut off": lambda shard, other: shard[:-10240],
+    "zeroed header": lambda shard, other: bytes(512) + shard[512:],
+    "damaged header": lambda shard, other: shard[:3] + b"x" + shard[4:],
+    "zeroed file": lambda shard, other: bytes(len(shard)),
+    "empty file": lambda shard, other: b"",
+    "web page": lambda shard, other: b"<html>".ljust(len(shard)),
+    "flipped bit in the numbers": lambda shard, other: flip(shard, 1200),
+    "flipped bit in a label": lambda shard, other: flip(shard, 2560 - 512),
+    "another shard": lambda shard, other: other,
+    "something appended": lambda shard, other: shard + bytes(10240),
+}
+
+
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_by_verify_and_before_training(make_set: MakeSet, damage: str) -> None:
+    """RELIABILITY G5: 13 kinds of damage, two doors."""
+    root, _ = make_set(n=24, shard_size=8)
+    shard, other = root / "train-000001.tar", root / "train-000002.tar"
+    shard.write_bytes(DAMAGES[damage](shard.read_bytes(), other.read_bytes()))
+    with pytest.raises(DataError, match=r"train-000001\.tar"):
+        ShardSet(root, "train")
+    assert any("train-000001.tar" in problem for problem in problems(root))
+
+
+def test_missing_files_are_named(make_set: MakeSet) -> None:
+    root, _ = make_set(n=24, shard_size=8)
+    for name in ("train-000001.tar", "train-000001.idx.npy"):
+        (root / name).rename(root / "aside")
+        with pytest.raises(DataError, match=name):
+            ShardSet(root, "train")
+        assert any(name in problem for problem in problems(root))
+        (root / "aside").rename(root / name)
+
+
+def test_damaged_indexes_are_refused(make_set: MakeSet) -> None:
     root, _ = make_set(n=20, shard_size=8)
     shard, index = root / "train-000001.tar", root / "train-000001.idx.npy"
     whole, offsets = shard.read_bytes(), np.load(index)
-    shard.write_bytes(whole[:-10240])
-    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes"):
-        ShardSet(root, "train")
-    shard.write_bytes(whole)
     for damage in (
         offsets[:-1],
         offsets[::-1],
         offsets.astype("f8"),
         np.add(offsets, [len(whole), 0]),
+        np.add(offsets, [0, 1]),
     ):
         np.save(index, damage)
         with pytest.raises(DataError, match="train-000001"):
@@ -142,6 +187,25 @@ def test_damaged_shards_are_refused(make_set: MakeSet) -> None:
     np.save(index, np.array([{}] * 8), allow_pickle=True)
     with pytest.raises(DataError, match="cannot be read"):
         ShardSet(root, "train")
+
+
+def test_hashes_are_checked_for_small_sets_and_on_request(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = make_set(n=24, shard_size=8)
+    shard = root / "train-000001.tar"
+    shard.write_bytes(flip(shard.read_bytes(), 1200))
+    monkeypatch.setattr("latentddae.data.shards.HASH_BELOW", 10)
+    shards = ShardSet(root, "train")  # as a big set is opened
+    with pytest.raises(DataError, match=r"train-000001\.tar is damaged"):
+        shards.check_hashes()
+    shards.check_hashes(rank=0, world=2)  # shards 0 and 2
+    with pytest.raises(DataError, match=r"train-000001\.tar is damaged"):
+        shards.check_hashes(rank=1, world=2)
+    with pytest.raises(DataError):
+        ShardSet(root, "train", check="hash")
+    with pytest.raises(ConfigError, match="check is 'all'"):
+        ShardSet(root, "train", check="all")
 
 
 def test_edited_manifests_are_refused(make_set: MakeSet) -> None:
