@@ -1,4 +1,5 @@
-"""How fast we sample: against diffusers' DiTPipeline, in bf16 against fp32, and outside the network.
+"""How fast we sample: against diffusers' DiTPipeline, in bf16 against fp32, and outside
+the network.
 
     python benchmarks/sampling.py [--threads 1]
 

@@ -40,6 +40,11 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch() -> None:
     np.testing.assert_array_equal(order(0, 1, 1000), orders[1])
 
 
+def test_the_order_is_numpys_permutation() -> None:
+    random = np.random.Generator(np.random.PCG64([3, 8]))
+    np.testing.assert_array_equal(order(3, 8, 1234), random.permutation(1234))
+
+
 def test_group_order_stays_in_its_groups() -> None:
     starts = np.array([0, 7, 57, 58, 100])
     found = order(3, 0, 100, starts, group_shards=2)
