@@ -39,7 +39,9 @@ def sparse_set(root: Path) -> None:
             file.truncate(size)
             file.seek(512)
             file.write(header)
-        index = np.stack([512 + len(header) + np.arange(n) * stride, np.arange(n) % 1000], axis=1)
+        index: np.ndarray = np.stack(
+            [512 + len(header) + np.arange(n) * stride, np.arange(n) % 1000], axis=1
+        )
         np.save(path.with_suffix(".idx.npy"), index)
         index_hash = sha256(path.with_suffix(".idx.npy"))
         sums = {"count": 1, "sum": [0.0] * 4, "squares": [1.0] * 4}

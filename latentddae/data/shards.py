@@ -14,7 +14,6 @@ does not exist.
 """
 
 import hashlib
-import io
 import math
 import mmap
 import os
@@ -43,6 +42,7 @@ from latentddae.files import sha256, sync_folder, write_atomic, write_json
 
 BLOCK = 512
 NAME_BYTES = 100
+INDEX_DTYPE = np.dtype("<i8")
 HASH_BELOW = 2**28  # bytes of a split whose hashes are checked whenever it is opened (0.3 s)
 HASH_THREADS = 4
 MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
@@ -153,7 +153,7 @@ class ShardWriter:
         except OSError as error:
             self.abort()
             raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
-        index = np.array(self._index, dtype="<i8").reshape(-1, 2)
+        index = np.array(self._index, INDEX_DTYPE).reshape(-1, 2)
         payload = npy_header(index.dtype, index.shape) + index.tobytes()
         write_atomic(index_path(self.path), payload)
         return {
@@ -383,17 +383,15 @@ def _read_index(path: Path, entry: dict[str, Any]) -> np.ndarray:
     """(n, 2) int64, the very bytes that the manifest knows, or DataError."""
     try:
         data = path.read_bytes()
-        index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"index {path} cannot be read: {error}") from error
-    if index.dtype != np.int64 or index.shape != (entry["samples"], 2):
-        raise DataError(
-            f"index {path} holds {index.dtype} {index.shape}, the manifest says "
-            f"{entry['samples']} samples"
-        )
+    except OSError as error:
+        raise DataError(f"index {path} cannot be read: {error.strerror}") from error
+    shape = (entry["samples"], 2)
+    header = npy_header(INDEX_DTYPE, shape)
+    if not data.startswith(header) or len(data) != len(header) + math.prod(shape) * 8:
+        raise DataError(f"index {path} is not that of {entry['samples']} samples; encode it again")
     if hashlib.sha256(data).hexdigest() != entry["index_sha256"]:
         raise DataError(f"index {path} is damaged or of another shard; encode it again")
-    return index
+    return np.frombuffer(data, INDEX_DTYPE, offset=len(header)).reshape(shape)
 
 
 def _regular(path: Path, offsets: np.ndarray, size: int, payload: int) -> tuple[int, int]:

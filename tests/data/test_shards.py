@@ -185,7 +185,7 @@ def test_damaged_indexes_are_refused(make_set: MakeSet) -> None:
         with pytest.raises(DataError, match="train-000001"):
             ShardSet(root, "train")
     np.save(index, np.array([{}] * 8), allow_pickle=True)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"train-000001\.idx\.npy"):
         ShardSet(root, "train")
 
 
