@@ -1,7 +1,8 @@
 """How good are the samples: `latentddae fid SAMPLES REFERENCE`.
 
-    SAMPLES      a folder of images (that of `latentddae sample`), an ADM `.npz` with arr_0, or a
-                 feature array `.npy` (N, D)
+    SAMPLES      a folder of images (that of `latentddae sample`), an ADM `.npz` with arr_0, a data
+                 folder of pixels (`latentddae encode --autoencoder none`), or a feature array
+                 `.npy` (N, D)
     REFERENCE    the same, or statistics: ADM's `.npz` with mu and sigma, or a file that
                  `latentddae fid IMAGES --save-reference FILE.npz` has made
 
@@ -23,6 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from latentddae import __version__, dist
+from latentddae.data.manifest import MANIFEST
+from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, DataError, UsageError, WriteError, run_command
 from latentddae.files import append_json_line, sha256
 from latentddae.generation.frechet import Moments, frechet_distance, moments
@@ -70,9 +73,15 @@ class PixelHash:
 
 
 def image_batches(source: Path, batch: int) -> Iterator[np.ndarray]:
-    """Images of a folder or an ADM file: (n, H, W, 3) uint8 each."""
+    """Images of a folder, an ADM file or a pixel data set: (n, H, W, 3) uint8 each."""
     if source.is_file():
         yield from read_npz_images(source, batch)
+        return
+    if (source / MANIFEST).exists():
+        shards = pixel_shards(source)
+        for first in range(0, len(shards), batch):
+            chosen = np.arange(first, min(first + batch, len(shards)))
+            yield shards.gather(chosen)[:, 0].transpose(0, 2, 3, 1)
         return
     files = image_files(image_folder(source))
     if not files:
@@ -87,6 +96,14 @@ def image_batches(source: Path, batch: int) -> Iterator[np.ndarray]:
                     f"{shape[1]}x{shape[0]}: bring all to one size first"
                 )
         yield np.stack(images)
+
+
+def pixel_shards(source: Path) -> ShardSet:
+    """The training split of a data folder that stores pixels."""
+    shards = ShardSet(source, "train")
+    if shards.spec.kind != "image" or shards.spec.channels != 3:
+        raise ConfigError(f"{source} holds latents: encode the images with --autoencoder none")
+    return shards
 
 
 def image_folder(source: Path) -> Path:
@@ -149,6 +166,10 @@ def glance(source: Path) -> Side:
     if source.is_file():
         count, height, width, _ = npz_image_shape(source)
         return Side(str(source), "", count, (height, width), arrays=("arr_0",))
+    if (source / MANIFEST).exists():
+        shards = pixel_shards(source)
+        size = (shards.spec.size, shards.spec.size)
+        return Side(str(source), "", len(shards), size, arrays=("arr_0",))
     files = image_files(image_folder(source))
     if not files:
         raise DataError(f"{source} holds no images")

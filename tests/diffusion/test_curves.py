@@ -81,7 +81,11 @@ def curve(name: str) -> dict[str, Any]:
     return {"window": WINDOW, "loss": windows.tolist(), "levels": bins}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+SLOW = ("flow-lightning", "ddpm-ddae")
+EACH = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in OBJECTIVES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_the_curve_is_the_stored_one(name: str) -> None:
     stored, found = json.loads(CURVES.read_text())[name], curve(name)
     assert found["loss"] == pytest.approx(stored["loss"], rel=1e-3)

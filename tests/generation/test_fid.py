@@ -156,6 +156,22 @@ def _inception(weights: Path) -> Any:
     return Inception(weights)
 
 
+def test_a_pixel_data_set_is_a_reference(tmp_path: Path) -> None:
+    from latentddae.data import encode
+
+    folder = pictures(tmp_path / "images" / "train" / "one", 5, 0)
+    pictures(tmp_path / "images" / "train" / "two", 3, 1)
+    arguments = ["--source", str(folder.parents[1]), "--split", "train", "--resolution", "16"]
+    encode.main([*arguments, "--autoencoder", "none", "--out", str(tmp_path / "shards")])
+    side = fid.glance(tmp_path / "shards")
+    assert (side.count, side.size) == (8, (16, 16))
+    both = []
+    for source in ("shards", "images"):  # the shards have an order of their own
+        images = np.concatenate(list(fid.image_batches(tmp_path / source, 3)))
+        both.append(sorted(image.tobytes() for image in images))
+    assert both[0] == both[1]
+
+
 def test_spatial_features_are_adms(weights: Path) -> None:
     """First 7 channels of Mixed_6d's 1x1 branch, 17 x 17, channels fastest."""
     inception = _inception(weights)
