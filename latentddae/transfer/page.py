@@ -30,25 +30,31 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
   margin: 0 0 1.1rem; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
   padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.55rem; line-height: 1.2; }
+.card b { display: block; font-size: 1.55rem; line-height: 1.25; white-space: nowrap; }
 .card span { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+td:first-child { min-width: 8.5rem; }
+td { overflow-wrap: anywhere; }
+td.short { white-space: nowrap; overflow-wrap: normal; }
 th, td { text-align: left; padding: .45rem .7rem; border-bottom: 1px solid var(--line);
   vertical-align: middle; }
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tag { font-size: .75rem; font-weight: 600; color: var(--accent); background: #e3f1f5;
+  border-radius: 4px; padding: .05rem .35rem; white-space: nowrap; }
 tr.chosen td { font-weight: 600; background: #eef7fa; }
-.bar { position: relative; min-width: 8.5rem; height: 1.7rem; background: var(--wash);
+.bar { position: relative; min-width: 7.6rem; height: 1.7rem; background: var(--wash);
   border-radius: 4px; overflow: hidden; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--bar); }
 tr.chosen .bar i { background: var(--bar-chosen); }
 .bar em { position: relative; font-style: normal; padding: 0 .5rem; line-height: 1.7rem;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar small { color: var(--soft); font-weight: 400; }
+.bar small { color: #46525e; font-weight: 400; }
 .pictures { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
-figure { margin: 0; }
+figure { margin: 0; max-width: 46rem; }
+figure.pixels { max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; border-radius: 4px; }
 figure.pixels img { image-rendering: pixelated; border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .35rem; }
@@ -132,6 +138,21 @@ class Bar:
     error: float | None = None
 
 
+@dataclass(frozen=True)
+class Tagged:
+    """A table cell of text with a small mark after it."""
+
+    text: str
+    tag: str
+
+
+@dataclass(frozen=True)
+class Short:
+    """A table cell of text that is never broken over lines."""
+
+    text: str
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], chosen: Sequence[bool] = ()) -> str:
     """A table; numbers are set right, `Bar` cells drawn, rows marked in `chosen` emphasised."""
     number = [
@@ -157,6 +178,10 @@ def _table_cell(value: Any) -> str:
             f'<td><div class="bar"><i style="width:{min(max(percent, 0), 100):.2f}%"></i>'
             f"<em>{percent:.2f} %{error}</em></div></td>"
         )
+    if isinstance(value, Tagged):
+        return f'<td>{escape(value.text)} <span class="tag">{escape(value.tag)}</span></td>'
+    if isinstance(value, Short):
+        return f'<td class="short">{escape(value.text)}</td>'
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         text = f"{value:,}" if isinstance(value, int) else f"{value:g}"
         return f'<td class="number">{text}</td>'

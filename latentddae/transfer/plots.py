@@ -35,7 +35,7 @@ def heat_map(grid: dict[str, Any], pool: str) -> bytes:
     for cell in grid["cells"]:
         if cell["pool"] == pool:
             table[blocks.index(cell["block"]), levels.index(cell["level"])] = 100 * cell["accuracy"]
-    picture = figure(1.8 + 0.72 * len(levels), 1.6 + 0.42 * len(blocks))
+    picture = figure(1.5 + 0.54 * len(levels), 1.1 + 0.36 * len(blocks))
     axes = picture.subplots()
     image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
@@ -47,7 +47,7 @@ def heat_map(grid: dict[str, Any], pool: str) -> bytes:
     best = grid["chosen_by_pool"][pool]
     for cell in grid["cells"]:
         if cell["pool"] == pool and "probe_accuracy" in cell:
-            _frame(axes, levels.index(cell["level"]), blocks.index(cell["block"]), 1.0, "white")
+            _frame(axes, levels.index(cell["level"]), blocks.index(cell["block"]), 1.0, INK)
     _frame(axes, levels.index(best["level"]), blocks.index(best["block"]), 3.0, ACCENT)
     chosen = " (chosen)" if grid["chosen"]["pool"] == pool else ""
     axes.set_title(f"pool {pool}{chosen}: held-out accuracy, %", fontsize=10, color=INK)
@@ -61,7 +61,7 @@ def _write_values(axes: Any, table: np.ndarray) -> None:
         value = table[row, column]
         bright = value > low + 0.6 * (high - low)
         axes.text(
-            column, row, f"{value:.1f}", ha="center", va="center", fontsize=7.5,
+            column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
             color=INK if bright else "white",
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ def loss_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
     run."""
     from matplotlib import colormaps
 
-    picture = figure(7.2, 3.4)
+    picture = figure(6.4, 2.9)
     axes = picture.subplots()
     colours = colormaps["tab10"](range(10))
     for number, (name, rows) in enumerate(runs):
@@ -91,6 +91,7 @@ def loss_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
         axes.plot(images, loss, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(images, running_mean(loss, max(1, len(loss) // 40)), color=colour, label=name)
     axes.set_xlabel("images seen")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,6 +25,8 @@ from latentddae.transfer.inputs import RESULTS
 from latentddae.transfer.page import (
     Bar,
     Section,
+    Short,
+    Tagged,
     build_page,
     cards,
     code,
@@ -133,9 +135,8 @@ def headline(found: Sequence[Found]) -> list[tuple[str, str]]:
         if "latents" in rows:
             gap = rows["ddae"]["linear"]["accuracy"] - rows["latents"]["linear"]["accuracy"]
             cards_.append((f"{100 * gap:+.1f}", "points over raw latents"))
-        cards_.append(
-            (f"block {cell['block']}, s = {cell['level']:g}", f"chosen cell, pool {cell['pool']}")
-        )
+        where = f"at noise s = {cell['level']:g}, pool {cell['pool']}: the chosen cell"
+        cards_.append((f"block {cell['block']}", where))
     seen = [rows_[-1]["images"] for f in found for _, rows_ in f.losses]
     if seen:
         cards_.append((f"{max(seen):,}", "training images seen"))
@@ -167,18 +168,18 @@ def result_table(found: Found, named: bool) -> str:
             f"Every row has the same probes, the same {first['n_seen']['train']:,} training and "
             f"{first['n_seen']['test']:,} test samples. Block, noise level, pooling, regularisation and k are chosen "
             f"on {first['n_seen']['heldout']:,} held-out training samples; test is scored once. "
-            "The marked row of a network is the pooling chosen that way.",
+            "Each network appears with both poolings; the tag marks the one chosen that way.",
             "note",
         )
         body += table(
-            ["features", "cell", "width", "linear probe", "k-NN"],
+            ["features", "linear probe", "k-NN", "cell", "width"],
             [
                 [
-                    compare.name_of(row),
-                    _cell_text(row["cell"]),
-                    row["width"],
+                    row_name(row),
                     bar(row["linear"], row["n_seen"]["test"]),
                     bar(row["knn"], row["n_seen"]["test"]),
+                    _cell_text(row["cell"]),
+                    row["width"],
                 ]
                 for row in found.rows
             ],
@@ -188,11 +189,12 @@ def result_table(found: Found, named: bool) -> str:
     if found.probes:
         body += heading("Single probes") if found.rows else ""
         body += table(
-            ["probe", "cell", "width", "test accuracy", "held-out"],
+            ["probe", "cell", "pool", "width", "test accuracy", "held-out"],
             [
                 [
                     row["kind"],
                     _cell_text({**row["cell"], "level": row["cell"]["s"]}),
+                    row["cell"]["pool"],
                     row["width"],
                     bar(row, row["n_seen"]["test"]),
                     _percent(row["heldout_accuracy"]),
@@ -201,6 +203,11 @@ def result_table(found: Found, named: bool) -> str:
             ],
         )
     return body
+
+
+def row_name(row: dict[str, Any]) -> str | Tagged:
+    name = compare.name_of(row)
+    return Tagged(name, "chosen") if row["chosen"] and row["cell"] else name
 
 
 def bar(result: dict[str, Any], samples: int) -> Bar:
@@ -249,8 +256,8 @@ def loss(found: Sequence[Found]) -> str:
         [
             name,
             rows[-1]["images"],
-            f"{rows[-1]['loss']:.4f}",
-            f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "",
+            round(rows[-1]["loss"], 4),
+            round(sorted(speeds)[len(speeds) // 2]) if speeds else 0,
         ]
         for name, rows in runs
         for speeds in [[row["images_per_s"] for row in rows if row.get("images_per_s")]]
@@ -299,8 +306,8 @@ def command_text(command: Any) -> str:
     return command if isinstance(command, str) else shlex.join(map(str, command))
 
 
-def _cell_text(cell: dict[str, Any] | None) -> str:
-    return f"block {cell['block']}, s = {cell['level']:g}, {cell['pool']}" if cell else "none"
+def _cell_text(cell: dict[str, Any] | None) -> Short:
+    return Short(f"block {cell['block']}, s = {cell['level']:g}" if cell else "")
 
 
 def _percent(share: float) -> str:
