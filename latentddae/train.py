@@ -4,8 +4,10 @@
     torchrun -m latentddae.train --config ...
     latentddae train --config ...
 
-The clock is images seen. Which samples a step sees, and every random number, follow from (seed, images seen)
-alone, so a run can be stopped anywhere and continued on any number of ranks by giving the same command again.
+The clock is images seen. Which samples a step sees, and every random number, follow from
+(seed, images seen)
+alone, so a run can be stopped anywhere and continued on any number of ranks by giving the
+same command again.
 """
 
 import argparse
@@ -71,7 +73,8 @@ class TrainConfig:
     """The run folder; giving the same command again continues what is in it."""
     data: DataConfig
     model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
-    """A name of the zoo and fields to override; input size, channels and classes come from the data."""
+    """A name of the zoo and fields to override; input size, channels and classes come from
+    the data."""
     objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -98,7 +101,8 @@ class TrainConfig:
             raise ValueError("run must name a folder")
 
 
-# Fields that may change between two starts of one run: they alter neither samples, draws nor the update rule.
+# Fields that may change between two starts of one run: they alter neither samples, draws nor the
+# update rule.
 SAFE_TO_CHANGE = (
     "run",
     "data.path",
@@ -138,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: TrainConfig) -> Path:
     """Run (or continue) a pretraining run; returns the folder of its portable checkpoint.
 
-    Raises ConfigError for a refused configuration, DataError when numbers go bad, RequeueError when a signal
+    Raises ConfigError for a refused configuration, DataError when numbers go bad,
+    RequeueError when a signal
     stopped the run after a complete save.
     """
     run = Path(config.run)
@@ -158,6 +163,7 @@ def train(config: TrainConfig) -> Path:
 
 def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
     """The configuration with everything filled in that follows from the data."""
+    shards.check_scale()
     spec = shards.spec
     classes = len(shards.classes) if config.conditional else 0
     learn_sigma = bool(getattr(config.objective, "learn_sigma", False))
@@ -326,7 +332,8 @@ class Trainer:
                     last_look = self.images
                 if stopping and not done:
                     raise RequeueError(
-                        f"stopped by {self.stop.reason or 'another rank'} at {self.images:,} images; "
+                        f"stopped by {self.stop.reason or 'another rank'} at {self.images:,} "
+                        f"images; "
                         "the state is saved, give the same command again to continue"
                     )
         finally:
@@ -336,7 +343,8 @@ class Trainer:
         return dist.on_main(lambda: export(self.run))
 
     def step(self, batch: Batch) -> tuple[Tensor, StepResult]:
-        """One optimizer step on this rank's share of a global batch; the loss is this rank's mean."""
+        """One optimizer step on this rank's share of a global batch; the loss is this
+        rank's mean."""
         total = torch.zeros((), device=self.device)
         parts = list(self.engine.micro_batches(batch.moments, batch.label, batch.position))
         for moments, label, position in parts:
@@ -373,13 +381,15 @@ class Trainer:
             return
         keys = self.shards.keys(batch.index.numpy()[:4])
         self._say(
-            f"warning: gradient not finite at {self.images:,} images, step skipped; first keys: {keys}"
+            f"warning: gradient not finite at {self.images:,} images, step skipped; first keys: "
+            f"{keys}"
         )
         if log is not None:
             log.write({"images": self.images, "event": "skipped step", "keys": keys})
         if self.bad_steps >= self.config.max_bad_steps:
             raise DataError(
-                f"{self.bad_steps} steps in a row had a non-finite gradient (at {self.images:,} images); "
+                f"{self.bad_steps} steps in a row had a non-finite gradient (at {self.images:,} "
+                f"images); "
                 f"stopped, the last saved state is intact; first keys of the last batch: {keys}"
             )
 
@@ -469,7 +479,8 @@ def _contract(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
 
 
 def export(run: Path) -> Path:
-    """Write the portable checkpoint of a run's newest state to RUN/export; one process, no DeepSpeed."""
+    """Write the portable checkpoint of a run's newest state to RUN/export; one process, no
+    DeepSpeed."""
     state, _ = checkpoint.newest_intact(run / "state")
     if state is None:
         raise ConfigError(f"{run} holds no complete state to export")

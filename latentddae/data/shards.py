@@ -45,6 +45,7 @@ NAME_BYTES = 100
 INDEX_DTYPE = np.dtype("<i8")
 HASH_BELOW = 2**28  # bytes of a split whose hashes are checked whenever it is opened (0.3 s)
 HASH_THREADS = 4
+UNIT_STD = (0.7, 1.3)  # SD latents have .97, the demo's autoencoder 1.0 on CIFAR-10, 1.17 on MNIST
 MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
 KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 
@@ -305,6 +306,25 @@ class ShardSet:
             self._maps.append(memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ)))
             os.close(self._files.pop())  # the map keeps its own
         return first, stride, index[:, 1].copy()
+
+    def check_scale(self) -> None:
+        """Refuse latents whose standard deviation at unit scale is far from 1 (images: any).
+
+        That is how a scaling factor that is missing, applied twice or of another autoencoder looks.
+        """
+        if self.spec.kind == "image":
+            return
+        statistics = self.manifest["splits"][self.split]["statistics"]
+        mean, std = (np.array(statistics[name]) for name in ("mean", "std"))
+        raw = math.sqrt((std**2 + (mean - mean.mean()) ** 2).mean())
+        found = raw * self.spec.scaling_factor
+        low, high = UNIT_STD
+        if not low <= found <= high:
+            raise ConfigError(
+                f"{self.root}: the training latents have a standard deviation of {found:.2f}, "
+                f"expected {low} to {high}: is the scaling factor {self.spec.scaling_factor:g} "
+                f"that of {self.spec.autoencoder}, and were they stored unscaled?"
+            )
 
     def check_hashes(self, rank: int = 0, world: int = 1) -> None:
         """Compare every byte of this rank's share of the shards with the manifest; reads them all,
