@@ -19,13 +19,15 @@ LAYERS = [
     {"__init__", "errors", "config", "draws", "dist", "files", "runlog"},
     {"data.latents", "models", "diffusion"},
     {"data", "training"},
-    {"transfer", "generation", "train"},
+    {"transfer", "generation"},
+    {"train"},
     {"demo", "cli", "__main__"},
 ]
 
 HOMES = {  # library -> the only modules that may import it
     "deepspeed": {"training.engine"},
     "diffusers": {"data.autoencoder", "data.train_autoencoder"},
+    "torch_fidelity": {"generation.inception"},
     "flash_attn": {"models.attention"},
     "xformers": {"models.attention"},
 }
