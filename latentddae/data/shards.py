@@ -375,10 +375,14 @@ class ShardSet:
     def _key(self, shard: int, start: int) -> str:
         header = bytes(self._read(shard, start, BLOCK))
         name, prefix = (
-            field.split(b"\0", 1)[0].decode() for field in (header[:100], header[345:500])
+            field.split(b"\0", 1)[0].decode(errors="replace")
+            for field in (header[:100], header[345:500])
         )
         path = f"{prefix}/{name}" if prefix else name
-        return path.removesuffix(f".{MEMBERS[self.spec.kind]}")
+        key = path.removesuffix(f".{MEMBERS[self.spec.kind]}")
+        if not KEY.fullmatch(key):
+            raise DataError(f"shard {self._names[shard]}: {path!r} is no sample's name")
+        return key
 
     def close(self) -> None:
         """Give back files and maps; the set cannot be used afterwards."""
