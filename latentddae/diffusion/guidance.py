@@ -39,9 +39,6 @@ class Guidance:
         if self.channels is not None and self.channels < 1:
             raise ConfigError(f"guidance needs at least 1 channel, got {self.channels}")
 
-    def acts_at(self, level: float) -> bool:
-        return self.scale != 1 and self.low <= level <= self.high
-
 
 def guided(model: Model, guidance: Guidance) -> Model:
     """`model` with guidance: one call of twice the batch. Channels beyond the guided ones (and a

@@ -75,13 +75,13 @@ class Denoiser:
         clip: bool,
     ) -> None:
         self.objective, self.model, self.y, self.clip = objective, model, y, clip
-        self.guidance = guidance
-        pulled = guidance is not None and guidance.scale != 1
-        self.pulled = guided(model, guidance) if guidance and pulled else model
+        self.guidance = guidance if guidance is not None and guidance.scale != 1 else None
+        self.pulled = model if self.guidance is None else guided(model, self.guidance)
 
     def model_at(self, level: float) -> Model:
-        acts = self.guidance is not None and self.guidance.acts_at(level)
-        return self.pulled if acts else self.model
+        """The guided model within the interval; elsewhere, and at scale 1, one pass is enough."""
+        inside = self.guidance is not None and self.guidance.low <= level <= self.guidance.high
+        return self.pulled if inside else self.model
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         dtype = torch.int64 if isinstance(node.time, int) else x.dtype
