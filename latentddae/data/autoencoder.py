@@ -7,6 +7,7 @@ images = autoencoder.decode(spec.unscale(x0))
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -191,22 +192,22 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _from_hub(source: str) -> Path:
-    """Download (or find in the cache) the two files of a Hub autoencoder; ORG/NAME or
-    ORG/NAME/SUBFOLDER.
-    """
+    """Download (or find in the cache) the two files of ORG/NAME, ORG/NAME/SUBFOLDER, each perhaps
+    with @REVISION."""
     from huggingface_hub import snapshot_download
 
-    parts = source.split("/")
-    if len(parts) < 2 or not all(parts) or parts[0] in (".", ".."):
+    name, _, revision = source.partition("@")
+    parts = name.split("/")
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.\-]+", p) and p.strip(".") for p in parts):
         raise ConfigError(f"autoencoder {source} is no folder, Hub id, 'demo' or 'none'")
     subfolder = "/".join(parts[2:])
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = [f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"]
     try:
-        root = snapshot_download("/".join(parts[:2]), allow_patterns=wanted)
-    except (
-        Exception
-    ) as error:  # no network, no such name, no permission: all say it in their message
+        root = snapshot_download(
+            "/".join(parts[:2]), revision=revision or None, allow_patterns=wanted
+        )
+    except Exception as error:  # no network, no such name, no permission: all say it themselves
         raise ConfigError(
             f"autoencoder {source} is no folder and not on the Hub: {error}"
         ) from error

@@ -113,6 +113,11 @@ def _open(
         source = with_classes(source, read_manifest(Path(config.out))["classes"])
     if autoencoder is None:
         autoencoder = open_autoencoder(config.autoencoder, dist.device_for(world), config.precision)
+    if not autoencoder.sha256.startswith(config.autoencoder_sha256):
+        raise ConfigError(
+            f"autoencoder {config.autoencoder} has weights {autoencoder.sha256[:12]}, expected "
+            f"{config.autoencoder_sha256[:12]}: a cut or changed download?"
+        )
     spec = autoencoder.spec(config.resolution, config.views)
     return make_plan(config, source, spec), autoencoder
 
@@ -368,6 +373,7 @@ def parse(argv: list[str] | None) -> EncodeConfig:
     parser.add_argument("--source", help="folder, .tar or the name of a set")
     parser.add_argument("--out", help="data folder to write")
     parser.add_argument("--autoencoder", help='folder, Hub id, "demo" or "none" (pixels)')
+    parser.add_argument("--autoencoder-sha256", metavar="HASH", help="expected weights")
     parser.add_argument("--resolution", type=int, help="pixels of the square")
     parser.add_argument("--split", help="train (default), val or test")
     parser.add_argument("--classes", help=f"numbering of class folders: {', '.join(CLASSES)}")

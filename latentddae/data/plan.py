@@ -27,6 +27,8 @@ class EncodeConfig:
     out: str
     autoencoder: str = DEFAULT_ID
     """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
+    autoencoder_sha256: str = ""
+    """Expected weights, as `latentddae info` prints them (a prefix will do); empty: any."""
     resolution: int
     split: str = "train"
     classes: str = "auto"
