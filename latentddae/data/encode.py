@@ -82,6 +82,8 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
     finished = together(lambda: finished_entry(out, plan) if world.is_main else None)
     finished = dist.broadcast_object(finished)
     if finished:
+        if world.is_main:  # a kill between the manifest and the end leaves the journal
+            shutil.rmtree(journal_folder(out, config.split), ignore_errors=True)
         _say(world, f"{out} holds split {config.split} already: {_summary(finished)}")
         return finished
     new = not out.exists()

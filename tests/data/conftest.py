@@ -56,6 +56,12 @@ def photos(tmp_path: Path) -> Path:
     return write_photos(tmp_path / "photos")
 
 
+@pytest.fixture
+def make_photos(tmp_path: Path) -> Callable[..., Path]:
+    """make_photos(each=100): the same with more of them."""
+    return lambda **options: write_photos(tmp_path / "many", **options)
+
+
 def write_photos(root: Path, classes: tuple[str, ...] = ("1", "2", "10"), each: int = 10) -> Path:
     rng = np.random.default_rng(0)
     for name in classes:

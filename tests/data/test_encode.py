@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,25 +270,53 @@ def test_ranks_write_the_same_bytes(photos: Path, tmp_path: Path, ranks: int) ->
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-@pytest.mark.slow
-def test_kill_9_at_random_moments(photos: Path, tmp_path: Path) -> None:
-    encode(settings(photos, tmp_path / "whole", autoencoder="none", shard_size=4))
-    out = tmp_path / "out"
-    start = [sys.executable, "-m", "latentddae.data.encode", *command(photos, out)]
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
-        while not (out / ".encode-train").exists() and process.poll() is None:
-            assert time.time() < deadline
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if (out / "manifest.json").exists():
-            break
-    encode(settings(photos, out, autoencoder="none", shard_size=4))
-    assert contents(out) == contents(tmp_path / "whole")
+def killed_after(seconds: float, config: EncodeConfig, ranks: int, port: int) -> list[int]:
+    """Fork ranks that encode, SIGKILL them all after a while; their exit statuses (-9: killed)."""
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                encode(config)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(pid)
+    time.sleep(seconds)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 10), pytest.param(2, 30, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(
+    make_photos: Callable[..., Path], tmp_path: Path, ranks: int, kills: int
+) -> None:
+    """RELIABILITY G6: nothing lost, nothing twice, the bytes of an uninterrupted run."""
+    photos = make_photos(each=100)
+    config = settings(photos, tmp_path / "whole", autoencoder="none", shard_size=12, resolution=64)
+    start = time.monotonic()
+    encode(config)
+    whole_seconds = time.monotonic() - start
+    random = np.random.default_rng(0)
+    killed, out = 0, tmp_path / "out"
+    while killed < kills:
+        seconds = random.uniform(0.02, 1.3) * whole_seconds
+        statuses = killed_after(seconds, replace(config, out=str(out)), ranks, free_port())
+        killed += -9 in statuses
+        if 0 in statuses or killed == kills:  # done before the kill: compare, start over
+            encode(replace(config, out=str(out)))
+            assert contents(out) == contents(tmp_path / "whole")
+            out = tmp_path / f"out{killed}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_two_encoders_cannot_share_a_folder(photos: Path, tmp_path: Path) -> None:
