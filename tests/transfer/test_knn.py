@@ -63,6 +63,12 @@ def test_selection_does_not_see_test():
     assert one.accuracy != two.accuracy
 
 
+def test_held_out_samples_do_not_find_themselves():
+    x, _ = planted(900, 0)
+    y = np.random.default_rng(3).integers(0, 4, 900)
+    assert probe(x, y, x, y, third(900), ks=(1,)).heldout_accuracy < 0.4
+
+
 def test_k_is_never_larger_than_the_bank():
     x, y = planted(30, 0)
     result = probe(x, y, x, y, third(30), ks=(5, 100))

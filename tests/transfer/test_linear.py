@@ -95,6 +95,15 @@ def test_constant_features_are_harmless():
     assert probe(x, y, test_x, test_y, third(300)).accuracy > 0.4
 
 
+def test_the_strength_is_the_best_on_held_out_train_and_of_equals_the_strongest():
+    x, y = planted(300, 0, width=60)
+    result = probe(x, y, x, y, third(300))
+    best = max(result.heldout_accuracies)
+    assert result.heldout_accuracy == best
+    assert min(result.heldout_accuracies) < best - 0.03  # there is something to choose
+    assert result.strength == result.strengths[result.heldout_accuracies.index(best)]
+
+
 def test_selection_does_not_see_test():
     x, y = planted(600, 0)
     test_x, test_y = planted(200, 1)
