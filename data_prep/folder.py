@@ -1,0 +1,16 @@
+"""Any folder of images to latents at 256 pixels: python data_prep/folder.py --source
+photos --out data/photos
+
+photos/ holds train/CLASS/... and val/CLASS/... (or test/). A folder without splits:
+`latentddae encode` alone. All
+options of `latentddae encode` may follow.
+"""
+
+import sys
+
+from latentddae.data.prep import main_for
+from latentddae.errors import run_command
+
+if __name__ == "__main__":
+    main = main_for({"train": ("--views", "original,mirror"), "val": ()}, ("--resolution", "256"))
+    sys.exit(run_command("folder", main, sys.argv[1:]))

@@ -1,0 +1,18 @@
+"""Tiny-ImageNet as it is unpacked, to 64-pixel images for the pixel-space models:
+
+    python data_prep/tiny_imagenet.py --source tiny-imagenet-200 --out data/tiny-imagenet
+
+For latents: --autoencoder ID --resolution 256 --crop native. All options of `latentddae
+encode` may follow.
+"""
+
+import sys
+
+from latentddae.data.prep import main_for
+from latentddae.errors import run_command
+
+SPLITS = {"train": ("--views", "original,mirror"), "val": ()}
+
+if __name__ == "__main__":
+    main = main_for(SPLITS, ("--autoencoder", "none", "--resolution", "64"))
+    sys.exit(run_command("tiny_imagenet", main, sys.argv[1:]))
