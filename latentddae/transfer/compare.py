@@ -63,12 +63,14 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What the controls cost. Seed, held-out part and training subset are those of the grid."""
+    """What the table costs. Seed and held-out part are those of the grid."""
 
     control_levels: tuple[float, ...] | None = None
     """Noise levels at which the untrained networks are judged; None: those of the grid."""
     control_seed: int = 0
     """Of the untrained networks' weights."""
+    limit: int | None = None
+    """At most this many training samples for the probes, chosen by key; the grids have their own."""
     batch: int = BATCH
     """Speed only."""
 
@@ -96,7 +98,7 @@ def compare(
     config = config or CompareConfig()
     described = inputs.describe_checkpoint(subject.checkpoint, subject.source, subject.weights)
     check_grid(subject.grid, described["model_hash"], subject.train)
-    settings = {name: subject.grid[name] for name in ("seed", "holdout", "limit")}
+    settings = {name: subject.grid[name] for name in ("seed", "holdout")} | {"limit": config.limit}
     split = inputs.split_train(subject.train, **settings)
     rows = []
     with exclusive(out, "compare"):
@@ -294,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pixels", type=Path, help="same images encoded with --autoencoder none")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--test-split", help="default: test, else val")
+    parser.add_argument("--limit", type=int, help="use at most this many training samples")
     parser.add_argument("--control-levels", help="for untrained networks; fewer are cheaper")
     parser.add_argument("--control-seed", type=int, default=0, help="of untrained weights")
     parser.add_argument("--batch", type=int, default=BATCH, help="does not change the features")
@@ -315,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     config = CompareConfig(
         control_levels=inputs.numbers(levels, float, "--control-levels") if levels else None,
         control_seed=args.control_seed,
+        limit=args.limit,
         batch=args.batch,
     )
     print(table(compare(subject, args.out, config)))

@@ -66,14 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any]:
-    """Seed, held-out share and limit: as given, else as the grid that chose the cell had them,
-    else the defaults."""
-    defaults = {"seed": 0, "holdout": HOLDOUT, "limit": None}
+    """Seed and held-out share as given, else as the grid that chose the cell had them, else the
+    defaults. The limit is a command's own: a search may be cheaper than what it is for."""
+    defaults = {"seed": 0, "holdout": HOLDOUT}
     given = {name: getattr(args, name) for name in defaults}
-    return {
+    chosen = {
         name: grid.get(name, default) if given[name] is None else given[name]
         for name, default in defaults.items()
     }
+    return {**chosen, "limit": args.limit}
 
 
 def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Any:

@@ -9,6 +9,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
 from latentddae.models.dit import DiTConfig, randomize_gates
+from latentddae.transfer import plots
 
 CONFIG = DiTConfig(
     input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=3, num_heads=2, num_classes=0
@@ -28,6 +29,12 @@ def write_checkpoint(
         weights={"model": model.state_dict(), "ema": model.state_dict()},
         info={"images_seen": 1000, "classes": list(shards.classes)},
     )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Drawing heat maps costs more than computing these small grids."""
+    monkeypatch.setattr(plots, "heat_map", lambda grid, pool: b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ GROUPS = [
 ]  # fmt: skip
 CONFIG = CompareConfig(control_levels=(0.1,))
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def pixels(train, test, tmp_path_factory):

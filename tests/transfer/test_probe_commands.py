@@ -55,6 +55,17 @@ def test_a_cell_by_hand(checkpoint_folder, tiny_shards, tmp_path):
     assert (line["width"], line["seed"], line["n_seen"]["train"]) == (96, 8, 80)
 
 
+def test_a_cheap_search_may_serve_a_full_probe(
+    checkpoint, checkpoint_folder, train, tiny_shards, tmp_path
+):
+    config = grid.GridConfig(levels=(0.1,), holdout=0.3, seed=3, limit=50, shortlist=0)
+    grid.run(checkpoint, train, tmp_path, config, progress=False)
+    cell = ("--cell", tmp_path / "grid.json")
+    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
+    (line,) = read_json_lines(tmp_path / "probe" / "results.jsonl")
+    assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
+
+
 def test_selection_never_sees_test(
     checkpoint_folder, tiny_shards, grid_file, tmp_path, monkeypatch
 ):
