@@ -114,8 +114,13 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not path.is_file():
         why = "its encoding is not finished" if any(root.glob(".encode-*")) else "not a data set"
         raise DataError(f"{root} has no {MANIFEST}: {why}; run `latentddae encode` (again)")
+    return parse_manifest(path, path.read_bytes())
+
+
+def parse_manifest(path: Path | str, text: bytes) -> dict[str, Any]:
+    """The checked manifest in these bytes; `path` is for messages."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ConfigError(
                 f"{path} is of format {manifest['format']} version {manifest['version']}; this "
@@ -129,7 +134,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_entries(path: Path, split: dict[str, Any]) -> None:
+def _check_entries(path: Path | str, split: dict[str, Any]) -> None:
     for shard in split["shards"]:
         name = shard["file"]
         if not isinstance(name, str) or not SHARD_FILE.fullmatch(name):
