@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CHART_SCALE = 0.65  # charts are drawn at 160 pixels per inch, for sharp screens
 
 STYLE = """
 :root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --paper: #fff; --wash: #f5f7fa;
@@ -115,10 +116,13 @@ def cards(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def picture(data: bytes, caption: str, kind: str = "") -> str:
-    """A PNG inside the page; kind "pixels" keeps small images sharp when enlarged."""
+    """A PNG inside the page; kind "pixels" keeps small images sharp when enlarged, others are shown
+    at most at CHART_SCALE of their size."""
     source = base64.b64encode(data).decode("ascii")
+    width = CHART_SCALE * int.from_bytes(data[16:20])  # the header's first field
+    limit = "" if kind == "pixels" else f' style="max-width:{width:.0f}px"'
     return (
-        f'<figure class="{escape(kind)}"><img alt="{escape(caption)}" '
+        f'<figure class="{escape(kind)}"{limit}><img alt="{escape(caption)}" '
         f'src="data:image/png;base64,{source}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>\n"
     )

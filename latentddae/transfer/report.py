@@ -220,6 +220,7 @@ def heat_maps(found: Found) -> str:
     body = ""
     for grid in found.grids:
         best = grid["chosen"]
+        body += heading(str(grid["checkpoint"].get("source"))) if len(found.grids) > 1 else ""
         body += paragraph(
             f"Held-out accuracy of a closed-form ridge probe on {grid['n_seen']['fit']:,} training "
             "samples, for each block (1 = first) and noise level (s = 0 clean, 1 pure noise). "
