@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,22 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(6, 4.2))
     for name, objective in {"flow": Flow(), "edm": EDM()}.items():
         truth = heun(objective, as_network(objective, MIXTURE), noise, steps=EXACT_STEPS)
-        for sampler, calls in ((euler, 1), (heun, 2)):
+        runs: dict[str, tuple[Callable[..., Tensor], int]] = {
+            "euler": (euler, 1),
+            "heun": (heun, 2),
+        }
+        if objective.frame != "linear":
+            runs["heun, frame=linear"] = (partial(heun, frame="linear"), 2)
+        for title, (sampler, calls) in runs.items():
             found = errors(sampler, objective, truth, noise)
             order = slope(found)
-            label = f"{name}, {sampler.__name__}: order {order:.2f}"
+            label = f"{name}, {title}: order {order:.2f}"
             line = "-o" if name == "flow" else "--s"
             axes.loglog([calls * s for s in STEPS], found, line, markersize=4, label=label)
             rows.append(
                 {
                     "objective": name,
-                    "sampler": sampler.__name__,
+                    "sampler": title,
                     "order": round(order, 3),
                     "steps": STEPS,
                     "error": [float(f"{e:.4g}") for e in found],

@@ -70,7 +70,7 @@ class DDPM:
     """Denoising over a discrete schedule."""
 
     kind: ClassVar[str] = "ddpm"
-    frame: ClassVar[Literal["linear", "ve"]] = "ve"
+    frame: ClassVar[Literal["linear", "ve"]] = "linear"
 
     preset: Literal["dit", "ddae"] = "dit"
     """Whose conventions: see the top of this file."""

@@ -239,12 +239,16 @@ def heun(
 ) -> Tensor:
     """Heun's second-order method (EDM, algorithms 1 and 2): 2 * steps - 1 evaluations.
 
-    `frame` defaults to the objective's. `churn` > 0 adds noise before each step at ratios
-    sigma / alpha in [churn_min, churn_max], `churn_noise` times as much as consistency asks for.
+    `frame` defaults to the objective's: `ve`, EDM's own, for `edm`, else `linear`, which on a known
+    mixture leaves a half to a third of the error (benchmarks/convergence.py). `churn` > 0 adds
+    noise before each step at ratios sigma / alpha in [churn_min, churn_max], `churn_noise` times as
+    much as consistency asks for.
     """
     frame = frame or objective.frame
     denoise = Denoiser(objective, model, y, guidance, clip)
     nodes, x = path(objective, steps), objective.start(noise)
+    if frame == "ve" and nodes[0].alpha == 0:
+        raise ConfigError(f"frame ve divides by the signal, {objective.kind} starts without any")
     for i, (here, there) in enumerate(pairwise(nodes)):
         if churn and here.alpha and churn_min <= here.sigma / here.alpha <= churn_max:
             factor = 1 + min(churn / steps, MAX_CHURN)

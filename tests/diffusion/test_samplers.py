@@ -1,5 +1,6 @@
 """Samplers against diffusers' schedulers, and against a data set whose denoiser is known."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def test_heun_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor], objec
 
     noise, y = start
     ours = Recorder()
-    heun(objective, network, noise, y, steps=9, watch=ours)
+    heun(objective, network, noise, y, steps=9, watch=ours, frame="ve")
     times = objective.grid(9)
     ratios = ratio_of_level(objective.to_level(times.double()))
     theirs = HeunDiscreteScheduler(1000, 1e-4, 0.02, "linear", prediction_type="epsilon")
@@ -309,6 +310,8 @@ def test_orders_of_convergence(objective: Any) -> None:
     """Euler 1 and Heun 2, in either frame."""
     assert order(euler, objective, 64, 256) == pytest.approx(1, abs=0.1)
     assert order(heun, objective, 32, 128) == pytest.approx(2, abs=0.25)
+    linear = functools.partial(heun, frame="linear")
+    assert order(linear, objective, 32, 128) == pytest.approx(2, abs=0.25)
 
 
 def test_batch_companions_do_not_matter(network: DiT) -> None:
@@ -364,6 +367,8 @@ def test_refusals(network: DiT, start: Any) -> None:
         ddim(Flow(), network, noise, y, steps=2, eta=1.0)
     with pytest.raises(ConfigError, match="ddim with eta 1"):
         ancestral(Flow(), network, noise, y, steps=2, draw=keyed_draw)
+    with pytest.raises(ConfigError, match="frame ve"):
+        heun(Flow(), network, noise, y, steps=2, frame="ve")
     with pytest.raises(ConfigError, match="eta"):
         ddim(Flow(), network, noise, y, steps=2, eta=1.5)
     with pytest.raises(ConfigError, match="euler_maruyama"):
