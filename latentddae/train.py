@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from latentddae import config as configuration
 from latentddae import dist, draws, files, runlog
+from latentddae.data.cache import open_set
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
@@ -50,7 +51,16 @@ class DataConfig:
     """Where the shards are."""
 
     path: str
+    """Folder, or http(s) address (with a cache)."""
     split: str = "train"
+    cache_dir: str = ""
+    """Copy the shards to this local disk first, once a node; empty: read them where they are."""
+    cache_gb: float = 100.0
+    """So much may lie in the cache."""
+    workers: int = 1
+    """Threads that gather batches ahead; 0: none."""
+    group_shards: int = 0
+    """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,8 @@ class TrainConfig:
 SAFE_TO_CHANGE = (
     "run",
     "data.path",
+    "data.cache_",
+    "data.workers",
     "total_images",
     "log_every_images",
     "max_bad_steps",
@@ -161,6 +173,10 @@ def train(config: TrainConfig) -> Path:
         dist.stop()
 
 
+def _open_data(data: DataConfig) -> ShardSet:
+    return open_set(data.path, data.split, data.cache_dir, data.cache_gb)
+
+
 def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
     """The configuration with everything filled in that follows from the data."""
     shards.check_scale()
@@ -181,7 +197,7 @@ def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
 
 def describe(config: TrainConfig) -> str:
     """What would be trained, after the same checks as a real start; nothing is written."""
-    shards = ShardSet(config.data.path, config.data.split)
+    shards = _open_data(config.data)
     config = resolve(config, shards)
     world = dist.world_from_environment()
     plan = plan_batch(config.global_batch, config.engine.micro_batch, world.size)
@@ -204,7 +220,7 @@ class Trainer:
     ) -> None:
         self.run, self.world, self.stop = run, world, stop
         self.device = dist.device_for(world)
-        self.shards = ShardSet(config.data.path, config.data.split)
+        self.shards = _open_data(config.data)
         self.spec = self.shards.spec
         self.config = config = resolve(config, self.shards)
         self.objective = config.objective
@@ -230,6 +246,8 @@ class Trainer:
             seed=config.seed,
             rank=world.rank,
             world=world.size,
+            workers=config.data.workers,
+            group_shards=config.data.group_shards,
         )
         self.bad_steps = 0
 

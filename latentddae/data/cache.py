@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from latentddae.data.manifest import MANIFEST, read_manifest
 from latentddae.data.remote import fetch, is_remote, split_entry
+from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, WriteError
 from latentddae.files import text_hash
 
@@ -55,6 +56,19 @@ def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
             fetch(root, index, folder / index, None, shard["index_sha256"])
             fetch(root, shard["file"], folder / shard["file"], shard["bytes"], shard["sha256"])
     return folder
+
+
+def open_set(root: str, split: str, cache: str = "", cache_gb: float = 100.0) -> ShardSet:
+    """A split of a local folder, or of one that lies elsewhere through the cache (local ranks
+    share it)."""
+    if not cache:
+        if is_remote(root):
+            raise ConfigError(f"{root} lies elsewhere: give a cache folder on a local disk")
+        return ShardSet(root, split)
+    shards = ShardSet(cached(root, split, cache, cache_gb * 1e9), split)
+    if not is_remote(root):
+        shards.root = Path(root)  # other splits are looked for there
+    return shards
 
 
 def _whole(path: Path, size: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentddae.data.cache import cached
+from latentddae.data.cache import cached, open_set
 from latentddae.data.shards import ShardSet
 from latentddae.data.stream import StreamLoader
 from latentddae.errors import ConfigError, DataError
@@ -67,6 +67,20 @@ def test_cached_sets_are_the_same(
     cached(where, "train", tmp_path / "cache", 1e9)
     ShardSet(local, "train", check="hash")
     assert not list(local.glob(".tmp-*"))
+
+
+def test_open_set_remembers_where_other_splits_are(
+    make_set: MakeSet, tmp_path: Path, serve: Callable[[Path], str]
+) -> None:
+    root, stored = make_set(n=20, shard_size=8)
+    make_set(n=5, split="val")
+    assert open_set(str(root), "train").root == root
+    through = open_set(str(root), "train", str(tmp_path / "cache"))
+    assert through.root == root
+    np.testing.assert_array_equal(through.gather(np.arange(20)), stored)
+    assert not list((tmp_path / "cache").glob("*/val-*"))  # one split is one copy
+    with pytest.raises(ConfigError, match="give a cache folder"):
+        open_set(serve(root), "train")
 
 
 def test_the_cache_keeps_its_bound_and_touches_nothing_else(
