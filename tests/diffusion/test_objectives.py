@@ -19,6 +19,8 @@ from latentddae.diffusion.levels import (
     ratio_of_level,
 )
 from latentddae.errors import ConfigError
+from latentddae.models import DiT, DiTConfig
+from latentddae.models.dit import randomize_gates
 
 ALL = [
     Flow(),
@@ -307,3 +309,30 @@ def test_a_preset_can_be_chosen_in_a_config_file() -> None:
 def test_refused_values_name_their_path(name: str, values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.build_choice(OBJECTIVES, {"name": name, **values}, "objective")
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 10, 1000])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_any_number_of_classes_trains_and_gives_features(kind: str, num_classes: int) -> None:
+    """USER_PAINS #42: every label row that was asked for gets a gradient, the null one included."""
+    objective = OBJECTIVES[kind]()
+    config = DiTConfig(
+        input_size=4,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=num_classes,
+        learn_sigma=objective.learn_sigma,
+    )
+    model = DiT(config)
+    randomize_gates(model, seed=0)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    x0, noise, u = data(4)
+    t = objective.times(u)
+    labels = torch.tensor([0, max(num_classes - 1, 0), num_classes, num_classes])
+    objective.loss(model, x0, labels if num_classes else None, t, noise).mean().backward()
+    if num_classes:
+        rows = model.y_embedder.embedding_table.weight.grad.abs().sum(1)
+        assert rows.nonzero().flatten().tolist() == sorted(set(labels.tolist()))
+    taps = model.taps(*objective.network_input(x0, t), None, blocks=[1, 2])
+    assert all(tokens.shape == (4, 4, 16) for tokens in taps.values())
