@@ -1,10 +1,9 @@
-"""Encoding against the autoencoder alone, and our own cost an image: python
-benchmarks/encode.py [--images 64].
+"""Encoding against the autoencoder alone, and our own cost an image: python benchmarks/encode.py
+[--images 64].
 
-The autoencoder has the size of Stable Diffusion's, untrained (speed does not know), on
-64-pixel images so that a CPU
-can do it; sources are JPEG files. Our own cost is measured with 256-pixel JPEGs and an
-autoencoder that costs nothing.
+The autoencoder has the size of Stable Diffusion's, untrained (speed does not know), on 64-pixel
+images so that a CPU can do it; sources are JPEG files. Our own cost is measured with 256-pixel
+JPEGs and an autoencoder that costs nothing.
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """What the benchmarks share: interleaved timing, and one list of results in
 benchmarks/results.json.
 
-A row is {"name", "ours", "other", "ratio", "unit", "opponent"}; ratio > 1 means that ours
-is better. Variants run
-in one process on the same inputs, in turns; the median of the rounds counts, in CPU
-seconds of this process.
+A row is {"name", "ours", "other", "ratio", "unit", "opponent"}; ratio > 1 means that ours is
+better. Variants run in one process on the same inputs, in turns; the median of the rounds counts,
+in CPU seconds of this process.
 """
 
 import json
@@ -22,8 +21,8 @@ ROUNDS = 5
 def cpu_seconds(
     variants: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Median CPU seconds of each variant; every round runs all of them, after one round to
-    warm up."""
+    """Median CPU seconds of each variant; every round runs all of them, after one round to warm
+    up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in range(rounds + 1):
         for name, run in variants.items():

@@ -1,7 +1,7 @@
 """A set the size of ImageNet: open it, order an epoch, resume anywhere: python benchmarks/index.py.
 
-The shards are sparse files (24 GB that take no space), so this is about indexes and
-orders, not about reading.
+The shards are sparse files (24 GB that take no space), so this is about indexes and orders, not
+about reading.
 """
 
 import argparse

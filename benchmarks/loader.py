@@ -1,10 +1,9 @@
 """Loader speed against the ways people read latents: python benchmarks/loader.py [--gib 1]
 [--folder DIR].
 
-All variants deliver batches of 256 samples of (8, 32, 32) float16 and labels; the page
-cache is warm. Ours and the
-memory map read in random order, file by file readers too; the webdataset pipeline reads
-straight through (easier).
+All variants deliver batches of 256 samples of (8, 32, 32) float16 and labels; the page cache is
+warm. Ours and the memory map read in random order, file by file readers too; the webdataset
+pipeline reads straight through (easier).
 """
 
 import argparse

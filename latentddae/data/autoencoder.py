@@ -1,7 +1,7 @@
 """The autoencoder between pixels and latents; the only importer of diffusers.
 
-autoencoder = open_autoencoder("stabilityai/sd-vae-ft-ema")   # a Hub id, a folder, "demo" or "none"
-stored = autoencoder.encode(images)                           # (N, 3, H, W) in [-1, 1] -> moments
+autoencoder = open_autoencoder("stabilityai/sd-vae-ft-ema")  # Hub id, folder, "demo", "none"
+stored = autoencoder.encode(images)                          # (N, 3, H, W) -> moments
 images = autoencoder.decode(spec.unscale(x0))
 """
 
@@ -34,8 +34,8 @@ PROBE_PIXELS = 64  # an image of this size tells the number of channels and the 
 class Autoencoder:
     """A frozen autoencoder. `module` None is the identity on pixels.
 
-    It computes in float32 (TF32 convolutions where the hardware has them) with autocast
-    off, or in bfloat16 on request.
+    It computes in float32 (TF32 convolutions where the hardware has them) with autocast off, or in
+    bfloat16 on request.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Autoencoder:
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> one stored view each, unscaled: float32 on this device.
 
-        Kind moments: (N, 2C, h, w) posterior mean and log-variance; deterministic: (N, C,
-        h, w); image: as it came.
+        Kind moments: (N, 2C, h, w) posterior mean and log-variance; deterministic: (N, C, h, w);
+        image: as it came.
         """
         images = images.to(self.device, torch.float32)
         return images if self.module is None else self._in_parts(self._encode, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H,
-        W) in [-1, 1]."""
+        """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H, W) in
+        [-1, 1]."""
         latents = latents.to(self.device, torch.float32)
         out = latents if self.module is None else self._in_parts(self._decode, latents)
         return out.clamp(-1, 1)
@@ -108,8 +108,8 @@ class Autoencoder:
                 torch.cuda.empty_cache()
 
     def spec(self, resolution: int, views: tuple[str, ...] = ("original",)) -> LatentSpec:
-        """What this autoencoder makes of images of `resolution` pixels. ConfigError if
-        it cannot."""
+        """What this autoencoder makes of images of `resolution` pixels. ConfigError if it
+        cannot."""
         if self.module is None:
             return LatentSpec(kind="image", channels=3, size=resolution, views=views)
         probe = self.encode(torch.zeros(1, 3, PROBE_PIXELS, PROBE_PIXELS))
@@ -141,8 +141,7 @@ def open_autoencoder(
     source: str, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> Autoencoder:
     """A local folder, a Hub id (perhaps with a subfolder), "demo" (ships with the package) or
-    "none".
-    """
+    "none"."""
     if source == "none":
         return Autoencoder(source, None, device, precision)
     folder = Path(str(files("latentddae") / "assets" / "autoencoder"))
@@ -223,8 +222,7 @@ def new_autoencoder_kl(**config: Any) -> Any:
 
 def weights_sha256(module: nn.Module) -> str:
     """A hash over names, shapes and float32 numbers of all weights: the same for any file they came
-    from.
-    """
+    from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""Shards from elsewhere, kept on a local disk within a bound: ShardSet(cached(URL,
-"train", "/scratch", 50e9), "train").
+"""Shards from elsewhere, kept on a local disk within a bound.
 
-One process of a node copies, the others wait for it; every file is checked against the
-manifest's hash before it
-appears. What does not fit is streamed instead (stream.py).
+    shards = open_set("https://host/imagenet256", "train", cache="/scratch")
+
+One process of a node copies, the others wait for it; every file is checked against the manifest's
+hash before it appears. What does not fit is streamed instead (stream.py).
 """
 
 import contextlib
@@ -25,11 +25,11 @@ MARK = ".latentddae-cache"  # only folders with this file are ever deleted
 
 
 def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
-    """A local copy of one split (with all its shards) below `cache`, which holds at most
-    `limit` bytes.
+    """A local copy of one split (with all its shards) below `cache`, which holds at most `limit`
+    bytes.
 
-    Older sets give way. ConfigError if the split alone is larger, DataError if it is
-    damaged at its source.
+    Older sets give way. ConfigError if the split alone is larger, DataError if it is damaged at its
+    source.
     """
     folder = (
         Path(cache)
@@ -59,8 +59,8 @@ def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
 
 
 def open_set(root: str, split: str, cache: str = "", cache_gb: float = 100.0) -> ShardSet:
-    """A split of a local folder, or of one that lies elsewhere through the cache (local ranks
-    share it)."""
+    """A split of a local folder, or of one that lies elsewhere through the cache (local ranks share
+    it)."""
     if not cache:
         if is_remote(root):
             raise ConfigError(f"{root} lies elsewhere: give a cache folder on a local disk")

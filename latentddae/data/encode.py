@@ -1,15 +1,11 @@
-"""Images -> latent shards, once: restartable at any moment, on any number of ranks, always
-the same bytes.
+"""Images -> latent shards, once: restartable, on any number of ranks, always the same bytes.
 
     latentddae encode --source photos/ --out data/photos --autoencoder demo --resolution 32
-    torchrun --nproc-per-node 8 -m latentddae.data.encode --config
-    configs/encode/imagenet256.yaml ...
+    torchrun --nproc-per-node 8 -m latentddae.data.encode --config configs/encode/FILE.yaml ...
 
-The plan comes first: one seeded permutation of all images says which image goes into which
-shard and which batch of
-the autoencoder. Ranks take whole shards. A finished shard is journalled in
-`.encode-SPLIT/`; the manifest is written
-last, and a shard that it does not name does not exist.
+The plan comes first: one seeded permutation of all images says which image goes into which shard
+and which batch of the autoencoder. Ranks take whole shards. A finished shard is journalled in
+`.encode-SPLIT/`; the manifest is written last, and a shard that it does not name does not exist.
 """
 
 import argparse
@@ -86,6 +82,13 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
             shutil.rmtree(journal_folder(out, config.split), ignore_errors=True)
         _say(world, f"{out} holds split {config.split} already: {_summary(finished)}")
         return finished
+    if plan.shards < world.size:
+        fitting = -(-len(plan.order) // world.size)
+        _say(
+            world,
+            f"{plan.shards} shards for {world.size} ranks: some have nothing to do; "
+            f"--shard-size {fitting} would give each one",
+        )
     new = not out.exists()
     with contextlib.ExitStack() as held:
         if world.is_main:
@@ -161,8 +164,8 @@ def journal_folder(out: Path, split: str) -> Path:
 
 
 def finished_entry(out: Path, plan: Plan) -> dict[str, Any] | None:
-    """The manifest's entry if this very split is done. ConfigError if the folder holds
-    something else."""
+    """The manifest's entry if this very split is done. ConfigError if the folder holds something
+    else."""
     if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out)
@@ -232,8 +235,8 @@ class BatchEncoder:
         self._images = torch.empty(shape, device=autoencoder.device)
 
     def __call__(self, batch: Decoded) -> np.ndarray:
-        """(n, views, *stored_shape) in the stored dtype; what came out non-finite is added to
-        the batch's problems."""
+        """(n, views, *stored_shape) in the stored dtype; what came out non-finite is added to the
+        batch's problems."""
         if self._spec.kind == "image":
             return batch.pixels
         n, views = len(batch.indices), self._spec.views

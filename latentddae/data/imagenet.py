@@ -1,9 +1,7 @@
-"""ImageNet as it is handed out: the train tar of tars, the flat val tar, class folders;
-and Tiny-ImageNet.
+"""ImageNet as it is handed out: train tar of tars, flat val, class folders; and Tiny-ImageNet.
 
-Labels follow the canonical order, the 1,000 WordNet ids sorted, whatever is missing or
-renamed on disk. Keys are
-`n01440764/n01440764_10026` and `n01440764/ILSVRC2012_val_00000293` for all layouts.
+Labels follow the canonical order, the 1,000 WordNet ids sorted, whatever is missing or renamed on
+disk. Keys are `n01440764/n01440764_10026` and `n01440764/ILSVRC2012_val_00000293` for all layouts.
 """
 
 import io
@@ -34,8 +32,8 @@ def wnids() -> tuple[str, ...]:
 
 
 def canonical_classes(folders: Sequence[str]) -> list[str] | None:
-    """The 1,000 classes if all these folder names are among them: a missing one then
-    shifts no label."""
+    """The 1,000 classes if all these folder names are among them: a missing one then shifts no
+    label."""
     if not folders or not all(WNID.fullmatch(name) for name in folders):
         return None
     return list(wnids()) if set(folders) <= set(wnids()) else None
@@ -172,8 +170,8 @@ def is_tiny(folder: Path) -> bool:
 
 
 def tiny_source(folder: Path, split: str) -> Source:
-    """Tiny-ImageNet as it is unpacked; classes are its 200 ids, sorted. Its test images
-    have no labels."""
+    """Tiny-ImageNet as it is unpacked; classes are its 200 ids, sorted. Its test images have no
+    labels."""
     classes = sorted((folder / "wnids.txt").read_text().split())
     place = {wnid: label for label, wnid in enumerate(classes)}
     if split == "train":

@@ -36,10 +36,9 @@ def open_source(
 ) -> Source:
     """A folder, a .tar or the name of a set (kept below `root`).
 
-    `classes` says how class folders are numbered: by the 1,000 ids of ImageNet if all are
-    among them ("auto"), by
-    their own order ("folders"), or "imagenet1k". ConfigError: no such thing. DataError: it
-    holds no images.
+    `classes` says how class folders are numbered: by the 1,000 ids of ImageNet if all are among
+    them ("auto"), by their own order ("folders"), or "imagenet1k". ConfigError: no such thing.
+    DataError: it holds no images.
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}, allowed: {', '.join(SPLITS)}")
@@ -181,8 +180,7 @@ def _label(tar: Path, member: Member, handle: int) -> int:
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     """Class names beside the tars: classes.txt, one a line, or `classes` in a JSON file's top
-    level.
-    """
+    level."""
     if (folder / "classes.txt").is_file():
         return tuple((folder / "classes.txt").read_text().split("\n")[:-1])
     for name in ("README.json", "dataset_info.json", "_info.json"):

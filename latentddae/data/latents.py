@@ -1,9 +1,7 @@
-"""What the stored numbers mean: stored moments <-> unit-scale training latents, without the
-autoencoder.
+"""What the stored numbers mean: stored moments <-> unit-scale training latents.
 
 A `LatentSpec` travels with every data set (manifest.json) and every checkpoint. Shards hold what
-the autoencoder
-said, unscaled; the one place that shifts and scales is here.
+the autoencoder said, unscaled; the one place that shifts and scales is here.
 """
 
 import dataclasses

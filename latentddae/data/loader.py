@@ -1,7 +1,6 @@
 """Shards -> batches. The clock is images seen; the order is a pure function of (seed, images seen).
 
-    loader = Loader(ShardSet("data/imagenet256", "train"), global_batch=256, seed=0, rank=0,
-    world=8)
+    loader = Loader(ShardSet("data/imagenet256", "train"), global_batch=256, seed=0)
     for batch in loader.batches(images_seen=0): ...
 
 Any number of ranks and threads sees the same global batches; resuming needs one integer.
@@ -42,8 +41,7 @@ def order(
     arguments.
 
     With `group_shards` = K the shards (bounds `starts`) are permuted, and samples only inside
-    groups of K shards:
-    for slow file systems, where a group is read from a few files.
+    groups of K shards: for slow file systems, where a group is read from a few files.
     """
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
     if not group_shards or starts is None:

@@ -25,8 +25,7 @@ SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
 
 class Sums:
     """Running float64 sums over the raw latent means of samples, for the statistics in the
-    manifest.
-    """
+    manifest."""
 
     def __init__(self, spec: LatentSpec) -> None:
         self._spec = spec
@@ -50,8 +49,7 @@ class Sums:
 
 def statistics(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per-channel mean and standard deviation of the raw (unscaled) latent means over all shards
-    and views.
-    """
+    and views."""
     count = sum(entry["sums"]["count"] for entry in entries)
     if not count:
         return {"mean": [], "std": []}

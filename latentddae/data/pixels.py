@@ -128,9 +128,9 @@ def whole(image: Image.Image, resolution: int) -> Image.Image:
 def shifted(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Image:
     """The recipe of DDAE's transfer: mirror and shift at the image's own resolution, then resize.
 
-    The centre square is padded by an eighth on each side (4 of 32 pixels) with black, a
-    square of its size is cut
-    out at random and mirrored by a coin. `draw`: 5 uniform numbers, of which three are used.
+    The centre square is padded by an eighth on each side (4 of 32 pixels) with black, a square of
+    its size is cut out at random and mirrored by a coin. `draw`: 5 uniform numbers, of which three
+    are used.
     """
     side = min(image.size)
     pad = side // 8

@@ -1,5 +1,5 @@
-"""The plan of an encoding, fixed before the first image is read: which image, in which
-shard and batch."""
+"""The plan of an encoding, fixed before the first image is read: which image, in which shard and
+batch."""
 
 import hashlib
 import os

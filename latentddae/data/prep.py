@@ -12,8 +12,8 @@ def main_for(
 ) -> Callable[[list[str] | None], None]:
     """A `main(argv)` that runs `latentddae encode` once a split, then prints what is there.
 
-    `defaults` are options of `encode` for all splits, `splits` those of each; the command
-    line wins.
+    `defaults` are options of `encode` for all splits, `splits` those of each; the command line
+    wins.
     """
 
     def main(argv: list[str] | None = None) -> None:

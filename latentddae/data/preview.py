@@ -34,8 +34,8 @@ def decoded(shards: ShardSet, indices: np.ndarray, autoencoder: str | None) -> n
 def source_squares(
     source: Source, shards: ShardSet, indices: np.ndarray, resolution: int
 ) -> np.ndarray:
-    """(N, H, W, 3) uint8: the source images of these samples, cropped as the manifest
-    says; gray where missing."""
+    """(N, H, W, 3) uint8: the source images of these samples, cropped as the manifest says; gray
+    where missing."""
     place = {key: i for i, key in enumerate(source.keys)}
     crop = CROPS[shards.manifest["pipeline"].get("crop", "center")]
     squares = np.full((len(indices), resolution, resolution, 3), 128, np.uint8)

@@ -1,5 +1,4 @@
-"""Files of a data folder that lies elsewhere: a path on a slow file system, or an http(s)
-address."""
+"""Files of a data folder that lies elsewhere: on a slow file system, or at an http(s) address."""
 
 import hashlib
 import os

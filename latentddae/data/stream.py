@@ -1,16 +1,13 @@
 """Shards read straight through, for sets that lie elsewhere and fit on no local disk.
 
-    loader = StreamLoader("https://host/imagenet512", "train", global_batch=256, seed=0,
-    rank=3, world=8)
+    loader = StreamLoader("https://host/imagenet512", "train", global_batch=256, seed=0)
     for batch in loader.batches(images_seen=0): ...
 
-The same batches as `Loader` gives, in another order: the shards of an epoch are permuted
-and dealt to the ranks, and
-samples are permuted inside their shard. So the order is a pure function of (seed, images
-seen, ranks), and resuming
-reads at most one shard again; on another number of ranks the order is another one. Tars
-are parsed by `webdataset`,
-as streams; the two kinds of members that we know are read, nothing is unpickled.
+The same batches as `Loader` gives, in another order: the shards of an epoch are permuted and dealt
+to the ranks, and samples are permuted inside their shard. So the order is a pure function of (seed,
+images seen, ranks), and resuming reads at most one shard again; on another number of ranks the
+order is another one. Tars are parsed by `webdataset`, as streams; the two kinds of members that we
+know are read, nothing is unpickled.
 """
 
 import hashlib
@@ -122,8 +119,8 @@ class StreamLoader:
 
 
 def read_shard(root: str, entry: dict[str, Any], spec: LatentSpec) -> tuple[np.ndarray, np.ndarray]:
-    """All samples of one shard, (n, views, *stored_shape), and labels (n,). DataError
-    names a bad shard."""
+    """All samples of one shard, (n, views, *stored_shape), and labels (n,). DataError names a bad
+    shard."""
     shape = (len(spec.views), *spec.stored_shape)
     header, member = npy_header(spec.stored_dtype, shape), MEMBERS[spec.kind]
     stored = np.empty((entry["samples"], *shape), spec.stored_dtype)

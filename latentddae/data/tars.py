@@ -23,8 +23,8 @@ class Member:
 
 
 def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Regular members of an uncompressed tar, or of a tar inside it; links and devices are
-    passed over.
+    """Regular members of an uncompressed tar, or of a tar inside it; links and devices are passed
+    over.
 
     DataError names a tar that is damaged, compressed or cut, at a member's boundary, too.
     """

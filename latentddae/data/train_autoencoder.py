@@ -1,11 +1,10 @@
-"""Train a small AutoencoderKL on any source of images: the recipe of the one that ships
-with the package.
+"""Train a small AutoencoderKL on any source of images: the recipe of the one that ships with the
+package.
 
     python data_prep/train_autoencoder.py --source DIR --out autoencoder/
 
-L1 + 2 L2 + 1e-5 KL on images in [-1, 1], AdamW with a one-cycle rate, mirrored at random,
-bfloat16 autocast.
-Minutes on a laptop for 32-pixel images; no adversarial loss, so it is for demos, not for
+L1 + 2 L2 + 1e-5 KL on images in [-1, 1], AdamW with a one-cycle rate, mirrored at random, bfloat16
+autocast. Minutes on a laptop for 32-pixel images; no adversarial loss, so it is for demos, not for
 photographs.
 """
 
@@ -46,8 +45,8 @@ SCALE_BATCH = 100
 
 
 def loss(module: Any, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and L1 error of each image: (N, 3, H, W) in [-1, 1], noise (N, C, h, w) ->
-    (N,), (N,)."""
+    """Loss and L1 error of each image: (N, 3, H, W) in [-1, 1], noise (N, C, h, w) -> (N,),
+    (N,)."""
     posterior = module.encode(images).latent_dist
     out = module.decode(posterior.mean + posterior.std * noise).sample.float()
     l1 = (out - images).abs().flatten(1).mean(dim=1)
@@ -69,8 +68,8 @@ def load_pixels(source: Source, resolution: int, limit: int) -> Tensor:
 
 
 def batches(pixels: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)), each image mirrored by a
-    keyed coin."""
+    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)), each image mirrored by a keyed
+    coin."""
     rows = itertools.chain.from_iterable(order(seed, e, len(pixels)) for e in itertools.count())
     for seen in itertools.count(step=batch):
         positions = torch.arange(seen, seen + batch)

@@ -1,5 +1,5 @@
-"""`latentddae verify DIR`: structure, counts, hashes, finite numbers, statistics. Status 1
-and a list if wrong."""
+"""`latentddae verify DIR`: structure, counts, hashes, finite numbers, statistics. Status 1 and a
+list if wrong."""
 
 import argparse
 import hashlib

@@ -1,5 +1,5 @@
-"""RELIABILITY G7, the data part: nothing that others made is executed, followed or
-extracted; all is named."""
+"""RELIABILITY G7, the data part: nothing that others made is executed, followed or extracted; all
+is named."""
 
 import io
 import json

@@ -1,5 +1,5 @@
-"""Every odd image of docs/data.md: converted as tabled, or refused with a reason. Nothing
-is silent."""
+"""Every odd image of docs/data.md: converted as tabled, or refused with a reason. Nothing is
+silent."""
 
 import io
 import struct

@@ -1,5 +1,5 @@
-"""RELIABILITY G9 and G26: random layouts; the sample ledger is exact, whatever the ranks,
-threads and restarts."""
+"""RELIABILITY G9 and G26: random layouts; the sample ledger is exact, whatever the ranks, threads
+and restarts."""
 
 import itertools
 from pathlib import Path
@@ -15,8 +15,8 @@ PIXELS = LatentSpec(kind="image", channels=1, size=2)
 
 
 def test_1000_random_layouts() -> None:
-    """Which sample stands at each position, against the plain statement: epoch after
-    epoch, uncut."""
+    """Which sample stands at each position, against the plain statement: epoch after epoch,
+    uncut."""
     rng = np.random.default_rng(0)
     for _ in range(1000):
         sizes = rng.integers(1, 30, rng.integers(1, 8))

@@ -1,5 +1,5 @@
-"""Sets that lie elsewhere: cached within a bound, or streamed; damage, rubbish and odd
-addresses are refused."""
+"""Sets that lie elsewhere: cached within a bound, or streamed; damage, rubbish and odd addresses
+are refused."""
 
 import functools
 import http.server

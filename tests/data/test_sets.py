@@ -1,5 +1,5 @@
-"""Named sets: official splits, labels and class names; derived splits are fixed; nothing
-is downloaded unasked."""
+"""Named sets: official splits, labels and class names; derived splits are fixed; nothing is
+downloaded unasked."""
 
 import pickle
 from pathlib import Path

@@ -1,6 +1,5 @@
 """The format is plain tar and WebDataset; what is written comes back bit for bit; damage is
-refused.
-"""
+refused."""
 
 import io
 import json

@@ -1,5 +1,5 @@
-"""What users of the peers struggle with in their data (USER_PAINS.md), as far as no other
-file tests it.
+"""What users of the peers struggle with in their data (USER_PAINS.md), as far as no other file
+tests it.
 
 #9 class order, flat val     test_imagenet.py, test_encode.py (other class lists)
 #13 frozen flips             test_encode.py (mirror), test_loader.py (posterior)
@@ -64,8 +64,8 @@ def write_uneven(root: Path, spec: LatentSpec, sizes: tuple[int, ...]) -> ShardS
 def test_3_and_24_uneven_shards_do_not_hang_ranks(
     tmp_path: Path, spec: LatentSpec, workers: int
 ) -> None:
-    """#3, #24, RELIABILITY G20: 3 shards of 7, 50 and 1 samples, two gloo ranks that meet
-    at every step."""
+    """#3, #24, RELIABILITY G20: 3 shards of 7, 50 and 1 samples, two gloo ranks that meet at every
+    step."""
     write_uneven(tmp_path / "set", spec, (7, 50, 1))
     child = """
 import sys, torch, itertools
