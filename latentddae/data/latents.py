@@ -61,6 +61,13 @@ class LatentSpec:
         return (planes, self.size, self.size)
 
     @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's array in a shard: (views, *stored_shape); (3, H, W) for an image with
+        one view."""
+        plain = self.kind == "image" and len(self.views) == 1
+        return self.stored_shape if plain else (len(self.views), *self.stored_shape)
+
+    @property
     def stored_dtype(self) -> np.dtype:
         return np.dtype("uint8" if self.kind == "image" else "<f2")
 

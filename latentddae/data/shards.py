@@ -4,7 +4,7 @@
     train-000000.tar      for each sample KEY.moments.npy (views, 2C, h, w) float16 and KEY.cls
     train-000000.idx.npy  (n, 2) int64: byte offset of the sample's numbers, label (-1: none)
 
-Images themselves are KEY.image.npy (views, 3, H, W) uint8.
+Images themselves are KEY.image.npy, uint8 (3, H, W), or (views, 3, H, W).
 
 Header and member sizes are the same for all samples of a shard, so a batch is one strided gather
 from a memory map. Any tar program and the `webdataset` library read the tars; a shard that the
@@ -115,7 +115,7 @@ class ShardWriter:
         self._temporary = folder / f".tmp-{os.getpid()}-{name}.tar"
         self._spec = spec
         self._shape = (len(spec.views), *spec.stored_shape)
-        self._npy_header = npy_header(spec.stored_dtype, self._shape)
+        self._npy_header = npy_header(spec.stored_dtype, spec.file_shape)
         self._label_width = max(
             len(str(num_classes - 1)), 2
         )  # "-1" is the label of a sample without one
@@ -248,7 +248,7 @@ class ShardSet:
         if content_fingerprint(entry["shards"]) != entry["fingerprint"]:
             raise DataError(f"{self.root}: the manifest's shards do not match their fingerprint")
         self._shape = (len(self.spec.views), *self.spec.stored_shape)
-        self._npy_header = npy_header(self.spec.stored_dtype, self._shape)
+        self._npy_header = npy_header(self.spec.stored_dtype, self.spec.file_shape)
         self._access = access
         self._files: list[int] = []
         self._maps: list[memoryview] = []
@@ -297,7 +297,7 @@ class ShardSet:
         header = os.pread(handle, len(self._npy_header), first - len(self._npy_header))
         if header != self._npy_header:
             raise DataError(
-                f"shard {path}: its arrays are not {self.spec.stored_dtype} {self._shape}"
+                f"shard {path}: its arrays are not {self.spec.stored_dtype} {self.spec.file_shape}"
             )
         if self._access == "mmap":
             self._maps.append(memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ)))

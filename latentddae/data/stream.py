@@ -122,7 +122,7 @@ def read_shard(root: str, entry: dict[str, Any], spec: LatentSpec) -> tuple[np.n
     """All samples of one shard, (n, views, *stored_shape), and labels (n,). DataError names a bad
     shard."""
     shape = (len(spec.views), *spec.stored_shape)
-    header, member = npy_header(spec.stored_dtype, shape), MEMBERS[spec.kind]
+    header, member = npy_header(spec.stored_dtype, spec.file_shape), MEMBERS[spec.kind]
     stored = np.empty((entry["samples"], *shape), spec.stored_dtype)
     labels = np.empty(entry["samples"], np.int64)
     count = 0
@@ -134,7 +134,7 @@ def read_shard(root: str, entry: dict[str, Any], spec: LatentSpec) -> tuple[np.n
                 data, label = sample[member], sample["cls"]
                 if not data.startswith(header) or len(data) != len(header) + stored[0].nbytes:
                     raise ValueError(
-                        f"{sample['__key__']} is no array of {spec.stored_dtype} {shape}"
+                        f"{sample['__key__']} is no array of {spec.stored_dtype} {spec.file_shape}"
                     )
                 stored[count] = np.frombuffer(data, spec.stored_dtype, offset=len(header)).reshape(
                     shape

@@ -123,7 +123,7 @@ def _member_problems(
     offsets: list[int],
     labels: list[int],
 ) -> Iterator[str]:
-    shape = (len(spec.views), *spec.stored_shape)
+    shape = spec.file_shape
     header = npy_header(spec.stored_dtype, shape)
     size = len(header) + int(np.prod(shape)) * spec.stored_dtype.itemsize
     suffix = f".{MEMBERS[spec.kind]}"
@@ -159,7 +159,8 @@ def _member_problems(
         if len(data) < size or not data.startswith(header):
             yield f"{name}: {key} is no array of {spec.stored_dtype} {shape}"
             continue
-        stored = np.frombuffer(data, spec.stored_dtype, offset=len(header)).reshape(shape)
+        stored = np.frombuffer(data, spec.stored_dtype, offset=len(header))
+        stored = stored.reshape(len(spec.views), *spec.stored_shape)
         if not np.isfinite(stored).all():
             yield f"{name}: {key} holds numbers that are not finite"
             continue

@@ -101,6 +101,12 @@ def test_images_are_stored_as_bytes(make_set: MakeSet, spec: LatentSpec) -> None
     shards = ShardSet(root, "train")
     np.testing.assert_array_equal(shards.gather(np.arange(5)), stored)
     assert shards.spec == pixels
+    with tarfile.open(root / "train-000000.tar") as tar:
+        member = tar.extractfile("class0/img_00000.image.npy")
+        assert member is not None
+        image = np.load(io.BytesIO(member.read()))
+    np.testing.assert_array_equal(image, stored[0, 0])  # plain (C, H, W)
+    assert not list(problems(root))
 
 
 def test_statistics_are_those_of_the_means(make_set: MakeSet) -> None:
