@@ -321,6 +321,7 @@ def encode_shard(
                 else:
                     writer.add(plan.source.keys[index], stored[row], int(plan.source.labels[index]))
             bar.update(len(batch.indices))
+            bar.set_postfix(bad=len(bad.found), refresh=False)
         entry = writer.close()
     except BaseException:
         writer.abort()

@@ -95,6 +95,16 @@ def test_keys_are_made_safe() -> None:
         assert key_problem(bad), bad
 
 
+def test_an_imagenet_sample_takes_18448_bytes(make_set: MakeSet, spec: LatentSpec) -> None:
+    """Of them 16,384 are numbers and 16 index; 18,600 is the goal."""
+    sd = replace(spec, size=32, views=("original",))
+    root, _ = make_set(n=40, shard_size=40, spec=sd)
+    index = np.load(root / "train-000000.idx.npy")
+    assert set(np.diff(index[:, 0]).tolist()) == {18432}
+    assert index.nbytes == 40 * 16
+    assert (root / "train-000000.tar").stat().st_size < 40 * 18432 + 2 * 10240
+
+
 def test_images_are_stored_as_bytes(make_set: MakeSet, spec: LatentSpec) -> None:
     pixels = LatentSpec(kind="image", channels=3, size=8)
     root, stored = make_set(n=5, spec=pixels)
