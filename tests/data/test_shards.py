@@ -175,6 +175,18 @@ def test_damage_is_found_by_verify_and_before_training(make_set: MakeSet, damage
     assert any("train-000001.tar" in problem for problem in problems(root))
 
 
+@pytest.mark.parametrize("damage", ["cut in a payload", "end mark cut off", "something appended"])
+def test_sizes_are_checked_without_hashes(
+    make_set: MakeSet, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentddae.data.shards.HASH_BELOW", 0)
+    root, _ = make_set(n=24, shard_size=8)
+    shard = root / "train-000001.tar"
+    shard.write_bytes(DAMAGES[damage](shard.read_bytes(), b""))
+    with pytest.raises(DataError, match=r"train-000001\.tar has \d+ bytes, the manifest says"):
+        ShardSet(root, "train")
+
+
 def test_missing_files_are_named(make_set: MakeSet) -> None:
     root, _ = make_set(n=24, shard_size=8)
     for name in ("train-000001.tar", "train-000001.idx.npy"):
