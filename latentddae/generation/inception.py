@@ -99,6 +99,10 @@ def inception_score(logits: np.ndarray, splits: int, shuffle: bool) -> tuple[flo
     """Mean and standard deviation over splits of exp(E KL(p(y | x) || p(y))) (arXiv 1606.03498)."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
+    if len(logits) < splits:
+        raise ConfigError(
+            f"the inception score takes {splits} splits, there are {len(logits)} images"
+        )
     found = isc_features_to_metric(torch.from_numpy(logits), splits=splits, shuffle=shuffle)
     return found["inception_score_mean"], found["inception_score_std"]
 
