@@ -217,8 +217,11 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
         return loss * torch.where(position == 3 * STEP + 1, torch.nan, 1.0)
 
     monkeypatch.setattr(train.Trainer, "loss", poisoned)
-    assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
+    options = (f"save.every_images={STEP}", "save.keep_last=30")
+    assert ranks(lambda: start(run, tiny_shards, *options), 2) == [0, 0]
     assert "step skipped" in capfd.readouterr().err
+    before, after = tensors(run, 3 * STEP), tensors(run, 4 * STEP)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # the average too
     state = checkpoint.complete_states(run / "state")[-1]
     assert state.info["adam_steps"] == 19
     assert all(torch.isfinite(v).all() for v in tensors(run, 20 * STEP).values())

@@ -26,6 +26,7 @@ def train_and_compare(stage: int, precision: str, micro: int) -> None:
     world = dist.start()
     model = zoo.build(MODEL, seed=1)
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=micro)  # type: ignore[arg-type]
+    initial = {n: p.detach().double().flatten() for n, p in model.named_parameters()}
     engine = Engine(model, config, OptimConfig(lr=1e-3), world, torch.device("cpu"), BATCH)
     engine.publish_masters()
     ema = Ema(EmaConfig(halflife_images=20 * BATCH), engine.masters)
@@ -37,6 +38,8 @@ def train_and_compare(stage: int, precision: str, micro: int) -> None:
         return {name: dist.sum_tensor(value) for name, value in out.items()}
 
     reference = gathered(engine.masters)
+    for name, value in initial.items():  # not their bf16 cast, from which DeepSpeed starts
+        assert torch.equal(reference[name], value), name
     first = {name: value.clone() for name, value in reference.items()}
     generator = torch.Generator().manual_seed(world.rank)
     share = BATCH // world.size
