@@ -96,8 +96,10 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
         else:
             together(lambda: None)
         try:
-            together(lambda: prepare(out, plan) if world.is_main else None)
-            together(lambda: encode_shards(out, plan, encoder, world))
+            listed = together(lambda: prepare(out, plan) if world.is_main else None)
+            # One list for all: a rank that looked later would miss what another has done since.
+            mine = share(dist.broadcast_object(listed), world)
+            together(lambda: encode_shards(out, plan, encoder, mine, world))
             together(lambda: finish(out, plan, encoder) if world.is_main else None)
         except LatentddaeError:
             if world.is_main:
@@ -194,8 +196,9 @@ def _changes(changed: dict[str, tuple]) -> str:
     return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
 
 
-def prepare(out: Path, plan: Plan) -> None:
-    """Write the plan's settings, or compare them with those of the run that was stopped."""
+def prepare(out: Path, plan: Plan) -> list[int]:
+    """Write the plan's settings, or compare them with those of the run that was stopped; the shards
+    that are still to be written."""
     journal = journal_folder(out, plan.config.split)
     path = journal / "plan.json"
     if path.exists():
@@ -210,6 +213,7 @@ def prepare(out: Path, plan: Plan) -> None:
         write_json(path, plan.settings)
     for stale in [*journal.glob("failed-*"), *out.glob(".tmp-*")]:
         stale.unlink()
+    return [s for s in range(plan.shards) if journalled(out, plan, s) is None]
 
 
 def _leave_no_trace(out: Path, plan: Plan, new: bool) -> None:
@@ -258,11 +262,11 @@ class BatchEncoder:
         return self._autoencoder.encode(self._images)[:n]
 
 
-def encode_shards(out: Path, plan: Plan, encoder: Autoencoder, world: dist.World) -> None:
-    """This rank's share of the shards that are not in the journal."""
+def encode_shards(
+    out: Path, plan: Plan, encoder: Autoencoder, mine: list[int], world: dist.World
+) -> None:
+    """Write this rank's shards."""
     journal = journal_folder(out, plan.config.split)
-    open_shards = [s for s in range(plan.shards) if journalled(out, plan, s) is None]
-    mine = open_shards[world.rank :: world.size]
     known = [
         tuple(b)
         for s in range(plan.shards)
@@ -284,6 +288,11 @@ def encode_shards(out: Path, plan: Plan, encoder: Autoencoder, world: dist.World
     except LatentddaeError:
         failed.touch()
         raise
+
+
+def share(open_shards: list[int], world: dist.World) -> list[int]:
+    """The shards that this rank writes: every rank another part of the same list."""
+    return open_shards[world.rank :: world.size]
 
 
 def journalled(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from latentddae.data.autoencoder import Autoencoder
-from latentddae.data.encode import encode, parse
+from latentddae.data.encode import encode, parse, share
 from latentddae.data.plan import EncodeConfig
 from latentddae.data.shards import ShardSet
+from latentddae.dist import World
 from latentddae.errors import ConfigError, DataError, run_command
 
 
@@ -257,6 +258,14 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
         "original,mirror",
     ]
     return [*flags, *more]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_every_shard_has_one_rank(ranks: int) -> None:
+    open_shards = [1, 4, 5, 9]
+    shares = [share(open_shards, World(rank, ranks)) for rank in range(ranks)]
+    assert sorted(shard for part in shares for shard in part) == open_shards
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

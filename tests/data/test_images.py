@@ -104,6 +104,12 @@ def test_bad_tars_are_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bad\.tar: a\.cls holds no integer label"):
         open_source(str(tmp_path / "bad.tar"), "train")
     (tmp_path / "cut.tar").write_bytes((tmp_path / "bad.tar").read_bytes()[:700])
+    write_tar(tmp_path / "good.tar", {"a.jpg": image, "b.jpg": image})
+    boundary = 512 + -(-len(image) // 512) * 512
+    for end, name in ((boundary, "unclosed"), (2 * boundary + 512, "halfclosed")):
+        (tmp_path / f"{name}.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:end])
+        with pytest.raises(DataError, match=rf"{name}\.tar is no whole.* no end mark"):
+            open_source(str(tmp_path / f"{name}.tar"), "train")
     (tmp_path / "page.tar").write_bytes(b"<html>" * 1000)
     for name in ("cut", "page"):
         with pytest.raises(DataError, match=rf"{name}\.tar is no whole, uncompressed tar"):
