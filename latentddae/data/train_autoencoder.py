@@ -103,8 +103,8 @@ def train(pixels: Tensor, steps: int, batch: int, seed: int) -> tuple[Any, float
         value.mean().backward()
         optimizer.step()
         rates.step()
-        bar.set_postfix(l1=f"{l1.mean():.3f}")
-    return module.eval(), float(l1.mean())
+        bar.set_postfix(l1=f"{l1.detach().mean():.3f}")
+    return module.eval(), float(l1.detach().mean())
 
 
 @torch.no_grad()
