@@ -14,6 +14,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "info": ("latentddae.data.info", "what a data folder holds"),
     "preview": ("latentddae.data.preview", "decode samples beside their sources to a PNG"),
     "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
+    "compare-curve": ("latentddae.training.curve", "set a run's loss against a reference curve"),
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
@@ -26,7 +27,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
 
 def usage() -> str:
     lines = ["usage: latentddae <command> [options]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
     lines += ["", "`latentddae <command> --help` explains a command."]
     return "\n".join(lines)
 

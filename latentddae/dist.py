@@ -152,6 +152,20 @@ def on_main(action: Callable[[], Result]) -> Result:
     return box[0]
 
 
+def together(action: Callable[[], Result]) -> Result:
+    """Run on every rank; an error of ours on one rank is raised on all of them, so that none waits for it."""
+    box: list[Result] = []
+    error: LatentddaeError | None = None
+    try:
+        box.append(action())
+    except LatentddaeError as found:
+        error = found
+    first = next((e for e in gather_objects(error) if e is not None), None)
+    if first is not None:
+        raise first
+    return box[0]
+
+
 def sum_tensor(tensor: Tensor) -> Tensor:
     """The sum over ranks, in place; the tensor is returned."""
     if torch_dist.is_initialized():

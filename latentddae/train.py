@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,6 +45,7 @@ from latentddae.training.engine import (
     plan_batch,
 )
 from latentddae.training.preemption import StopRequest
+from latentddae.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +102,22 @@ class TrainConfig:
     log_every_images: int = 10_000
     max_bad_steps: int = 10
     """Non-finite steps in a row after which the run stops (exit status 65)."""
+    hang_timeout_s: float = 1800.0
+    """A step, a save or a wait for data that takes longer is reported and ends the run (exit status 75)."""
 
     def __post_init__(self) -> None:
         for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if not self.run:
             raise ValueError("run must name a folder")
 
+
+LEVEL_BINS = 4  # the loss is also logged by quarters of the noise axis s in [0, 1]
 
 # Fields that may change between two starts of one run: they alter neither samples, draws nor the
 # update rule.
@@ -121,6 +129,7 @@ SAFE_TO_CHANGE = (
     "total_images",
     "log_every_images",
     "max_bad_steps",
+    "hang_timeout_s",
     "save.",
     "monitor",
     "engine.micro_batch",
@@ -160,15 +169,17 @@ def train(config: TrainConfig) -> Path:
     """
     run = Path(config.run)
     stop = StopRequest(run)
-    world = dist.start()
+    world = dist.start(timeout_s=2 * config.hang_timeout_s)  # the watchdog speaks first
+    watchdog = Watchdog(config.hang_timeout_s, world.rank)
     try:
         with contextlib.ExitStack() as stack:
             if world.is_main:
                 dist.on_main(lambda: stack.enter_context(files.exclusive(run, "train")) and None)
             else:
                 dist.on_main(lambda: None)
-            return Trainer(config, run, world, stop).run_to_end()
+            return Trainer(config, run, world, stop, watchdog).run_to_end()
     finally:
+        watchdog.stop()
         stop.restore()
         dist.stop()
 
@@ -216,11 +227,16 @@ class Trainer:
     """The state of a run in this process, and its loop."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, world: dist.World, stop: StopRequest
+        self,
+        config: TrainConfig,
+        run: Path,
+        world: dist.World,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
-        self.run, self.world, self.stop = run, world, stop
+        self.run, self.world, self.stop, self.watchdog = run, world, stop, watchdog
         self.device = dist.device_for(world)
-        self.shards = _open_data(config.data)
+        self.shards = dist.together(lambda: _open_data(config.data))
         self.spec = self.shards.spec
         self.config = config = resolve(config, self.shards)
         self.objective = config.objective
@@ -316,10 +332,12 @@ class Trainer:
         last_save = last_log = last_look = self.images
         window = Window()
         progress = self._progress()
+        batches = self.loader.batches(self.images)
         try:
-            for batch in self.loader.batches(self.images):
-                if self.images >= config.total_images:
-                    break
+            while self.images < config.total_images:
+                self.watchdog.enter("waiting for data", self._whereabouts)
+                batch = next(batches)
+                self.watchdog.enter("in a step or waiting for another rank", self._whereabouts)
                 window.waited()
                 loss, result = self.step(batch)
                 self._guard(result, batch, log)
@@ -343,9 +361,11 @@ class Trainer:
                     or done
                     or stopping
                 ):
+                    self.watchdog.enter("saving")
                     self.save()
                     last_save = self.images
                 if looking:
+                    self.watchdog.enter("looking at samples")
                     window.paused(self.look(log))
                     last_look = self.images
                 if stopping and not done:
@@ -355,24 +375,40 @@ class Trainer:
                         "the state is saved, give the same command again to continue"
                     )
         finally:
+            batches.close()
             progress.close()
             if log is not None:
                 log.close()
+        self.watchdog.enter("exporting")
         return dist.on_main(lambda: export(self.run))
 
+    def _whereabouts(self) -> str:
+        """What this rank is working on: images seen, shards and keys of its slice of the batch."""
+        local = self.config.global_batch // self.world.size
+        positions = self.images + self.world.rank * local + np.arange(local)
+        indices = self.loader.indices(positions)
+        numbers = np.unique(np.searchsorted(self.shards.shard_starts, indices, side="right") - 1)
+        names = ", ".join(self.shards.shard_names[i] for i in numbers[:4])
+        keys = ", ".join(self.shards.keys(indices[:4]))
+        return f"at {self.images:,} images; shards {names}; keys {keys}, ..."
+
     def step(self, batch: Batch) -> tuple[Tensor, StepResult]:
-        """One optimizer step on this rank's share of a global batch; the loss is this
-        rank's mean."""
-        total = torch.zeros((), device=self.device)
+        """One optimizer step on this rank's share of a global batch.
+
+        The first result sums this rank's losses by noise level: (LEVEL_BINS, 2) of (sum, count).
+        """
+        total = torch.zeros(LEVEL_BINS, 2, device=self.device)
         parts = list(self.engine.micro_batches(batch.moments, batch.label, batch.position))
         for moments, label, position in parts:
-            loss = self.loss(
+            loss, level = self.loss(
                 moments.to(self.device, non_blocking=True),
                 label.to(self.device, non_blocking=True),
                 position.to(self.device, non_blocking=True),
-            ).mean()
-            self.engine.backward(loss)
-            total += loss.detach() / len(parts)
+            )
+            self.engine.backward(loss.mean())
+            bins = (level * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
+            total[:, 0].index_add_(0, bins, loss.detach().float())
+            total[:, 1].index_add_(0, bins, torch.ones_like(level, dtype=torch.float32))
         lr = lr_at(self.config.optim, self.images, self.config.total_images)
         result = self.engine.step(lr)
         if result.applied:
@@ -380,8 +416,8 @@ class Trainer:
             self.ema.update(self.engine.masters, after, self.config.global_batch)
         return total, result
 
-    def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> Tensor:
-        """Per-sample loss; every draw is keyed by (seed, purpose, global position): (N,)."""
+    def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample loss and noise level; every draw is keyed by (seed, purpose, global position): (N,), (N,)."""
         seed, shape = self.config.seed, self.spec.shape
         x0 = self.spec.sample(moments, draws.normal(seed, "posterior", position, shape))
         t = self.objective.times(draws.uniform(seed, "time", position))
@@ -390,7 +426,7 @@ class Trainer:
         if self.config.conditional:
             dropped = draws.uniform(seed, "label drop", position) < self.config.label_dropout
             y = torch.where(dropped, self.config.model.num_classes, label)
-        return self.objective.loss(self.model, x0, y, t, noise)
+        return self.objective.loss(self.model, x0, y, t, noise), self.objective.to_level(t)
 
     def _guard(self, result: StepResult, batch: Batch, log: runlog.RunLog | None) -> None:
         """Count and report skipped steps; stop when they do not end."""
@@ -451,7 +487,7 @@ class Window:
     def __init__(self) -> None:
         self.started = self.mark = time.perf_counter()
         self.data_s = 0.0
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # one (LEVEL_BINS, 2) of (sum, count) per step
         self.norms: list[float] = []
         self.skipped = 0
 
@@ -473,13 +509,13 @@ class Window:
 
     def row(self, images: int, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         """One line of metrics.jsonl, the loss averaged over ranks (a collective)."""
-        mean = dist.sum_tensor(torch.stack(self.losses).mean().to(device))
-        world = dist.world_from_environment().size
+        sums = dist.sum_tensor(torch.stack(self.losses).sum(dim=0).double().to(device)).cpu()
         elapsed = time.perf_counter() - self.started
         return {
             "step": images // config.global_batch,
             "images": images,
-            "loss": mean.item() / world,
+            "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(),
+            "loss_by_level": [a / n if n else None for a, n in sums.tolist()],
             "lr": lr_at(config.optim, images - config.global_batch, config.total_images),
             "grad_norm": sum(self.norms) / max(1, len(self.norms)),
             "skipped": self.skipped,

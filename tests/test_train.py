@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -213,8 +215,8 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
     honest = train.Trainer.loss
 
     def poisoned(self, moments, label, position):
-        loss = honest(self, moments, label, position)
-        return loss * torch.where(position == 3 * STEP + 1, torch.nan, 1.0)
+        loss, level = honest(self, moments, label, position)
+        return loss * torch.where(position == 3 * STEP + 1, torch.nan, 1.0), level
 
     monkeypatch.setattr(train.Trainer, "loss", poisoned)
     options = (f"save.every_images={STEP}", "save.keep_last=30")
@@ -236,8 +238,8 @@ def test_steps_that_stay_non_finite_stop_the_run(
     honest = train.Trainer.loss
 
     def poisoned(self, moments, label, position):
-        loss = honest(self, moments, label, position)
-        return loss * torch.where(position >= 12 * STEP, torch.nan, 1.0)
+        loss, level = honest(self, moments, label, position)
+        return loss * torch.where(position >= 12 * STEP, torch.nan, 1.0), level
 
     monkeypatch.setattr(train.Trainer, "loss", poisoned)
     options = (f"save.every_images={5 * STEP}", "max_bad_steps=3")
@@ -245,6 +247,48 @@ def test_steps_that_stay_non_finite_stop_the_run(
     assert "3 steps in a row" in capfd.readouterr().err
     newest, warnings = checkpoint.newest_intact(run / "state")
     assert newest is not None and newest.images == 10 * STEP and not warnings
+
+
+def test_a_hanging_rank_says_where_and_all_ranks_leave(
+    tiny_shards, tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    """A read that never returns on one rank: it names part, shard and keys; nobody is left behind (USER_PAINS 3)."""
+    honest, run = Loader.batch_at, tmp_path / "run"
+
+    def stuck(self, images_seen):
+        if self.rank == 1 and images_seen == 5 * STEP:
+            time.sleep(600)
+        return honest(self, images_seen)
+
+    monkeypatch.setattr(Loader, "batch_at", stuck)
+    options = ("hang_timeout_s=6", f"save.every_images={2 * STEP}")
+    assert ranks(lambda: start(run, tiny_shards, *options), 2, timeout=60) == [75, 75]
+    error = capfd.readouterr().err
+    assert "rank 1 hangs: waiting for data for more than 6 s" in error
+    where = f"at {5 * STEP:,} images; shards train-000000.tar"
+    assert where in error and "keys train/0" in error
+    assert "in stuck" in error  # the stack that hangs
+    assert "rank 0 hangs: in a step or waiting for another rank" in error
+    monkeypatch.setattr(Loader, "batch_at", honest)
+    assert checkpoint.newest_intact(run / "state")[0].images == 4 * STEP
+    assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
+
+
+def test_a_shard_damaged_on_one_rank_stops_all(
+    tiny_shards, tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    """A node with a bad copy: every rank leaves with the message, none waits for it."""
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_shards, bad)
+    shard = bad / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-5000])
+
+    def mixed() -> int:
+        data = bad if os.environ["RANK"] == "1" else tiny_shards
+        return start(tmp_path / "run", data)
+
+    assert ranks(mixed, 2, timeout=60) == [65, 65]
+    assert capfd.readouterr().err.count("train-000001.tar") == 2
 
 
 def test_print_config_and_dry_run_write_nothing(tiny_shards, tmp_path, capsys) -> None:

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,9 +73,9 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
     if world.size > 1:
         dist.start(TIMEOUT_S)
     out = Path(config.out)
-    opened = together(lambda: _open(config, autoencoder, world))
+    opened = dist.together(lambda: _open(config, autoencoder, world))
     plan, encoder = opened
-    finished = together(lambda: finished_entry(out, plan) if world.is_main else None)
+    finished = dist.together(lambda: finished_entry(out, plan) if world.is_main else None)
     finished = dist.broadcast_object(finished)
     if finished:
         if world.is_main:  # a kill between the manifest and the end leaves the journal
@@ -92,15 +92,15 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> dict
     new = not out.exists()
     with contextlib.ExitStack() as held:
         if world.is_main:
-            together(lambda: held.enter_context(exclusive(_made(out), "encode")))
+            dist.together(lambda: held.enter_context(exclusive(_made(out), "encode")))
         else:
-            together(lambda: None)
+            dist.together(lambda: None)
         try:
-            listed = together(lambda: prepare(out, plan) if world.is_main else None)
+            listed = dist.together(lambda: prepare(out, plan) if world.is_main else None)
             # One list for all: a rank that looked later would miss what another has done since.
             mine = share(dist.broadcast_object(listed), world)
-            together(lambda: encode_shards(out, plan, encoder, mine, world))
-            together(lambda: finish(out, plan, encoder) if world.is_main else None)
+            dist.together(lambda: encode_shards(out, plan, encoder, mine, world))
+            dist.together(lambda: finish(out, plan, encoder) if world.is_main else None)
         except LatentddaeError:
             if world.is_main:
                 _leave_no_trace(out, plan, new)
@@ -145,20 +145,6 @@ def _summary(entry: dict[str, Any]) -> str:
 def _say(world: dist.World, text: str) -> None:
     if world.is_main:
         print(text, flush=True)
-
-
-def together(action: Callable[[], T]) -> T:
-    """Run on every rank; what fails for the user on one rank is raised on all of them."""
-    error: LatentddaeError | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except LatentddaeError as found:
-        error = found
-    first = next((e for e in dist.gather_objects(error) if e is not None), None)
-    if first is not None:
-        raise first
-    return result  # type: ignore[return-value]
 
 
 def journal_folder(out: Path, split: str) -> Path:

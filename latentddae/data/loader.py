@@ -7,7 +7,7 @@ Any number of ranks and threads sees the same global batches; resuming needs one
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ class Loader:
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._epochs: dict[int, np.ndarray] = {}  # the last two epochs' orders
 
-    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
+    def batches(self, images_seen: int = 0) -> Generator[Batch]:
         """Batches from any point of the run on; `images_seen` need not be a multiple of
         anything."""
         if self.workers == 0:

@@ -272,6 +272,11 @@ class ShardSet:
         return len(self.labels)
 
     @property
+    def shard_names(self) -> list[str]:
+        """File name of each shard that holds samples."""
+        return self._names
+
+    @property
     def shard_starts(self) -> np.ndarray:
         """Index of each shard's first sample, and the number of samples at the end: (shards +
         1,)."""

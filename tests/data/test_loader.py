@@ -108,5 +108,5 @@ def test_a_closed_loader_leaves_no_threads(make_set: MakeSet) -> None:
     before = threading.active_count()
     batches = Loader(shards, global_batch=4, seed=0, workers=3).batches()
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert threading.active_count() == before
