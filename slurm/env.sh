@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Sourced by every job: environment, and `launch`, which starts one process per GPU on every node of the job.
 # Adapt the first lines to your cluster.
 
 # module load cuda
+# shellcheck source=/dev/null
 source "${VENV:-.venv}/bin/activate"
 
 export PYTHONSAFEPATH=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
