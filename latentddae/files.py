@@ -79,8 +79,10 @@ def text_hash(value: Any) -> str:
 def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
     """Hold a folder for this process; a second holder gets a ConfigError naming the first.
 
-    The lock is the kernel's: it is gone when the process is, however it died.
+    The lock is the kernel's: it is gone when the process is, however it died. A folder that was made for the lock and
+    holds nothing else at the end, because what it was for was refused, is removed again.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     handle = open(path, "a+")
@@ -100,4 +102,7 @@ def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
         yield handle
     finally:
         handle.truncate(0)
+        if new and [entry.name for entry in folder.iterdir()] == [path.name]:
+            path.unlink()
+            folder.rmdir()
         handle.close()

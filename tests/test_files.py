@@ -62,3 +62,16 @@ def test_second_holder_is_refused_and_told_who_holds(tmp_path) -> None:
         holder.wait()
     with files.exclusive(tmp_path, "train"):
         pass
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path) -> None:
+    with pytest.raises(ValueError, match="refused"), files.exclusive(tmp_path / "new", "train"):
+        raise ValueError("refused")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with files.exclusive(tmp_path / "old", "train"):
+        pass
+    assert (tmp_path / "old").exists()
+    with files.exclusive(tmp_path / "used", "train"):
+        (tmp_path / "used" / "a").touch()
+    assert (tmp_path / "used" / "a").exists()
