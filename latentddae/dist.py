@@ -113,6 +113,12 @@ def _first_slurm_host() -> str:
     return listed.stdout.split()[0]
 
 
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch_dist.DistError) or any(text in str(error) for text in gone)
+
+
 def barrier() -> None:
     if torch_dist.is_initialized():
         torch_dist.barrier()

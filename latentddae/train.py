@@ -178,6 +178,13 @@ def train(config: TrainConfig) -> Path:
             else:
                 dist.on_main(lambda: None)
             return Trainer(config, run, world, stop, watchdog).run_to_end()
+    except RuntimeError as error:
+        if not dist.lost_a_rank(error):
+            raise
+        raise RequeueError(
+            f"rank {world.rank} lost another rank, whose message says why; "
+            "give the same command again to continue from the last state"
+        ) from error
     finally:
         watchdog.stop()
         stop.restore()

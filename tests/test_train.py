@@ -268,9 +268,29 @@ def test_a_hanging_rank_says_where_and_all_ranks_leave(
     where = f"at {5 * STEP:,} images; shards train-000000.tar"
     assert where in error and "keys train/0" in error
     assert "in stuck" in error  # the stack that hangs
-    assert "rank 0 hangs: in a step or waiting for another rank" in error
+    # whichever comes first: its own watchdog, or the broken connection
+    waits = "rank 0 hangs: in a step or waiting for another rank" in error
+    assert waits or "rank 0 lost another rank" in error
     monkeypatch.setattr(Loader, "batch_at", honest)
     assert checkpoint.newest_intact(run / "state")[0].images == 4 * STEP
+    assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
+
+
+def test_a_killed_rank_makes_the_others_leave(
+    tiny_shards, tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    run, honest = tmp_path / "run", Loader.batch_at
+
+    def dies(self, images_seen):
+        if self.rank == 1 and images_seen == 5 * STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(self, images_seen)
+
+    monkeypatch.setattr(Loader, "batch_at", dies)
+    options = ("hang_timeout_s=20", f"save.every_images={2 * STEP}")
+    assert ranks(lambda: start(run, tiny_shards, *options), 2, timeout=60) == [75, -signal.SIGKILL]
+    assert "rank 0" in capfd.readouterr().err
+    monkeypatch.setattr(Loader, "batch_at", honest)
     assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
 
 
