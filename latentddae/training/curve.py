@@ -64,7 +64,8 @@ def compare(run: dict[int, list[float | None]], reference: dict[str, Any]) -> li
         seen = run.get(point["images"])
         if seen is None:
             continue
-        triples = zip(seen, point["mean"], point["sd"], strict=True)
+        # A run of an older version may have logged the whole loss only.
+        triples = zip(seen, point["mean"], point["sd"], strict=False)
         distances = [
             math.inf if value is None else (value - mean) / max(sd, FLOOR * abs(mean))
             for value, mean, sd in triples

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from latentddae import cli, files
+from latentddae import config as configuration
 from latentddae.errors import DataError
+from latentddae.train import TrainConfig
 from latentddae.training import curve
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_run(folder: Path, seed: int, scale: float = 1.0, top: float = 1.0) -> Path:
@@ -59,6 +63,21 @@ def test_nan_is_outside(reference, tmp_path) -> None:
     )
     assert curve.is_inside(rows)
     assert not curve.is_inside([{**row, "distance": float("nan")} for row in rows])
+
+
+def test_a_run_with_the_whole_loss_alone_is_compared_by_it(reference, tmp_path) -> None:
+    run = {images: row[:1] for images, row in curve.losses(write_run(tmp_path / "r", 7)).items()}
+    assert curve.is_inside(curve.compare(run, json.loads(reference.read_text())))
+
+
+def test_the_shipped_reference_is_of_the_shipped_recipe() -> None:
+    shipped = json.loads((ROOT / "configs" / "curves" / "demo.json").read_text())
+    assert shipped["runs"] == 3
+    recipe = configuration.load(TrainConfig, ROOT / "configs" / "pretrain" / "demo.yaml", [])
+    seen = [point["images"] for point in shipped["points"]]
+    assert seen[-1] == recipe.total_images
+    assert all(images % recipe.global_batch == 0 for images in seen)
+    assert shipped["points"][-1]["mean"][0] < 0.25 * shipped["points"][0]["mean"][0]
 
 
 def test_bad_input(reference, tmp_path, capsys) -> None:
