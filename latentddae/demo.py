@@ -10,6 +10,7 @@ where it was and a finished one prints its table at once.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import shlex
@@ -157,7 +158,8 @@ def run_steps(args: argparse.Namespace, out: Path, settings: dict[str, Any]) -> 
             continue
         say(f"[{number}/{len(steps)}] {step.title}\n$ {step.text}")
         started = time.perf_counter()
-        step.run()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table alone
+            step.run()
         seconds = round(time.perf_counter() - started, 1)
         files.append_json_line(out / STEPS_DONE, {"command": step.text, "seconds": seconds})
     write_page(args, out, steps)
