@@ -117,7 +117,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     T, D).
     """
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+    into = None if torch.is_grad_enabled() else normed  # nothing else needs it: no new memory
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None], out=into)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -243,7 +244,8 @@ class Block(nn.Module):
         branch = self.attn(modulate(x, shift_msa, scale_msa).to(dtype))
         x = torch.addcmul(x, gate_msa[:, None], branch.to(x.dtype))
         branch = self.mlp(modulate(x, shift_mlp, scale_mlp).to(dtype))
-        return torch.addcmul(x, gate_mlp[:, None], branch.to(x.dtype))
+        into = None if torch.is_grad_enabled() else x  # our own sum, not the caller's tokens
+        return torch.addcmul(x, gate_mlp[:, None], branch.to(x.dtype), out=into)
 
 
 class FinalLayer(nn.Module):
