@@ -77,6 +77,12 @@ def test_imports_point_down(name: str, tree: ast.Module) -> None:
             assert name in HOMES[library], f"{library} may only be imported in {HOMES[library]}"
 
 
+def test_the_architecture_page_names_every_module() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    names = {path.name for path in PACKAGE.rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert [name for name in sorted(names) if name not in page] == []
+
+
 def test_no_unpickling_in_our_code() -> None:
     for name, tree in modules():
         for imported in imports(tree):  # pickle.UnpicklingError may be caught
