@@ -5,18 +5,15 @@
     latentddae train --config ...
 
 The clock is images seen. Which samples a step sees, and every random number, follow from
-(seed, images seen)
-alone, so a run can be stopped anywhere and continued on any number of ranks by giving the
-same command again.
+(seed, images seen) alone, so a run can be stopped anywhere and continued on any number of ranks
+by giving the same command again.
 """
 
 import argparse
 import contextlib
 import sys
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,111 +27,22 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
-from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError, DataError, RequeueError, run_command
-from latentddae.generation.monitor import Monitor, MonitorConfig
-from latentddae.models import DiTConfig, zoo
+from latentddae.generation.monitor import Monitor
+from latentddae.models import zoo
 from latentddae.training import checkpoint
-from latentddae.training.ema import Ema, EmaConfig
-from latentddae.training.engine import (
-    Engine,
-    EngineConfig,
-    OptimConfig,
-    StepResult,
-    lr_at,
-    plan_batch,
+from latentddae.training.config import (
+    SAFE_TO_CHANGE,
+    DataConfig,
+    TrainConfig,
+    contract,
+    resolve,
 )
+from latentddae.training.ema import Ema
+from latentddae.training.engine import Engine, StepResult, lr_at, plan_batch
+from latentddae.training.metrics import LEVEL_BINS, Window
 from latentddae.training.preemption import StopRequest
 from latentddae.training.watchdog import Watchdog
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the shards are."""
-
-    path: str
-    """Folder, or http(s) address (with a cache)."""
-    split: str = "train"
-    cache_dir: str = ""
-    """Copy the shards to this local disk first, once a node; empty: read them where they are."""
-    cache_gb: float = 100.0
-    """So much may lie in the cache."""
-    workers: int = 1
-    """Threads that gather batches ahead; 0: none."""
-    group_shards: int = 0
-    """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """When the resume state is written; the end of the run always writes one."""
-
-    every_images: int = 1_000_000
-    keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every_images < 1 or self.keep_last < 1:
-            raise ValueError("every_images and keep_last must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a pretraining run depends on."""
-
-    run: str
-    """The run folder; giving the same command again continues what is in it."""
-    data: DataConfig
-    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
-    """A name of the zoo and fields to override; input size, channels and classes come from
-    the data."""
-    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    conditional: bool = False
-    """Train with labels (one in ten dropped); without them features are better."""
-    label_dropout: float = 0.1
-    total_images: int
-    global_batch: int = 256
-    seed: int = 0
-    log_every_images: int = 10_000
-    max_bad_steps: int = 10
-    """Non-finite steps in a row after which the run stops (exit status 65)."""
-    hang_timeout_s: float = 1800.0
-    """A step, a save or a wait for data that takes longer is reported and ends the run (exit status 75)."""
-
-    def __post_init__(self) -> None:
-        for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.hang_timeout_s <= 0:
-            raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        if not self.run:
-            raise ValueError("run must name a folder")
-
-
-LEVEL_BINS = 4  # the loss is also logged by quarters of the noise axis s in [0, 1]
-
-# Fields that may change between two starts of one run: they alter neither samples, draws nor the
-# update rule.
-SAFE_TO_CHANGE = (
-    "run",
-    "data.path",
-    "data.cache_",
-    "data.workers",
-    "total_images",
-    "log_every_images",
-    "max_bad_steps",
-    "hang_timeout_s",
-    "save.",
-    "monitor",
-    "engine.micro_batch",
-    "engine.zero_stage",
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,24 +103,6 @@ def _open_data(data: DataConfig) -> ShardSet:
     return open_set(data.path, data.split, data.cache_dir, data.cache_gb)
 
 
-def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
-    """The configuration with everything filled in that follows from the data."""
-    shards.check_scale()
-    spec = shards.spec
-    classes = len(shards.classes) if config.conditional else 0
-    learn_sigma = bool(getattr(config.objective, "learn_sigma", False))
-    wanted = {
-        "input_size": spec.size,
-        "in_channels": spec.channels,
-        "num_classes": classes,
-        "learn_sigma": learn_sigma,
-    }
-    try:
-        return replace(config, model=replace(config.model, **wanted))
-    except ValueError as error:
-        raise ConfigError(f"model does not fit the data {shards.root}: {error}") from error
-
-
 def describe(config: TrainConfig) -> str:
     """What would be trained, after the same checks as a real start; nothing is written."""
     shards = _open_data(config.data)
@@ -247,7 +137,7 @@ class Trainer:
         self.spec = self.shards.spec
         self.config = config = resolve(config, self.shards)
         self.objective = config.objective
-        self.contract = _contract(config, self.shards)
+        self.contract = contract(config, self.shards)
         state = self._find_state()
         self.monitor = self._open_monitor()
         model = zoo.build(config.model, seed=config.seed).to(self.device)
@@ -486,57 +376,6 @@ class Trainer:
             disable=not self.world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-
-
-class Window:
-    """Numbers between two log lines; nothing is read back from the device before `row`."""
-
-    def __init__(self) -> None:
-        self.started = self.mark = time.perf_counter()
-        self.data_s = 0.0
-        self.losses: list[Tensor] = []  # one (LEVEL_BINS, 2) of (sum, count) per step
-        self.norms: list[float] = []
-        self.skipped = 0
-
-    def waited(self) -> None:
-        """The next batch is here: what passed since the last step was waiting for data."""
-        self.data_s += time.perf_counter() - self.mark
-
-    def add(self, loss: Tensor, result: StepResult) -> None:
-        self.losses.append(loss)
-        self.skipped += not result.applied
-        if result.applied:
-            self.norms.append(result.grad_norm)
-        self.mark = time.perf_counter()
-
-    def paused(self, seconds: float) -> None:
-        """Time that was neither training nor waiting for data."""
-        self.started += seconds
-        self.mark += seconds
-
-    def row(self, images: int, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-        """One line of metrics.jsonl, the loss averaged over ranks (a collective)."""
-        sums = dist.sum_tensor(torch.stack(self.losses).sum(dim=0).double().to(device)).cpu()
-        elapsed = time.perf_counter() - self.started
-        return {
-            "step": images // config.global_batch,
-            "images": images,
-            "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(),
-            "loss_by_level": [a / n if n else None for a, n in sums.tolist()],
-            "lr": lr_at(config.optim, images - config.global_batch, config.total_images),
-            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
-            "skipped": self.skipped,
-            "images_per_s": len(self.losses) * config.global_batch / elapsed,
-            "data_wait": self.data_s / elapsed,
-        }
-
-
-def _contract(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
-    """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
-    contract = {**configuration.to_dict(config), "data_fingerprints": shards.fingerprints}
-    if config.optim.schedule != "constant":  # a longer run would have had other learning rates
-        contract["schedule_end"] = config.total_images
-    return contract
 
 
 def export(run: Path) -> Path:

@@ -6,7 +6,6 @@ The Frechet score compares latents, not Inception features: 4x4 to 8x8 averages 
 latents. It needs no network and few samples, and it is not FID: use it to compare looks of one run.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,11 @@ from latentddae.generation.frechet import Moments, frechet_distance, moments
 from latentddae.generation.pictures import sheet, write_png
 from latentddae.generation.sample import decode, generate
 from latentddae.models import zoo
+from latentddae.training.config import MonitorConfig
 
 FEATURE_GRID = 8  # latents are averaged down to at most this many cells a side
 HELDOUT_BATCH = 256
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 fill the interval evenly, in any order
-
-
-@dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
-    """How often to look, and at what. Off unless `every_images` is set."""
-
-    every_images: int = 0
-    images: int = 64
-    """On the sheet."""
-    steps: int = 25
-    frechet_images: int = 0
-    """Samples for the Frechet score of latents; 0: none."""
-    heldout_split: str = ""
-    """Split of the data whose loss is logged; empty: none."""
-    heldout_images: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.every_images < 0:
-            raise ValueError(f"every_images must be 0 (off) or more, got {self.every_images}")
-        for name in ("images", "steps", "heldout_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.frechet_images < 0 or self.frechet_images == 1:
-            raise ValueError(
-                f"frechet_images must be 0 (off) or at least 2, got {self.frechet_images}"
-            )
 
 
 class Monitor:

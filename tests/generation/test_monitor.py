@@ -21,12 +21,12 @@ from latentddae.diffusion import OBJECTIVES
 from latentddae.errors import ConfigError
 from latentddae.generation.frechet import moments
 from latentddae.generation.monitor import (
-    MonitorConfig,
     heldout_losses,
     latent_features,
     real_moments,
 )
 from latentddae.models import zoo
+from latentddae.training.config import MonitorConfig
 
 
 @pytest.fixture(autouse=True)

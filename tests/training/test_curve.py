@@ -9,8 +9,8 @@ import pytest
 from latentddae import cli, files
 from latentddae import config as configuration
 from latentddae.errors import DataError
-from latentddae.train import TrainConfig
 from latentddae.training import curve
+from latentddae.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

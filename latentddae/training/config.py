@@ -1,0 +1,152 @@
+"""What a pretraining run depends on, and which of it must stay the same while the run is continued."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from latentddae import config as configuration
+from latentddae.data.shards import ShardSet
+from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.flow import Flow
+from latentddae.errors import ConfigError
+from latentddae.models import DiTConfig, zoo
+from latentddae.training.ema import EmaConfig
+from latentddae.training.engine import EngineConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are."""
+
+    path: str
+    """Folder, or http(s) address (with a cache)."""
+    split: str = "train"
+    cache_dir: str = ""
+    """Copy the shards to this local disk first, once a node; empty: read them where they are."""
+    cache_gb: float = 100.0
+    """So much may lie in the cache."""
+    workers: int = 1
+    """Threads that gather batches ahead; 0: none."""
+    group_shards: int = 0
+    """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """When the resume state is written; the end of the run always writes one."""
+
+    every_images: int = 1_000_000
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_images < 1 or self.keep_last < 1:
+            raise ValueError("every_images and keep_last must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """How often to look, and at what. Off unless `every_images` is set."""
+
+    every_images: int = 0
+    images: int = 64
+    """On the sheet."""
+    steps: int = 25
+    frechet_images: int = 0
+    """Samples for the Frechet score of latents; 0: none."""
+    heldout_split: str = ""
+    """Split of the data whose loss is logged; empty: none."""
+    heldout_images: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.every_images < 0:
+            raise ValueError(f"every_images must be 0 (off) or more, got {self.every_images}")
+        for name in ("images", "steps", "heldout_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.frechet_images < 0 or self.frechet_images == 1:
+            raise ValueError(
+                f"frechet_images must be 0 (off) or at least 2, got {self.frechet_images}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a pretraining run depends on."""
+
+    run: str
+    """The run folder; giving the same command again continues what is in it."""
+    data: DataConfig
+    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
+    """A name of the zoo and fields to override; input size, channels and classes come from
+    the data."""
+    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    conditional: bool = False
+    """Train with labels (one in ten dropped); without them features are better."""
+    label_dropout: float = 0.1
+    total_images: int
+    global_batch: int = 256
+    seed: int = 0
+    log_every_images: int = 10_000
+    max_bad_steps: int = 10
+    """Non-finite steps in a row after which the run stops (exit status 65)."""
+    hang_timeout_s: float = 1800.0
+    """A step, a save or a wait for data that takes longer is reported and ends the run (exit status 75)."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if not self.run:
+            raise ValueError("run must name a folder")
+
+
+# Fields that may change between two starts of one run: they alter neither samples, draws nor the
+# update rule.
+SAFE_TO_CHANGE = (
+    "run",
+    "data.path",
+    "data.cache_",
+    "data.workers",
+    "total_images",
+    "log_every_images",
+    "max_bad_steps",
+    "hang_timeout_s",
+    "save.",
+    "monitor",
+    "engine.micro_batch",
+    "engine.zero_stage",
+)
+
+
+def contract(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
+    """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
+    fixed = {**configuration.to_dict(config), "data_fingerprints": shards.fingerprints}
+    if config.optim.schedule != "constant":  # a longer run would have had other learning rates
+        fixed["schedule_end"] = config.total_images
+    return fixed
+
+
+def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
+    """The configuration with everything filled in that follows from the data."""
+    shards.check_scale()
+    spec = shards.spec
+    classes = len(shards.classes) if config.conditional else 0
+    learn_sigma = bool(getattr(config.objective, "learn_sigma", False))
+    wanted = {
+        "input_size": spec.size,
+        "in_channels": spec.channels,
+        "num_classes": classes,
+        "learn_sigma": learn_sigma,
+    }
+    try:
+        return replace(config, model=replace(config.model, **wanted))
+    except ValueError as error:
+        raise ConfigError(f"model does not fit the data {shards.root}: {error}") from error
