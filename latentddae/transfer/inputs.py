@@ -134,9 +134,14 @@ def describe_level(objective: Any, level: float) -> dict[str, float | None]:
 
 
 def as_row(result: Any) -> dict[str, Any]:
-    """A probe's result as JSON-able data, without the counts that the line gives as n_seen."""
-    row = dataclasses.asdict(result)
-    return {key: value for key, value in row.items() if not key.startswith("n_")}
+    """A probe's result as JSON-able data, without arrays and the counts that the line gives as
+    n_seen."""
+    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {
+        key: value
+        for key, value in row.items()
+        if not key.startswith("n_") and not isinstance(value, np.ndarray)
+    }
 
 
 def record(out: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentddae.errors import run_command
-from latentddae.transfer import cell, inputs
+from latentddae.transfer import cell, inputs, probing
 from latentddae.transfer.linear import check_arrays
 
 PROTOCOL = "knn/1"
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs.add_arguments(parser)
     cell.add_arguments(parser)
     protocol = {"name": PROTOCOL, "temperature": TEMPERATURE}
-    line = cell.run_probe_command("knn", protocol, probe, parser.parse_args(argv))
+    line = probing.run("knn", protocol, probe, parser.parse_args(argv))
     where = line["cell"]
     print(
         f"k-NN probe: {100 * line['accuracy']:.2f} % on {line['n_seen']['test']} test samples "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentddae.errors import DataError, run_command
-from latentddae.transfer import cell, inputs
+from latentddae.transfer import cell, inputs, probing
 
 PROTOCOL = "lbfgs-linear/1"
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     inputs.add_arguments(parser)
     cell.add_arguments(parser)
-    line = cell.run_probe_command("linear", {"name": PROTOCOL}, probe, parser.parse_args(argv))
+    line = probing.run("linear", {"name": PROTOCOL}, probe, parser.parse_args(argv))
     where = line["cell"]
     print(
         f"linear probe: {100 * line['accuracy']:.2f} % on {line['n_seen']['test']} test samples "
