@@ -17,7 +17,7 @@ PACKAGE = Path(latentddae.__file__).parent
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = [
     {"__init__", "errors", "config", "draws", "dist", "files", "runlog"},
-    {"data.latents", "models", "diffusion"},
+    {"data.latents", "models", "diffusion", "planning"},
     {"data", "training"},
     {"transfer", "generation"},
     {"train"},
