@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentddae import draws
 from latentddae.errors import ConfigError
 from latentddae.files import text_hash
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same
+CPU_ROWS = 32  # samples per pass of `sample_on_cpu`
 LAYOUTS = {  # kind -> what one stored view holds
     "moments": "(2C, h, w) float16: posterior mean and log-variance, unscaled",
     "deterministic": "(C, h, w) float16: latent without a posterior, unscaled",
@@ -92,9 +94,30 @@ class LatentSpec:
         posterior ignore it."""
         raw = self._raw_mean(stored)
         if self.kind == "moments":
-            log_variance = stored[:, self.channels :].float().clamp(*LOG_VARIANCE_RANGE)
-            raw = torch.addcmul(raw, (log_variance * 0.5).exp(), noise)
+            log_variance = stored[:, self.channels :].to(torch.float32, copy=True)
+            std = log_variance.clamp_(*LOG_VARIANCE_RANGE).mul_(0.5).exp_()
+            raw = torch.addcmul(raw, std, noise, out=std)
         return self._scale(raw)
+
+    def sample_on_cpu(self, stored: Tensor, seed: int, positions: Tensor) -> Tensor:
+        """A posterior draw keyed by (seed, position) on the CPU: (N, *stored_shape), (N,) -> x0.
+
+        For tools that want latents straight from the loader. Training draws on the device with
+        `draws.normal`, whose numbers are the same on every device; these are others, from torch's
+        CPU generator, and cost a fifth.
+        """
+        out = torch.empty(len(stored), *self.shape)
+        noise = torch.empty(CPU_ROWS, *self.shape)
+        generator = torch.Generator()
+        start, _ = draws.purpose_key(seed, "posterior on the CPU")
+        for first in range(0, len(stored), CPU_ROWS):  # temporaries stay in the cache
+            rows = slice(first, first + CPU_ROWS)
+            keys = positions[rows].tolist()
+            for row, key in zip(noise, keys, strict=False):
+                # The generator reads 32 bits of its seed: apart for four billion positions in a row.
+                row.normal_(generator=generator.manual_seed((start + key) & draws.MASK))
+            out[rows] = self.sample(stored[rows], noise[: len(keys)])
+        return out
 
     def unscale(self, x0: Tensor) -> Tensor:
         """Unit-scale latents (N, C, h, w) -> what the autoencoder decodes, same shape, float32."""
@@ -110,7 +133,7 @@ class LatentSpec:
         return raw / 127.5 - 1 if self.kind == "image" else raw
 
     def _scale(self, raw: Tensor) -> Tensor:
-        return raw if self.kind == "image" else (raw - self.shift_factor) * self.scaling_factor
+        return raw if self.kind == "image" else (raw - self.shift_factor).mul_(self.scaling_factor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back to an equal record."""
