@@ -2,12 +2,16 @@
 
 `attention(q, k, v)` picks the backend by device and dtype; every backend gives the same numbers up
 to rounding. Another kernel enters as a function in `BACKENDS` and, once measured faster somewhere,
-a line in `backend_for`.
+a line in `backend_for`. `choose` fixes one for all layers of a model.
 """
 
+import importlib.util
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from latentddae.errors import ConfigError
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,7 +28,24 @@ def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=-1), v).view(n, heads, tokens, dim)
 
 
-BACKENDS = {"sdpa": sdpa, "math": math}
+def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xFormers' memory-efficient attention (the optional package xformers)."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (N, T, H, d)
+    return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Flash attention (the optional package flash-attn): half precision on CUDA."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (N, T, H, d)
+    return flash_attn_func(q, k, v).transpose(1, 2)
+
+
+BACKENDS = {"sdpa": sdpa, "math": math, "xformers": xformers, "flash": flash}
+PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}  # backend -> what must be installed
 
 
 CPU_BF16_TOKENS = 256
@@ -39,6 +60,36 @@ def backend_for(device: torch.device, dtype: torch.dtype, tokens: int) -> str:
     return "sdpa"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v without a mask: three (N, H, T, d) -> (N, H, T, d)."""
-    return BACKENDS[backend_for(q.device, q.dtype, q.shape[-2])](q, k, v)
+    if backend == "auto":
+        backend = backend_for(q.device, q.dtype, q.shape[-2])
+    return BACKENDS[backend](q, k, v)
+
+
+def check(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises ConfigError where an explicit backend cannot work, with the reason and what can."""
+    if backend not in PACKAGES:
+        return
+    reason = ""
+    if device.type != "cuda":
+        reason = f"it runs on CUDA only, this is {device.type}"
+    elif importlib.util.find_spec(PACKAGES[backend]) is None:
+        reason = f"the package {PACKAGES[backend]} is not installed (pip install latentddae[gpu])"
+    elif backend == "flash" and dtype not in (torch.float16, torch.bfloat16):
+        reason = f"it computes in half precision only, the model in {dtype}"
+    elif head_dim % 8:
+        reason = f"the width of a head must be a multiple of 8, it is {head_dim}"
+    if reason:
+        raise ConfigError(f"attention={backend}: {reason}; nearest: attention=sdpa")
+
+
+def choose(model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Use one backend in every attention layer of a model (a module with `attention_backend`).
+
+    Raises ConfigError, see `check`.
+    """
+    for module in model.modules():
+        if hasattr(module, "attention_backend"):
+            check(backend, device, dtype, int(module.head_dim))  # type: ignore[arg-type]
+            module.attention_backend = backend  # type: ignore[assignment]

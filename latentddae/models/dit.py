@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from latentddae.errors import ConfigError
 from latentddae.models.attention import attention
@@ -30,6 +31,7 @@ FREQUENCIES = 256  # width of the sinusoid that carries the time
 POS_EMBED_TOLERANCE = 1e-5  # a file's table was rounded to float32 by someone else's code
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 PIECE = 2**17  # numbers
+EPSILON = 1e-6  # of every LayerNorm
 RANDOM_GATE_STD = 0.5  # see randomize_gates
 
 
@@ -116,7 +118,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Parameter-free LayerNorm, then scale and shift per sample: (N, T, D), (N, D), (N, D) -> (N,
     T, D).
     """
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
     into = None if torch.is_grad_enabled() else normed  # nothing else needs it: no new memory
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None], out=into)
 
@@ -191,14 +193,21 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.attention_backend = "auto"  # see attention.choose
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, tokens, dim = x.shape
-        qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, dim // self.num_heads)
+        out = attention(*self.heads(x), self.attention_backend)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (N, T, D) -> three (N, H, T, d)."""
+        n, tokens, _ = x.shape
+        qkv = self.qkv(x).view(n, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, tokens, dim))
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -285,6 +294,8 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = 0
+        """Every n-th block keeps no activations and runs again in the backward pass; 0: none."""
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeEmbedder(dim)
@@ -309,8 +320,8 @@ class DiT(nn.Module):
         No labels means the null label. An unconditional model ignores labels.
         """
         tokens, c = self._embed(x, t, y)
-        for block in self.blocks:
-            tokens = block(tokens, c)
+        for number in range(1, len(self.blocks) + 1):
+            tokens = self._run_block(number, tokens, c)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 
     def stream(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -318,9 +329,16 @@ class DiT(nn.Module):
         when asked.
         """
         tokens, c = self._embed(x, t, y)
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c)
+        for number in range(1, len(self.blocks) + 1):
+            tokens = self._run_block(number, tokens, c)
             yield number, tokens
+
+    def _run_block(self, number: int, tokens: Tensor, c: Tensor) -> Tensor:
+        block, every = self.blocks[number - 1], self.checkpoint_blocks
+        if every and number % every == 0 and torch.is_grad_enabled():
+            # A block draws nothing, so there is no generator state to keep.
+            return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, c)
 
     def taps(
         self, x: Tensor, t: Tensor, y: Tensor | None, blocks: Iterable[int]
@@ -343,21 +361,26 @@ class DiT(nn.Module):
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and the condition (N, D), both float32."""
+        return self.patch_tokens(x), self.condition(t.expand(len(x)), y)
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        """What the first block reads: (N, C, H, W) -> (N, T, D) float32."""
         size = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.shape[1:] != size:
             raise ConfigError(
                 f"input is {tuple(x.shape[1:])}, the model takes {size}: "
                 "in_channels or input_size differ"
             )
-        dtype = self.pos_embed.dtype
-        tokens = self.x_embedder(x).to(dtype) + self.pos_embed
-        c = self.t_embedder(t.expand(len(x)))
+        return self.x_embedder(x).to(self.pos_embed.dtype) + self.pos_embed
+
+    def condition(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """What modulates all blocks: (N,) network time, (N,) labels or None for the null label ->
+        (N, D) float32."""
+        c = self.t_embedder(t)
         if self.y_embedder is not None:
-            labels = (
-                torch.full((len(x),), self.config.num_classes, device=x.device) if y is None else y
-            )
-            c = c + self.y_embedder(labels).to(dtype)
-        return tokens, c
+            labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
+            c = c + self.y_embedder(labels).to(c.dtype)
+        return c
 
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> None:
