@@ -1,7 +1,8 @@
 """Exponential moving average of the weights, in fp32, on each rank's own piece of the master weights.
 
-The average lives in the same flat layout as the masters: one fused update per step, no communication, memory
+An average lives in the same flat layout as the masters: one fused update per step, no communication, memory
 divided by the number of ranks. Averaging the bf16 weights instead would lose every small update.
+Several half-lives can be kept at once: which is best is known only at the end of a run.
 """
 
 from dataclasses import dataclass
@@ -16,33 +17,44 @@ class EmaConfig:
 
     halflife_images: int = 1_774_000
     """Images after which an old weight counts half. The default is DiT's 0.9999 at a batch of 256."""
+    extra_halflives_images: tuple[int, ...] | None = None
+    """Half-lives of further averages kept beside it."""
     rampup: float | None = 0.05
     """The half-life never exceeds this fraction of the images seen, so that a young average is not all start
     (Karras et al. 2022, EDM); None for a constant half-life."""
 
     def __post_init__(self) -> None:
-        if self.halflife_images <= 0:
-            raise ValueError(f"halflife_images must be positive, got {self.halflife_images}")
+        halflives = list(self.halflives().values())
+        if min(halflives) <= 0:
+            raise ValueError(f"half-lives must be positive, got {halflives}")
+        if len(set(halflives)) < 1 + len(self.extra_halflives_images or ()):
+            raise ValueError(f"half-lives must differ, got {halflives}")
         if self.rampup is not None and self.rampup <= 0:
             raise ValueError(f"rampup must be positive or null, got {self.rampup}")
 
-    def decay(self, images: int, batch: int) -> float:
+    def halflives(self) -> dict[str, int]:
+        """The averages by name: `ema` is the one that is exported, `ema-N` those of N images beside it."""
+        extra = self.extra_halflives_images or ()
+        return {"ema": self.halflife_images, **{f"ema-{images}": images for images in extra}}
+
+    def decay(self, images: int, batch: int, name: str = "ema") -> float:
         """The weight of the old average in the update after the step that ends at `images` images."""
-        halflife = float(self.halflife_images)
+        halflife = float(self.halflives()[name])
         if self.rampup is not None:
             halflife = min(halflife, images * self.rampup)
         return 0.5 ** (batch / max(halflife, 1e-8))
 
 
 class Ema:
-    """The average of a list of flat fp32 tensors."""
+    """The averages of a list of flat fp32 tensors."""
 
     def __init__(self, config: EmaConfig, masters: list[Tensor]) -> None:
         self.config = config
-        self.average = [master.detach().clone() for master in masters]
+        self.averages = {name: [m.detach().clone() for m in masters] for name in config.halflives()}
+        """By name, see `EmaConfig.halflives`; each in the masters' layout."""
 
     @torch.no_grad()
     def update(self, masters: list[Tensor], images: int, batch: int) -> None:
         """Move towards the masters after a step that was applied."""
-        weight = 1 - self.config.decay(images, batch)
-        torch._foreach_lerp_(self.average, masters, weight)
+        for name, average in self.averages.items():
+            torch._foreach_lerp_(average, masters, 1 - self.config.decay(images, batch, name))

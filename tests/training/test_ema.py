@@ -65,7 +65,7 @@ def train_and_compare(stage: int, precision: str, micro: int) -> None:
         ema.update(engine.masters, step * BATCH, BATCH)
         decay = ema.config.decay(step * BATCH, BATCH)
         reference.lerp_(gathered(engine.masters), 1 - decay)
-    average = gathered(ema.average)
+    average = gathered(ema.averages["ema"])
     for name, shape in engine.shapes.items():
         here = slice(offsets[name], offsets[name] + math.prod(shape))
         moved = (reference[here] - first[here]).norm()
@@ -103,7 +103,7 @@ def test_average_update_is_one_lerp() -> None:
     start, target = torch.zeros(5), torch.arange(5.0)
     ema = Ema(EmaConfig(halflife_images=10, rampup=None), [start])
     ema.update([target], 10, 10)
-    torch.testing.assert_close(ema.average[0], target / 2)
+    torch.testing.assert_close(ema.averages["ema"][0], target / 2)
     assert torch.equal(start, torch.zeros(5))  # the masters are not touched
 
 
