@@ -2,14 +2,16 @@
 
 The latent (posterior mean of the original view) is noised to one level, the network runs with the
 null label, every wanted block is pooled inside the block loop and the trunk stops after the
-deepest one. The noise is keyed by (seed, sample key, draw): a sample's features do not depend on
-its batch, its place, the number of ranks, and all levels see the same noise.
+deepest one. Time and label are constant, so the network is folded into a plain ViT first
+(models/folded.py), in bfloat16 where the hardware computes in it. The noise is keyed by (seed,
+sample key, draw): a sample's features do not depend on its batch, its place, the number of ranks,
+and all levels see the same noise.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,41 +21,17 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.draws import key_positions, normal, uniform
 from latentddae.errors import ConfigError, UsageError
+from latentddae.models.folded import fold, foldable
+from latentddae.training.settings import resolve_precision
+from latentddae.transfer.pools import POOLS, check_pools, pool_of
 
 BATCH = 128
-Cell = tuple[int, str]  # (block, pool)
-
-
-def pool_mean(tokens: Tensor) -> Tensor:
-    """Average over space: (N, T, D) -> (N, D), in float32 whatever comes in."""
-    return tokens.float().mean(dim=1)
-
-
-def pool_grid(tokens: Tensor, cells: int) -> Tensor:
-    """Averages over cells x cells patches of a square map: (N, T, D) -> (N, cells² D), float32,
-    row-major.
-
-    A side that `cells` does not divide gives overlapping patches, as in adaptive average pooling.
-    """
-    n, length, width = tokens.shape
-    side = math.isqrt(length)
-    if side * side != length or side < cells:
-        raise ConfigError(
-            f"a {cells}x{cells} pool needs a square map of at least that side, got {length} tokens"
-        )
-    if side % cells == 0:
-        patch = side // cells
-        map_ = tokens.float().view(n, cells, patch, cells, patch, width)
-        return map_.mean(dim=(2, 4)).flatten(1)
-    map_ = tokens.float().transpose(1, 2).unflatten(2, (side, side))
-    pooled = torch.nn.functional.adaptive_avg_pool2d(map_, cells)
-    return pooled.flatten(2).transpose(1, 2).flatten(1)
-
-
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": pool_mean,
-    "grid2": lambda tokens: pool_grid(tokens, 2),
-}
+Block = int | str
+"""A block's number, or several joined side by side: "3+4"."""
+AnyBlock = TypeVar("AnyBlock", int, Block)
+Cell = tuple[Block, str]  # (block, pool)
+Precision = Literal["auto", "fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -65,6 +43,37 @@ class FeatureBatch:
     values: dict[Cell, Tensor]
 
 
+class Trunk(Protocol):
+    """The first blocks of a network at one noise level, with the null label."""
+
+    @property
+    def images_at_once(self) -> int: ...
+
+    def stream(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(N, C, h, w) -> (k, tokens (N, T, D)) block by block, lazily; a block's tokens are valid
+        until the next."""
+
+    def normalised(self, block: int, tokens: Tensor) -> Tensor:
+        """Tokens after the block's own modulated LayerNorm."""
+
+
+@dataclass(frozen=True)
+class PlainTrunk:
+    """Any network with a `stream` of blocks, as it is."""
+
+    model: Any
+    network_t: Tensor
+    images_at_once: int = BATCH
+
+    def stream(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from self.model.stream(
+            x, self.network_t.expand(len(x)), null_labels(self.model, len(x))
+        )
+
+    def normalised(self, block: int, tokens: Tensor) -> Tensor:
+        raise ConfigError(f"this network's block {block} has no adaLN to normalise by")
+
+
 def extract(
     model: Any,
     objective: Any,
@@ -73,66 +82,111 @@ def extract(
     indices: np.ndarray,
     *,
     level: float,
-    blocks: Sequence[int],
-    pools: Sequence[str] = ("mean",),
+    blocks: Sequence[Block],
+    pools: Sequence[str] = POOLS[:1],
     seed: int = 0,
     draws: int = 1,
     batch: int = BATCH,
     noisy_input: bool = True,
+    dtype: Precision = "auto",
 ) -> Iterator[FeatureBatch]:
     """Features of the samples `indices`, batch by batch and in that order, for all blocks x pools.
 
-    `level` is s = sigma / (alpha + sigma) in [0, 1]; block k is the output of the k-th block, 1 <=
-    k <= depth. `spec` says how stored moments become training latents (the checkpoint's). `draws`
-    > 1 averages the features of that many noises. `noisy_input=False` shows the network the clean
-    latent and the time of `level`.
+    `level` is s = sigma / (alpha + sigma) in [0, 1]; at 0 the input is the clean latent. Block k is
+    the output of the k-th block, 1 <= k <= depth; "3+4" joins two. `spec` says how stored moments
+    become training latents (the checkpoint's). `draws` > 1 averages the features of that many
+    noises. `noisy_input=False` shows the network the clean latent and the time of `level`. `dtype`
+    is what matrix products compute in; auto is bf16 where the hardware has it.
     """
     wanted = check_blocks(blocks, model.config.depth)
     check_pools(pools)
+    members = {member for block in wanted for member in members_of(block)}
     model.eval()
+    device = next(model.parameters()).device
+    trunk = trunk_at(model, objective, level, max(members), dtype)
     for start in range(0, len(indices), batch):
         index = indices[start : start + batch]
-        x0 = clean_latents(spec, shards, index)
-        positions = key_positions(shards.keys(index))
+        x0 = clean_latents(spec, shards, index).to(device)
+        positions = key_positions(shards.keys(index)).to(device)
         sums: dict[Cell, Tensor] = {}
         for draw in range(draws):
-            noise = noise_of(seed, draw, positions, x0.shape[1:])
-            for cell, value in pooled_blocks(
-                model, objective, x0, noise, level, wanted, pools, noisy_input
-            ):
+            noise = noise_of(seed, draw, positions, x0.shape[1:]) if noisy_input else x0
+            x = network_input(objective, x0, noise, level, noisy_input)
+            for cell, value in pooled_blocks(trunk, x, members, pools).items():
                 sums[cell] = value if draw == 0 else sums[cell] + value
-        if draws > 1:
-            sums = {cell: value / draws for cell, value in sums.items()}
-        yield FeatureBatch(index, sums)
+        means = {cell: value / draws for cell, value in sums.items()} if draws > 1 else sums
+        yield FeatureBatch(index, {(k, p): joined(means, k, p) for k in wanted for p in pools})
+
+
+def trunk_at(model: Any, objective: Any, level: float, depth: int, dtype: Precision) -> Trunk:
+    """The first `depth` blocks of a network, told the time of `level`."""
+    device = next(model.parameters()).device
+    t = own_time(objective, level).to(device)
+    network_t = objective.network_input(torch.zeros(1, 1, 1, 1, device=device), t)[1]
+    null_labels(model, 1)  # refuses a network that has none
+    if foldable(model):
+        resolved = resolve_precision(dtype, device)
+        return fold(model, network_t, depth=depth, dtype=DTYPES[resolved])
+    if dtype == "bf16":
+        raise ConfigError("bf16 features need a network that folds; use --dtype fp32")
+    return PlainTrunk(model, network_t)
+
+
+def own_time(objective: Any, level: float) -> Tensor:
+    """A level in the objective's own unit: (1,) float32."""
+    t = float(objective.to_time(level))
+    if not math.isfinite(t):
+        raise UsageError(f"level s={level:g} is t={t} for this objective; choose a smaller one")
+    return torch.full((1,), t)
+
+
+def network_input(
+    objective: Any, x0: Tensor, noise: Tensor, level: float, noisy_input: bool = True
+) -> Tensor:
+    """What the network is shown of clean latents and noise (N, C, h, w) at a level.
+
+    The clean latent itself at s = 0 (a DDPM's own cleanest time still has 1 % noise) and with
+    `noisy_input=False`.
+    """
+    t = own_time(objective, level).to(x0.device).expand(len(x0))
+    x = objective.add_noise(x0, t, noise) if noisy_input and level > 0 else x0
+    return objective.network_input(x, t)[0]
 
 
 @torch.inference_mode()
 def pooled_blocks(
-    model: Any,
-    objective: Any,
-    x0: Tensor,
-    noise: Tensor,
-    level: float,
-    blocks: Sequence[int],
-    pools: Sequence[str],
-    noisy_input: bool = True,
-) -> list[tuple[Cell, Tensor]]:
-    """One forward pass to the deepest of `blocks`: clean latents and noise (N, C, h, w) -> pooled
-    cells on the CPU."""
-    device = next(model.parameters()).device
-    x0, noise = x0.to(device), noise.to(device)
-    t = torch.full((len(x0),), float(objective.to_time(level)), device=device)
-    x, network_t = objective.network_input(
-        objective.add_noise(x0, t, noise) if noisy_input else x0, t
-    )
-    out = []
-    deepest = max(blocks)
-    for block, tokens in model.stream(x, network_t, null_labels(model, len(x))):
-        if block in blocks:
-            out += [((block, pool), POOLS[pool](tokens).cpu()) for pool in pools]
-        if block == deepest:
-            break  # the stream is lazy: later blocks never run
-    return out
+    trunk: Trunk, x: Tensor, blocks: Collection[int], pools: Sequence[str]
+) -> dict[Cell, Tensor]:
+    """One forward pass to the deepest of `blocks`: network input (N, C, h, w) -> {(block, pool):
+    (N, width) float32 on the CPU}.
+
+    The trunk is always given the same number of images, the last ones padded by copies: matrix
+    kernels may round differently for other shapes, and features shall not depend on the batch.
+    """
+    parts: dict[Cell, list[Tensor]] = {(block, pool): [] for block in blocks for pool in pools}
+    for images in x.split(trunk.images_at_once):
+        filler = images[:1].expand(trunk.images_at_once - len(images), -1, -1, -1)
+        for block, tokens in trunk.stream(torch.cat([images, filler])):
+            if block in blocks:
+                for pool, value in pooled(trunk, block, tokens[: len(images)], pools):
+                    parts[block, pool].append(value.cpu())
+            if block == max(blocks):
+                break  # the stream is lazy: later blocks never run
+    return {cell: torch.cat(values) for cell, values in parts.items()}
+
+
+def pooled(
+    trunk: Trunk, block: int, tokens: Tensor, pools: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every pool of one block's tokens."""
+    for name in pools:
+        normalise, pool = pool_of(name)
+        yield name, pool(trunk.normalised(block, tokens) if normalise else tokens)
+
+
+def joined(values: dict[Cell, Tensor], block: Block, pool: str) -> Tensor:
+    """The features of a block, or of several side by side."""
+    return torch.cat([values[member, pool] for member in members_of(block)], dim=1)
 
 
 def null_labels(model: Any, count: int) -> Tensor | None:
@@ -215,19 +269,21 @@ def subset(keys: Sequence[str], limit: int | None, seed: int) -> np.ndarray:
     return np.sort(np.argsort(ranks, kind="stable")[:limit])
 
 
-def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+def members_of(block: Block) -> tuple[int, ...]:
+    """The blocks whose features stand side by side: 3 -> (3,), "3+4" -> (3, 4)."""
+    try:
+        return tuple(int(number) for number in str(block).split("+"))
+    except ValueError as error:
+        raise UsageError(f"block {block!r}: expected a number, or several as in 3+4") from error
+
+
+def check_blocks(blocks: Sequence[AnyBlock], depth: int) -> tuple[AnyBlock, ...]:
     """The blocks in ascending order, each once; refuses those the network does not have."""
-    wanted = tuple(sorted(set(blocks)))
-    bad = [k for k in wanted if not 1 <= k <= depth]
-    if bad or not wanted:
+    names = {members_of(block): block for block in blocks}
+    bad = [name for key, name in names.items() if not all(1 <= k <= depth for k in key)]
+    if bad or not names:
         raise UsageError(f"blocks {bad or '(none)'}: this network has blocks 1 to {depth}")
-    return wanted
-
-
-def check_pools(pools: Sequence[str]) -> None:
-    for pool in pools:
-        if pool not in POOLS:
-            raise UsageError(f"unknown pool {pool!r}; known: {', '.join(POOLS)}")
+    return tuple(names[key] for key in sorted(names))
 
 
 def check_level(level: float) -> float:

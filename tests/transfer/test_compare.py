@@ -14,7 +14,7 @@ from latentddae.files import read_json_lines
 from latentddae.transfer import compare as comparison
 from latentddae.transfer import grid
 from latentddae.transfer.compare import CompareConfig, Subject, compare, mark_chosen
-from latentddae.transfer.features import pooled_blocks
+from latentddae.transfer.features import pooled_blocks, trunk_at
 
 GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
@@ -145,13 +145,16 @@ def test_as_initialised_every_block_is_the_patch_embedding(checkpoint):
     fresh = comparison.untrained(checkpoint, seed=0, random_gates=False)
     x0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     model = fresh.model
-    found = pooled_blocks(model, fresh.objective, x0, x0 * 0, 0.0, (1, 2, 3), ("mean",))
+
+    def found(network):
+        trunk = trunk_at(network.model, network.objective, 0.0, 3, "fp32")
+        return pooled_blocks(trunk, x0, (1, 2, 3), ("mean",))
+
     embedded = (model.x_embedder(x0) + model.pos_embed).mean(dim=1)
-    for _, value in found:
+    for value in found(fresh).values():
         torch.testing.assert_close(value, embedded)
-    opened = comparison.untrained(checkpoint, seed=0, random_gates=True)
-    found = dict(pooled_blocks(opened.model, fresh.objective, x0, x0 * 0, 0.0, (1, 3), ("mean",)))
-    assert (found[1, "mean"] - found[3, "mean"]).abs().max() > 1e-2
+    opened = found(comparison.untrained(checkpoint, seed=0, random_gates=True))
+    assert (opened[1, "mean"] - opened[3, "mean"]).abs().max() > 1e-2
 
 
 def test_untrained_weights_are_neither_the_trained_ones_nor_those_of_another_seed(checkpoint):

@@ -1,48 +1,26 @@
 """Features: keyed by sample, the same in any batch and order, and no block runs that nobody asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from latentddae.draws import key_positions
 from latentddae.errors import ConfigError, UsageError
+from latentddae.models.dit import DiT
+from latentddae.models.folded import FoldedTrunk
 from latentddae.transfer import features
-from latentddae.transfer.features import collect, extract, held_out, pool_grid, pool_mean, subset
+from latentddae.transfer.features import collect, extract, held_out, subset
 
 BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
 
 
 def collected(checkpoint, shards, indices, **options):
-    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, **options}
+    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, "dtype": "fp32", **options}
     return collect(
         checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices, **fields
     )
-
-
-def test_pool_mean_ignores_token_order():
-    tokens = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(pool_mean(tokens), pool_mean(tokens.flip(1)))
-
-
-def test_pool_grid_is_the_mean_of_each_quarter():
-    map_ = torch.randn(2, 4, 4, 3, generator=torch.Generator().manual_seed(0))
-    quarters = [map_[:, r : r + 2, c : c + 2].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 2)]
-    torch.testing.assert_close(pool_grid(map_.flatten(1, 2), 2), torch.cat(quarters, dim=1))
-
-
-def test_pool_grid_on_a_side_that_does_not_divide():
-    map_ = torch.arange(9.0).view(1, 9, 1)
-    expected = [
-        [(0 + 1 + 3 + 4) / 4, (1 + 2 + 4 + 5) / 4, (3 + 4 + 6 + 7) / 4, (4 + 5 + 7 + 8) / 4]
-    ]
-    torch.testing.assert_close(pool_grid(map_, 2), torch.tensor(expected))
-
-
-def test_pools_are_float32_and_refuse_no_square():
-    tokens = torch.ones(1, 16, 2, dtype=torch.bfloat16)
-    assert all(pool(tokens).dtype == torch.float32 for pool in features.POOLS.values())
-    with pytest.raises(ConfigError, match="12 tokens"):
-        pool_grid(torch.ones(1, 12, 2), 2)
 
 
 def test_equals_taps_of_a_hand_made_input(checkpoint, train):
@@ -89,29 +67,58 @@ def test_labels_never_change_features(labelled_checkpoint, train, monkeypatch):
     assert all((before[cell] == after[cell]).all() for cell in before)
 
 
-def test_conditional_networks_are_given_the_null_label(labelled_checkpoint, train, monkeypatch):
-    seen = []
-    stream = labelled_checkpoint.model.stream
-    monkeypatch.setattr(
-        labelled_checkpoint.model, "stream", lambda x, t, y: seen.append(y) or stream(x, t, y)
-    )
-    collected(labelled_checkpoint, train, np.arange(5))
-    assert seen[0].tolist() == [4] * 5
+def test_conditional_networks_are_given_the_null_label(labelled_checkpoint, train):
+    """The plain network with the null label says the same; with a class it says something else."""
+    index = np.arange(5)
+    found = collected(labelled_checkpoint, train, index)[3, "mean"]
+    x0 = features.clean_latents(labelled_checkpoint.latents, train, index)
+    noise = features.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+
+    def taps(label):
+        y = torch.full((5,), label)
+        t = torch.full((5,), 0.3)
+        return labelled_checkpoint.model.taps(0.7 * x0 + 0.3 * noise, t, y, [3])[3].mean(dim=1)
+
+    np.testing.assert_allclose(found, taps(4), atol=1e-5)
+    assert np.abs(found - taps(0).numpy()).max() > 1e-4
 
 
-def test_stops_after_the_deepest_block(checkpoint, train):
+def test_stops_after_the_deepest_block(checkpoint, train, monkeypatch):
     ran = []
-    hooks = [
-        block.register_forward_hook(lambda *_, number=number: ran.append(number))
-        for number, block in enumerate(checkpoint.model.blocks, start=1)
-    ]
-    try:
-        found = collected(checkpoint, train, np.arange(4), blocks=(2,), batch=4)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    attend = FoldedTrunk._attend
+
+    def counting(trunk, block, x):
+        ran.append(trunk.blocks.index(block) + 1)
+        return attend(trunk, block, x)
+
+    monkeypatch.setattr(FoldedTrunk, "_attend", counting)
+    found = collected(checkpoint, train, np.arange(4), blocks=(2,), batch=4)
     assert ran == [1, 2]
     assert list(found) == [(2, "mean"), (2, "grid2")]
+
+
+def test_a_network_that_does_not_fold_runs_as_it_is(checkpoint, train):
+    """Only `stream` is asked of it, and no block after the deepest runs."""
+    ran = []
+
+    class Plain(DiT):
+        def stream(self, x, t, y=None):
+            for number, tokens in super().stream(x, t, y):
+                ran.append(number)
+                yield number, tokens
+
+    plain = Plain(checkpoint.model.config)
+    plain.load_state_dict(checkpoint.model.state_dict())
+    found, folded = (
+        collected(replace(checkpoint, model=model), train, np.arange(4), blocks=(2,))
+        for model in (plain, checkpoint.model)
+    )
+    assert ran == [1, 2]
+    assert all(np.abs(found[cell] - folded[cell]).max() < 1e-5 for cell in found)
+    with pytest.raises(ConfigError, match="fold"):
+        collected(replace(checkpoint, model=plain), train, np.arange(4), dtype="bf16")
+    with pytest.raises(ConfigError, match="no adaLN"):
+        collected(replace(checkpoint, model=plain), train, np.arange(4), pools=("norm-mean",))
 
 
 def test_noise_is_common_to_all_levels_and_own_to_seed_draw_and_key():
@@ -128,13 +135,12 @@ def test_draws_are_averaged(checkpoint, train):
     three = collected(checkpoint, train, index, draws=3)[1, "mean"]
     x0 = features.clean_latents(checkpoint.latents, train, index)
     positions = key_positions(train.keys(index))
-    single = [
-        features.pooled_blocks(
-            checkpoint.model, checkpoint.objective, x0,
-            features.noise_of(5, draw, positions, x0.shape[1:]), 0.3, (1,), ("mean",),
-        )[0][1]
-        for draw in range(3)
-    ]  # fmt: skip
+    trunk = features.trunk_at(checkpoint.model, checkpoint.objective, 0.3, 1, "fp32")
+    single = []
+    for draw in range(3):
+        noise = features.noise_of(5, draw, positions, x0.shape[1:])
+        x = features.network_input(checkpoint.objective, x0, noise, 0.3)
+        single.append(features.pooled_blocks(trunk, x, (1,), ("mean",))[1, "mean"])
     np.testing.assert_allclose(three, torch.stack(single).mean(dim=0), atol=1e-6)
 
 
@@ -157,8 +163,6 @@ def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
                     )
                 )
             )  # fmt: skip
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match="encode the data"):
         features.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
 

@@ -1,0 +1,69 @@
+"""How a map of tokens becomes one vector: averages, maxima, averages over a grid of patches."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentddae.errors import ConfigError, UsageError
+
+
+def pool_mean(tokens: Tensor) -> Tensor:
+    """Average over space: (N, T, D) -> (N, D), in float32 whatever comes in."""
+    return tokens.float().mean(dim=1)
+
+
+def pool_max(tokens: Tensor) -> Tensor:
+    """Largest value over space: (N, T, D) -> (N, D), float32."""
+    return tokens.float().amax(dim=1)
+
+
+def pool_grid(tokens: Tensor, cells: int) -> Tensor:
+    """Averages over cells x cells patches of a square map: (N, T, D) -> (N, cells² D), float32,
+    row-major.
+
+    A side that `cells` does not divide gives overlapping patches, as in adaptive average pooling.
+    """
+    n, length, width = tokens.shape
+    side = math.isqrt(length)
+    if side * side != length or side < cells:
+        raise ConfigError(
+            f"a {cells}x{cells} pool needs a square map of at least that side, got {length} tokens"
+        )
+    if side % cells == 0:
+        patch = side // cells
+        map_ = tokens.float().view(n, cells, patch, cells, patch, width)
+        return map_.mean(dim=(2, 4)).flatten(1)
+    map_ = tokens.float().transpose(1, 2).unflatten(2, (side, side))
+    pooled = F.adaptive_avg_pool2d(map_, cells)
+    return pooled.flatten(2).transpose(1, 2).flatten(1)
+
+
+POOLS: tuple[str, ...] = ("mean", "grid2")
+"""Those that a search looks at unless told otherwise."""
+KNOWN_POOLS = "mean, max, grid2, grid3, ..., and each with norm- before it (norm-mean)"
+NORM = "norm-"  # the block's own adaLN first
+
+
+def pool_of(name: str) -> tuple[bool, Callable[[Tensor], Tensor]]:
+    """What a pool's name means: whether tokens pass the block's own adaLN first, and the pooling.
+
+    Raises UsageError for an unknown name.
+    """
+    plain = name.removeprefix(NORM)
+    grid = re.fullmatch(r"grid([1-9]\d?)", plain)
+    if grid:
+        cells = int(grid[1])
+        return plain != name, lambda tokens: pool_grid(tokens, cells)
+    pools = {"mean": pool_mean, "max": pool_max}
+    if plain not in pools:
+        raise UsageError(f"unknown pool {name!r}; known: {KNOWN_POOLS}")
+    return plain != name, pools[plain]
+
+
+def check_pools(pools: Sequence[str]) -> None:
+    """Refuses a pool that `pool_of` does not know."""
+    for pool in pools:
+        pool_of(pool)
