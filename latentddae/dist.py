@@ -113,6 +113,13 @@ def _first_slurm_host() -> str:
     return listed.stdout.split()[0]
 
 
+def own_store() -> torch_dist.Store | None:
+    """A connection to the group's store that only the caller uses; None for a single process."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return None
+    return torch_dist.distributed_c10d._get_default_store().clone()
+
+
 def lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone."""
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -186,3 +193,43 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     box = torch.tensor([int(flag)], dtype=torch.int32, device=device)
     torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
     return bool(box.item())
+
+
+def max_tensor(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, in place; the tensor is returned."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return tensor
+
+
+class Agreement:
+    """Whether any rank wishes for something, agreed one call later, so that no step waits for it.
+
+    Every call starts a reduction of the ranks' wishes and returns the result of the call before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._alone = not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
+        self._wish = torch.zeros(1, dtype=torch.int32, device=device)
+        on_cuda = device.type == "cuda"
+        self._copy = torch.zeros(1, dtype=torch.int32, pin_memory=True) if on_cuda else self._wish
+        self._result = self._copy.numpy()  # the host reads memory that the device has written
+        self._finished: Callable[[], Any] = lambda: None
+
+    def ask(self, wish: bool) -> bool:
+        """True on every rank if any rank's wish was true at the call before (a collective); alone,
+        the wish itself."""
+        if self._alone:
+            return wish
+        self._finished()  # of a whole step ago
+        agreed = bool(self._result[0])
+        self._wish.fill_(int(wish))
+        work = torch_dist.all_reduce(self._wish, op=torch_dist.ReduceOp.MAX, async_op=True)
+        self._finished = work.wait
+        if self._wish.is_cuda:
+            work.wait()  # makes the stream wait, not the host
+            self._copy.copy_(self._wish, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._finished = event.synchronize
+        return agreed

@@ -1,12 +1,14 @@
 """The run folder: what was asked for, where it ran, and what happened.
 
 RUN/config.yaml        the complete resolved configuration
-RUN/environment.json   versions, device, command line of every start
-RUN/metrics.jsonl      one JSON object per logged step: the source of truth, cut back on resume
+RUN/environment.jsonl  versions, device, command line of every start
+RUN/metrics.jsonl      one JSON object per logged window: the source of truth, cut back on resume
 RUN/tensorboard/       the same numbers for TensorBoard
+RUN/wandb_id           the run of Weights & Biases that gets them too, if asked for
 """
 
 import json
+import math
 import os
 import platform
 import socket
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latentddae import __version__, files
+from latentddae.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
 # Only these are recorded: the rest of an environment may hold secrets.
@@ -66,23 +69,83 @@ def environment(device: str, world_size: int) -> dict[str, Any]:
 
 
 class RunLog:
-    """Rank 0's metrics: a JSON line and TensorBoard scalars per row."""
+    """Rank 0's metrics: a JSON line per row, and its numbers for TensorBoard and, if asked, wandb."""
 
-    def __init__(self, run: Path, images: int) -> None:
-        """Open for appending after `images` images; rows of a later, lost part are cut away."""
+    def __init__(
+        self,
+        run: Path,
+        images: int,
+        wandb_project: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Open for appending after `images` images; rows of a later, lost part are cut away.
+
+        `settings` is what wandb shows as the run's configuration. Raises ConfigError where wandb is
+        asked for and not installed.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
+        self._wandb = _open_wandb(run, wandb_project, settings) if wandb_project else None
         self.path = run / "metrics.jsonl"
         kept = [row for row in files.read_json_lines(self.path) if row.get("images", 0) <= images]
         files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images or None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; every number but `images` also goes to TensorBoard."""
+        """Append one row. JSON has no NaN and no infinity: they become null."""
+        row = {key: _finite(value) for key, value in row.items()}
         files.append_json_line(self.path, row)
-        for key, value in row.items():
-            if key not in ("images", "step") and isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, row["images"])
+        numbers = scalars(row)
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, row["images"])
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "images": row["images"]})
 
     def close(self) -> None:
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row but its clock; the n-th number of a list is called `name/n`."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        several = isinstance(value, list)
+        for number, item in enumerate(value if several else [value], start=1):
+            if isinstance(item, int | float) and key not in ("images", "step"):
+                out[f"{key}/{number}" if several else key] = item
+    return out
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_wandb(run: Path, project: str, settings: dict[str, Any] | None) -> Any:
+    """A run of Weights & Biases; after a restart the same one, by the id kept in the run folder.
+
+    WANDB_MODE=offline keeps it on this machine; keys are wandb's own affair and never read here.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"wandb={project}: the package wandb is not installed; "
+            "pip install 'latentddae[wandb]', or leave wandb empty"
+        ) from error
+    id_file = run / "wandb_id"
+    opened = wandb.init(
+        project=project,
+        name=run.name,
+        dir=run,
+        id=id_file.read_text().strip() if id_file.exists() else None,
+        resume="allow",
+        config=settings,
+        settings=wandb.Settings(console="off"),
+    )
+    files.write_atomic(id_file, opened.id + "\n")
+    opened.define_metric("*", step_metric="images")
+    return opened

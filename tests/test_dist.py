@@ -5,7 +5,9 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
+from latentddae import dist
 from latentddae.dist import World, world_from_environment
 from latentddae.errors import ConfigError
 
@@ -72,3 +74,25 @@ def test_collectives(ranks: int, tmp_path) -> None:
     result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("fine") == ranks
+
+
+def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
+    """Each rank wishes at its own time; all hear of each wish at the same call, without waiting for it."""
+    wishes = {0: [0, 0, 1, 0, 0, 0], 1: [0, 1, 0, 0, 1, 0]}
+
+    def ask() -> None:
+        rank = dist.start(timeout_s=60).rank
+        agreement = dist.Agreement(torch.device("cpu"))
+        heard = [agreement.ask(bool(wish)) for wish in wishes[rank]]
+        assert heard == [False, False, True, True, False, True], heard
+        torch.testing.assert_close(
+            dist.max_tensor(torch.tensor([rank, -rank])), torch.tensor([1, 0])
+        )
+        dist.stop()
+
+    assert ranks(ask, 2) == [0, 0]
+
+
+def test_alone_a_wish_is_granted_at_once() -> None:
+    agreement = dist.Agreement(torch.device("cpu"))
+    assert [agreement.ask(wish) for wish in (False, True, False)] == [False, True, False]
