@@ -7,20 +7,24 @@ scored once against all of train.
 """
 
 import argparse
+import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentddae import dist
 from latentddae.errors import run_command
-from latentddae.transfer import cell, inputs, probing
+from latentddae.transfer import probing
 from latentddae.transfer.linear import check_arrays
 
 PROTOCOL = "knn/1"
 KS = (5, 10, 20, 50, 100, 200)
+FEW_NEIGHBOURS = 20
 TEMPERATURE = 0.07
 QUERIES = 1024  # rows of the similarity tile
 BANK = 16384  # its columns: a tile is 64 MiB
@@ -31,7 +35,7 @@ class KnnResult:
     """What the k-NN probe found. Accuracies are shares of right answers."""
 
     accuracy: float  # on test with the chosen k and all of train as the bank
-    heldout_accuracy: float
+    heldout_accuracy: float | None  # None where nothing was held out
     k: int
     ks: tuple[int, ...]
     heldout_accuracies: tuple[float, ...]  # one per k
@@ -40,6 +44,7 @@ class KnnResult:
     n_train: int
     n_heldout: int
     n_test: int
+    predictions: np.ndarray  # (n_test,) int64
 
 
 def probe(
@@ -54,24 +59,20 @@ def probe(
     classes: int | None = None,
 ) -> KnnResult:
     """Choose k on held-out rows of train, score test once: x (N, D) float, y (N,) int, heldout
-    (N,) bool."""
-    check_arrays(train_x, train_y, test_x, test_y, heldout)
+    (N,) bool. With a single k there may be no held-out row."""
+    check_arrays(train_x, train_y, test_x, test_y, heldout, choosing=len(ks) > 1)
     count = classes or int(max(train_y.max(), test_y.max())) + 1
-    fit = np.flatnonzero(~heldout)
-    allowed = sorted({min(k, len(fit)) for k in ks})
-    similarity, neighbours = nearest(train_x[heldout], train_x, max(allowed), rows=fit)
     labels = torch.from_numpy(train_y.astype(np.int64))
-    truth = labels[torch.from_numpy(heldout)]
-    scores = [
-        _score(similarity[:, :k], labels[neighbours[:, :k]], truth, count, temperature)
-        for k in allowed
-    ]
-    best = scores.index(max(scores))  # of equals the smallest k
+    allowed = sorted({min(k, len(train_x) - int(heldout.sum())) for k in ks})
+    scores: list[float] = []
+    if heldout.any():
+        scores = heldout_scores(train_x, labels, heldout, allowed, count, temperature)
+    best = scores.index(max(scores)) if scores else 0  # of equals the smallest k
     similarity, neighbours = nearest(test_x, train_x, allowed[best])
-    test_labels = torch.from_numpy(test_y.astype(np.int64))
+    predictions = vote(similarity, labels[neighbours], count, temperature).numpy()
     return KnnResult(
-        accuracy=_score(similarity, labels[neighbours], test_labels, count, temperature),
-        heldout_accuracy=scores[best],
+        accuracy=float((predictions == test_y).mean()),
+        heldout_accuracy=scores[best] if scores else None,
         k=allowed[best],
         ks=tuple(allowed),
         heldout_accuracies=tuple(scores),
@@ -80,7 +81,29 @@ def probe(
         n_train=len(train_x),
         n_heldout=int(heldout.sum()),
         n_test=len(test_x),
+        predictions=predictions,
     )
+
+
+def heldout_scores(
+    x: np.ndarray,
+    labels: Tensor,
+    heldout: np.ndarray,
+    ks: Sequence[int],
+    classes: int,
+    temperature: float,
+) -> list[float]:
+    """How well the other rows of train read the held-out ones: one accuracy per k, ascending."""
+    fit = np.flatnonzero(~heldout)
+    similarity, neighbours = nearest(x[heldout], x, max(ks), rows=fit)
+    truth = labels[torch.from_numpy(heldout)]
+    return [
+        (vote(similarity[:, :k], labels[neighbours[:, :k]], classes, temperature) == truth)
+        .double()
+        .mean()
+        .item()
+        for k in ks
+    ]
 
 
 def nearest(
@@ -105,6 +128,7 @@ def nearest(
     for start in range(0, len(rows), bank_chunk):
         part = rows[start : start + bank_chunk]
         keys = normalised(bank[part])
+        forget_pages(bank)
         names = torch.from_numpy(part.astype(np.int64))
         for number, chunk in enumerate(_chunks(queries, query_chunk)):
             found = normalised(chunk) @ keys.T
@@ -114,6 +138,18 @@ def nearest(
             top, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best[number] = (top, index.gather(1, place))
     return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Unmap the pages of a read-only memory map that were touched so far: they stay in the system's
+    cache and no longer count as this process's memory."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, mmap.mmap):
+        if isinstance(mapped, np.memmap) and mapped.mode != "r":
+            return
+        mapped = getattr(mapped, "base", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
@@ -133,26 +169,26 @@ def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -
     return torch.zeros(len(similarity), classes).scatter_add_(1, labels, weight).argmax(dim=1)
 
 
-def _score(
-    similarity: Tensor, labels: Tensor, truth: Tensor, classes: int, temperature: float
-) -> float:
-    return (vote(similarity, labels, classes, temperature) == truth).double().mean().item()
+def few_options(per_class: int) -> dict[str, Any]:
+    """With few samples, as many neighbours as a class has."""
+    return {"ks": (min(per_class, FEW_NEIGHBOURS),)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="latentddae knn", description="k-nearest-neighbour probe on the features of one cell."
     )
-    inputs.add_arguments(parser)
-    cell.add_arguments(parser)
+    probing.add_arguments(parser)
+    probing.add_few_shot(parser)
+    args = probing.parse(parser, argv)
+    opened = probing.open_cell(args)
     protocol = {"name": PROTOCOL, "temperature": TEMPERATURE}
-    line = probing.run("knn", protocol, probe, parser.parse_args(argv))
-    where = line["cell"]
-    print(
-        f"k-NN probe: {100 * line['accuracy']:.2f} % on {line['n_seen']['test']} test samples "
-        f"(block {where['block']}, s={where['s']:g}, pool {where['pool']}, k={line['k']}; "
-        f"held-out {100 * line['heldout_accuracy']:.2f} %)"
-    )
+    if args.few_shot:
+        lines = probing.run_few_shot("knn", protocol, opened, probe, few_options, args)
+    else:
+        lines = [probing.run_arrays("knn", protocol, opened, probe)]
+    if dist.world_from_environment().is_main:
+        print("\n".join(map(probing.line_of, lines)))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentddae import dist
 from latentddae.errors import DataError, run_command
-from latentddae.transfer import cell, inputs, probing
+from latentddae.transfer import probing, trained
+from latentddae.transfer.few_shot import ENOUGH
+from latentddae.transfer.recipes import LBFGS
 
 PROTOCOL = "lbfgs-linear/1"
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
@@ -27,6 +31,8 @@ scikit-learn's C is 1 / (n strength).
 """
 PATIENCE = 3
 """Strengths in a row without a better held-out accuracy after which weaker ones are not tried."""
+FEW_STRENGTH = 0.1
+"""Where there are too few samples to hold one of each class out."""
 MAX_ITERATIONS = 200
 CHUNK = 1024
 TOLERANCE = 1e-4
@@ -38,7 +44,7 @@ class ProbeResult:
     """What a probe found. Accuracies are shares of right answers."""
 
     accuracy: float  # on test, at the chosen strength, after the fit on all of train
-    heldout_accuracy: float
+    heldout_accuracy: float | None  # None where nothing was held out
     strength: float
     strengths: tuple[float, ...]  # those tried, strongest first
     heldout_accuracies: tuple[float, ...]  # one per strength tried
@@ -46,6 +52,7 @@ class ProbeResult:
     n_train: int
     n_heldout: int
     n_test: int
+    predictions: np.ndarray  # (n_test,) int64
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,10 @@ class Choice:
     """What the held-out part of train decided."""
 
     strength: float
-    heldout_accuracy: float
+    heldout_accuracy: float | None
     strengths: tuple[float, ...]  # those tried, strongest first
     heldout_accuracies: tuple[float, ...]  # one per strength tried
-    model: "Softmax"  # fitted without the held-out part
+    model: "Softmax"  # fitted without the held-out part; zero where there is none
 
 
 def probe(
@@ -72,17 +79,23 @@ def probe(
     """Fit and score a linear probe: x (N, D) float, y (N,) int in [0, classes), heldout (N,) bool.
 
     Everything is chosen on the held-out rows of train; test is used for one prediction at the end.
+    With a single strength there may be no held-out row.
     """
-    check_arrays(train_x, train_y, test_x, test_y, heldout)
+    check_arrays(train_x, train_y, test_x, test_y, heldout, choosing=len(strengths) > 1)
     count = classes or int(max(train_y.max(), test_y.max())) + 1
     mean, scale = standard_scale(train_x)
     x, y, n_fit = fit_first(train_x, train_y, heldout, mean, scale)
     curvature = second_moment(x)
-    choice = choose(x, y, n_fit, count, strengths, curvature)
+    start = Softmax.zero(x.shape[1], count)
+    choice = (
+        choose(x, y, n_fit, count, strengths, curvature)
+        if heldout.any()
+        else Choice(strengths[0], None, tuple(strengths), (), start)
+    )
     model = fit(x, y, choice.strength, start=choice.model, curvature=curvature)
-    test = standardise(test_x, mean, scale)
+    predictions = predict(model, standardise(test_x, mean, scale)).numpy()
     return ProbeResult(
-        accuracy=accuracy(model, test, torch.from_numpy(test_y.astype(np.int64))),
+        accuracy=float((predictions == test_y).mean()),
         heldout_accuracy=choice.heldout_accuracy,
         strength=choice.strength,
         strengths=choice.strengths,
@@ -91,6 +104,7 @@ def probe(
         n_train=len(train_x),
         n_heldout=int(heldout.sum()),
         n_test=len(test_x),
+        predictions=predictions,
     )
 
 
@@ -153,14 +167,16 @@ def check_arrays(
     test_x: np.ndarray,
     test_y: np.ndarray,
     heldout: np.ndarray,
+    choosing: bool = True,
 ) -> None:
-    """Refuse arrays that do not fit each other or hold non-finite numbers."""
+    """Refuse arrays that do not fit each other, hold non-finite numbers, or lack a held-out part
+    while something is to be chosen."""
     if not (len(train_x) == len(train_y) == len(heldout) and len(test_x) == len(test_y)):
         raise DataError(
             f"lengths differ: train {len(train_x)}/{len(train_y)}/{len(heldout)}, "
             f"test {len(test_x)}/{len(test_y)}"
         )
-    if heldout.all() or not heldout.any() or not len(test_x):
+    if heldout.all() or (choosing and not heldout.any()) or not len(test_x):
         raise DataError("a probe needs samples to fit on, held-out samples and test samples")
     for name, x in (("train", train_x), ("test", test_x)):
         if not np.isfinite(x.sum(dtype=np.float64)):
@@ -207,9 +223,14 @@ class Softmax:
         return cls(torch.zeros(width, classes), torch.zeros(classes))
 
 
+def predict(model: Softmax, x: Tensor) -> Tensor:
+    """The class with the largest logit: (N, D) -> (N,) int64."""
+    return (x @ model.weight + model.bias).argmax(dim=1)
+
+
 def accuracy(model: Softmax, x: Tensor, y: Tensor) -> float:
     """Share of rows whose largest logit is the label's."""
-    return ((x @ model.weight + model.bias).argmax(dim=1) == y).double().mean().item()
+    return (predict(model, x) == y).double().mean().item()
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -286,19 +307,29 @@ def objective(
     return loss, weight_gradient, bias_gradient
 
 
+def few_options(per_class: int) -> dict[str, Any]:
+    """How a probe on few samples is regularised: chosen on a fifth of them, else by FEW_STRENGTH."""
+    return {"strengths": STRENGTHS if per_class >= ENOUGH else (FEW_STRENGTH,)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="latentddae linear", description="Linear probe on the features of one cell."
     )
-    inputs.add_arguments(parser)
-    cell.add_arguments(parser)
-    line = probing.run("linear", {"name": PROTOCOL}, probe, parser.parse_args(argv))
-    where = line["cell"]
-    print(
-        f"linear probe: {100 * line['accuracy']:.2f} % on {line['n_seen']['test']} test samples "
-        f"(block {where['block']}, s={where['s']:g}, pool {where['pool']}, width {line['width']}, "
-        f"L2 {line['strength']:g}; held-out {100 * line['heldout_accuracy']:.2f} %)"
-    )
+    probing.add_arguments(parser)
+    probing.add_few_shot(parser)
+    trained.add_arguments(parser)
+    args = probing.parse(parser, argv)
+    opened = probing.open_cell(args)
+    protocol = {"name": PROTOCOL}
+    if args.recipe != LBFGS:
+        lines = [trained.run(opened, args)]
+    elif args.few_shot:
+        lines = probing.run_few_shot("linear", protocol, opened, probe, few_options, args)
+    else:
+        lines = [probing.run_arrays("linear", protocol, opened, probe)]
+    if dist.world_from_environment().is_main:
+        print("\n".join(map(probing.line_of, lines)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines
 from latentddae.transfer import grid, knn, linear
+from latentddae.transfer.scores import mean_per_class, top1
 
 from .conftest import CONFIG, write_checkpoint
 
@@ -117,3 +118,90 @@ def test_labels_make_no_difference_to_a_conditional_network(train, tiny_shards, 
     folder = write_checkpoint(tmp_path / "labelled", train, replace(CONFIG, num_classes=4))
     linear.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
     assert read_json_lines(tmp_path / "results.jsonl")[0]["n_seen"]["test"] == 32
+
+
+HERE = ("--block", 2, "--level", 0.3)
+
+
+def lines_of(command, *rest):
+    """The lines that a command leaves in its --out folder."""
+    command.main(arguments(*rest))
+    return read_json_lines(rest[2] / "results.jsonl")
+
+
+def test_several_noise_seeds_give_mean_and_spread(checkpoint_folder, tiny_shards, tmp_path, capsys):
+    noise = (*HERE[:3], 0.6, "--noise-seeds", 3)
+    (line,) = lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / "three", *noise)
+    assert line["noise_seeds"] == [0, 1, 2]
+    assert line["accuracy"] == pytest.approx(np.mean(line["accuracies"]))
+    assert line["accuracy_sd"] == pytest.approx(np.std(line["accuracies"], ddof=1)) != 0
+    assert f" ± {100 * line['accuracy_sd']:.2f} %" in capsys.readouterr().out
+    one = (*noise[:4], "--seed", 0)
+    (alone,) = lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / "one", *one)
+    assert alone["accuracy"] == line["accuracies"][0]
+    assert line["runs"][0]["k"] == alone["k"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_few_shots_use_the_few_only(name, checkpoint_folder, tiny_shards, tmp_path, capsys):
+    few = ("--few-shot", "1,5,50%", "--few-shot-draws", 3)
+    rest = (checkpoint_folder, tiny_shards, tmp_path, *HERE, *few)
+    lines = lines_of(COMMANDS[name], *rest)
+    assert [line["n_seen"]["train"] for line in lines] == [4, 20, 48]
+    assert [line["protocol"]["few_shot"] for line in lines] == ["1", "5", "50%"]
+    assert all(len(line["accuracies"]) == 3 for line in lines)
+    assert 0.4 < lines[0]["accuracy"] < lines[2]["accuracy"] > 0.8
+    assert "5 of each class" in capsys.readouterr().out
+
+
+def test_scores_and_confusion_are_those_of_the_predictions(
+    checkpoint_folder, tiny_shards, tmp_path, monkeypatch
+):
+    start = ShardSet.__init__
+
+    def uneven(self, root, split, *rest):
+        start(self, root, split, *rest)
+        if split == "test":  # mostly class 0, and wrongly so for a few
+            self.labels = np.where(np.arange(len(self)) < 20, 0, self.labels)
+
+    monkeypatch.setattr(ShardSet, "__init__", uneven)
+    rest = (*HERE, "--metric", "mean_per_class", "--published", 85.73)
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    table = np.load(tmp_path / f"confusion-{line['id']}.npy")
+    assert table.sum() == 32
+    assert table[0].sum() == 23
+    assert (line["accuracy"], line["top1"]) == (mean_per_class(table), top1(table))
+    assert line["accuracy"] != line["top1"]
+    assert line["published"] == pytest.approx(0.8573)
+
+
+def test_a_config_file_holds_options_and_the_command_line_goes_first(
+    checkpoint_folder, tiny_shards, tmp_path, capsys
+):
+    file = tmp_path / "probe.yaml"
+    file.write_text("block: 1\nlevel: 0.2\nlimit: 80\npublished: 85.73\nfew_shot: null\n")
+    rest = ("--config", file, "--block", 3)
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    assert (line["cell"]["block"], line["cell"]["s"], line["n_seen"]["train"]) == (3, 0.2, 80)
+    assert "published 85.73 %" in capsys.readouterr().out
+    file.write_text("blok: 1\n")
+    with pytest.raises(ConfigError, match="unknown option blok; known: batch, batch_size, block"):
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
+
+
+@pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])
+def test_two_ranks_give_the_accuracy_of_one(
+    recipe, checkpoint_folder, tiny_shards, tmp_path, ranks
+):
+    rest = (*HERE, "--recipe", recipe, "--limit", 95)
+    rest += () if recipe == "lbfgs" else ("--epochs", 3, "--batch-size", 32)
+    lines = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        command = arguments(checkpoint_folder, tiny_shards, out, *rest)
+        assert ranks(lambda command=command: linear.main(command), size) == [0] * size
+        lines += read_json_lines(out / "results.jsonl")  # one line for two ranks
+    one, two = lines
+    assert abs(one["accuracy"] - two["accuracy"]) <= 0.001
+    assert one["n_seen"] == two["n_seen"]
+    assert one["heldout_accuracies"] == two["heldout_accuracies"]
