@@ -26,13 +26,7 @@ from latentddae.errors import ConfigError
 from latentddae.models import attention
 from latentddae.training.fragments import MOMENTS, Fragment, layout_of
 from latentddae.training.optim import OptimConfig, OptionsOf, parameter_groups
-from latentddae.training.settings import (
-    BatchPlan,
-    EngineConfig,
-    deepspeed_config,
-    plan_batch,
-    resolve_precision,
-)
+from latentddae.training.settings import DTYPES, BatchPlan, EngineConfig, derive
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,9 @@ class Engine:
     """This rank's fp32 master weights, flat; the trained weights themselves where those are fp32."""
 
     def __post_init__(self) -> None:
-        self.precision = resolve_precision(
-            self.config.precision, self.device, self.config.zero_stage
+        self.precision, self.plan, settings = derive(
+            self.config, self.global_batch, self.world.size, self.device
         )
-        self.plan = plan_batch(self.global_batch, self.config.micro_batch, self.world.size)
-        settings = deepspeed_config(self.config, self.precision, self.plan, self.world.size)
         deepspeed = _import_deepspeed(self.device)
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.shapes = {name: list(p.shape) for name, p in trainable.items()}
@@ -139,7 +131,7 @@ class Engine:
 
     def _prepare_blocks(self) -> None:
         """Attention, recomputation and compilation, set before DeepSpeed hooks anything."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        dtype = DTYPES[self.precision]
         attention.choose(self.model, self.config.attention, self.device, dtype)
         for module in self.model.modules():
             if hasattr(module, "checkpoint_blocks"):

@@ -12,6 +12,9 @@ import torch
 
 from latentddae.errors import ConfigError
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Precision -> dtype of the weights the model computes with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -170,6 +173,16 @@ def deepspeed_config(
     if precision == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return _overlaid(settings, config.deepspeed, plan, world_size)
+
+
+def derive(
+    config: EngineConfig, global_batch: int, world_size: int, device: torch.device
+) -> tuple[str, BatchPlan, dict[str, Any]]:
+    """All that follows from the settings on this device and number of ranks: precision, cut of the batch, DeepSpeed
+    dictionary. Raises ConfigError for what is refused."""
+    precision = resolve_precision(config.precision, device, config.zero_stage)
+    plan = plan_batch(global_batch, config.micro_batch, world_size)
+    return precision, plan, deepspeed_config(config, precision, plan, world_size)
 
 
 def _overlaid(
