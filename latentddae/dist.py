@@ -3,6 +3,7 @@
 `deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all end up in the same `World`.
 """
 
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from latentddae.errors import ConfigError, LatentddaeError
 Result = TypeVar("Result")
 
 DEFAULT_TIMEOUT_S = 1800.0
+_NEW_GROUP = torch_dist.new_group  # see _give_groups
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,21 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
     return World()
 
 
-def device_for(world: World) -> torch.device:
-    """CUDA where there is one (device 0 if the launcher shows only one, else the local rank), else the CPU."""
+def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.device:
+    """CUDA where there is one (device 0 if the launcher shows only one, else the local rank), else the CPU.
+
+    Raises ConfigError for a local rank without a GPU, and for a job that was given GPUs and sees none: training
+    on its CPUs would look like work.
+    """
+    env = os.environ if env is None else env
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
+        promised = env.get("SLURM_GPUS_ON_NODE", "0")
+        if promised != "0":
+            raise ConfigError(
+                f"the job has GPUs (SLURM_GPUS_ON_NODE={promised}) and torch {torch.__version__} sees none (CUDA_"
+                f"VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES')!r}); `latentddae doctor` looks for the cause"
+            )
         return torch.device("cpu")
     index = 0 if count == 1 else world.local_rank
     if index >= count:
@@ -82,6 +95,7 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    _give_groups(timeout)
     if world.size == 1 and "MASTER_PORT" not in os.environ:
         # No rendezvous to make: nothing listens on a port.
         torch_dist.init_process_group(
@@ -91,12 +105,35 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     else:
         if world.launcher == "slurm":
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-            job = int(os.environ.get("SLURM_JOB_ID", "0"))
-            os.environ.setdefault("MASTER_PORT", str(10000 + job % 50000))
+            os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
         torch_dist.init_process_group(
             backend, rank=world.rank, world_size=world.size, timeout=timeout
         )
     return world
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """The port where the ranks of a step meet: its own for every job, step and restart that may share a node.
+
+    Below 32768, where Linux starts to hand out ports to outgoing connections.
+    """
+    job, step, restart = (
+        int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    return 10000 + (100 * job + 10 * restart + step) % 22000
+
+
+def _give_groups(timeout: timedelta) -> None:
+    """Let every group made from now on have our timeout: torch would give it half an hour, and DeepSpeed, which
+    makes its own, passes none on."""
+
+    @functools.wraps(_NEW_GROUP)
+    def with_timeout(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 and kwargs.get("timeout") is None:
+            kwargs["timeout"] = timeout
+        return _NEW_GROUP(*args, **kwargs)
+
+    torch_dist.new_group = with_timeout
 
 
 def stop() -> None:

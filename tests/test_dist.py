@@ -3,12 +3,13 @@
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
 
 from latentddae import dist
-from latentddae.dist import World, world_from_environment
+from latentddae.dist import World, device_for, slurm_port, world_from_environment
 from latentddae.errors import ConfigError
 
 
@@ -35,6 +36,62 @@ def test_launchers_win_over_slurm() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ConfigError, match="inconsistent"):
         world_from_environment({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_every_step_of_every_job_meets_at_its_own_port() -> None:
+    jobs = [
+        {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)}
+        for job in range(4_000_000, 4_000_020)
+        for step in range(3)
+        for restart in range(3)
+    ]
+    ports = {slurm_port(env) for env in jobs}
+    assert len(ports) == len(jobs)
+    assert min(ports) >= 10000 and max(ports) < 32768
+    assert slurm_port({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}) == 10700
+
+
+def see(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_device_is_the_only_one_or_the_local_rank(monkeypatch) -> None:
+    """USER_PAINS 48: with one GPU per task every rank sees device 0 alone."""
+    see(monkeypatch, 1)
+    assert device_for(World(5, 8, 5), {}) == torch.device("cuda", 0)
+    see(monkeypatch, 8)
+    assert device_for(World(5, 8, 5), {}) == torch.device("cuda", 5)
+    with pytest.raises(ConfigError, match="local rank 8 has no GPU: 8 visible"):
+        device_for(World(8, 16, 8), {})
+
+
+def test_a_gpu_job_without_a_gpu_stops(monkeypatch) -> None:
+    see(monkeypatch, 0)
+    assert device_for(World(), {"SLURM_GPUS_ON_NODE": "0"}) == torch.device("cpu")
+    env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}
+    with pytest.raises(ConfigError, match=r"SLURM_GPUS_ON_NODE=8.*sees none.*''.*doctor"):
+        device_for(World(), env)
+
+
+def test_groups_of_deepspeed_get_our_timeout(ranks) -> None:
+    """Its data-parallel group is made without one, and torch's default of half an hour would hide a hang."""
+
+    def waits_for_a_rank_that_never_comes() -> int:
+        import deepspeed.comm
+
+        world = dist.start(timeout_s=3)
+        deepspeed.comm.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+        group = deepspeed.comm.new_group([0, 1])
+        if not world.is_main:
+            time.sleep(6)
+            return 0
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+        return 0 if time.monotonic() - began < 5.5 else 3
+
+    assert ranks(waits_for_a_rank_that_never_comes, size=2) == [0, 0]
 
 
 SCRIPT = textwrap.dedent(
