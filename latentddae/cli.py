@@ -6,6 +6,7 @@ import sys
 
 from latentddae import __version__
 from latentddae.errors import run_command
+from latentddae.training.preemption import listen_early
 
 COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "demo": ("latentddae.demo", "the whole story on real images, on a laptop CPU"),
@@ -14,6 +15,10 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "info": ("latentddae.data.info", "what a data folder holds"),
     "preview": ("latentddae.data.preview", "decode samples beside their sources to a PNG"),
     "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
+    "export": (
+        "latentddae.training.export",
+        "a run's state -> portable weights, on one CPU process",
+    ),
     "compare-curve": ("latentddae.training.curve", "set a run's loss against a reference curve"),
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
@@ -23,6 +28,8 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),
     "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
 }
+
+REQUEUED = ("train", "finetune")  # a signal asks these to save and leave, from their first moment on
 
 
 def usage() -> str:
@@ -44,6 +51,8 @@ def run(argv: list[str]) -> int:
         known = ", ".join(COMMANDS)
         print(f"latentddae: error: unknown command {argv[0]!r}; known: {known}", file=sys.stderr)
         return 2
+    if argv[0] in REQUEUED:
+        listen_early()
     module = importlib.import_module(COMMANDS[argv[0]][0])
     return run_command(argv[0], module.main, argv[1:])
 

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_json_line(path: Path, value: Any) -> None:
     """One JSON object per line; each line is written with a single call."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -52,6 +56,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises WriteError if the file system of a folder has fewer bytes left than `what` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WriteError(
+            f"{folder} has no space for {what}: {needed:,} bytes needed, {free:,} free; "
+            "make room and give the same command again"
+        )
 
 
 def sync_folder(folder: Path) -> None:

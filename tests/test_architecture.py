@@ -16,7 +16,7 @@ PACKAGE = Path(latentddae.__file__).parent
 
 # Lowest first; a module may import from its own layer and from those below.
 LAYERS = [
-    {"__init__", "errors", "config", "draws", "dist", "files", "runlog"},
+    {"__init__", "errors", "config", "draws", "dist", "files", "tensorfile", "runlog"},
     {"data.latents", "models", "diffusion", "planning"},
     {"data", "training"},
     {"transfer", "generation"},

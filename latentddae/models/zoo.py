@@ -17,15 +17,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from latentddae import config
+from latentddae import config, tensorfile
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
 from latentddae.errors import ConfigError, DataError, WriteError
 from latentddae.files import sha256, sync_folder, write_json
 from latentddae.models.dit import DiT, DiTConfig
+from latentddae.tensorfile import Entry
 
 FORMAT = 1
 WEIGHT_FILES = {"model": "model.safetensors", "ema": "ema.safetensors"}
@@ -97,13 +98,14 @@ def save(
     model: Any,
     objective: Any,
     latents: LatentSpec,
-    weights: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Mapping[str, Tensor | Entry]],
     info: Mapping[str, Any],
 ) -> Path:
     """Write a portable checkpoint and return its folder; an older one of that name is replaced.
 
-    `model` is the config record, `weights` maps "model" and optionally "ema" to state dicts, which
-    are stored as they are; `info` is JSON-able: classes, images_seen, ema, data, and more.
+    `model` is the config record, `weights` maps "model" and "ema", or one of them, to state dicts,
+    which are stored as they are (an Entry is read when its turn comes); `info` is JSON-able:
+    classes, images_seen, ema, data, and more.
     """
     folder = Path(folder)
     facts = {
@@ -135,9 +137,9 @@ def save(
     return folder
 
 
-def _write_state(path: Path, state: Mapping[str, Tensor], labels: dict[str, str]) -> None:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, path, metadata=labels)
+def _write_state(path: Path, state: Mapping[str, Tensor | Entry], labels: dict[str, str]) -> None:
+    entries = {n: v if isinstance(v, Entry) else tensorfile.entry(v) for n, v in state.items()}
+    tensorfile.write(path, entries, labels)
 
 
 def load(

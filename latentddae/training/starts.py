@@ -1,0 +1,48 @@
+"""How often a run was started without getting anywhere: a crash loop ends instead of burning a cluster.
+
+`RUN/starts.jsonl` has a line for every start, with the images seen so far, and one for every end in good
+order. Three starts in a row that began at the same point and did not end well are enough.
+"""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+from latentddae import files
+from latentddae.errors import ConfigError
+
+FILE = "starts.jsonl"
+LIMIT = 3  # starts without progress, as in NVIDIA's resiliency extension
+
+
+def begin(run: Path, images: int, retry: bool = False) -> None:
+    """Note a start at `images`; raises ConfigError after LIMIT of them without progress, unless `retry`."""
+    failed = 0
+    for row in reversed(files.read_json_lines(run / FILE)):
+        if row["event"] != "start" or row["images"] != images:
+            break
+        failed += 1
+    if failed >= LIMIT and not retry:
+        raise ConfigError(
+            f"{run} was started {failed} times at {images:,} images and got no further; find the "
+            f"cause in the messages of those starts ({run / FILE}), then add --retry once"
+        )
+    if retry:
+        end(run, "retry")
+    where = {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    files.append_json_line(run / FILE, {"event": "start", "images": images, **where})
+
+
+def end(run: Path, event: str) -> None:
+    """Note that the last start ended in good order: finished, or stopped on request."""
+    files.append_json_line(run / FILE, {"event": event})
+
+
+def withdraw(run: Path) -> None:
+    """Take the last start back: it was refused, nothing was tried."""
+    rows = files.read_json_lines(run / FILE)[:-1]
+    if rows:
+        files.write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        (run / FILE).unlink(missing_ok=True)
