@@ -67,7 +67,9 @@ def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 
     The processes are forked from this one, so the heavy imports are paid once. An exception counts as status 1
     and prints its traceback. Nothing is left running.
     """
-    import deepspeed  # noqa: F401 - imported before forking, see above
+    # Imported before forking, see above; what follows deepspeed itself is loaded by its first engine.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     port = _free_port()
     children = []

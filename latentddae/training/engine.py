@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -218,6 +219,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Its shared-memory all-reduce is built with a compiler at first use (a minute, and many nodes have none).
         backend.build_shm_op = lambda: None
+        # ZeRO-3 calls an old name of a collective at every step.
+        warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
         deepspeed.init_distributed(
             auto_mpi_discovery=False, dist_init_required=False, verbose=False
         )

@@ -1,0 +1,127 @@
+"""A run of a few thousand weights at the level of the engine: every loss is a pure function of images seen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from latentddae import dist, draws
+from latentddae.models import DiTConfig, zoo
+from latentddae.models.dit import randomize_gates
+from latentddae.training import checkpoint
+from latentddae.training.ema import Ema, EmaConfig
+from latentddae.training.engine import Engine
+from latentddae.training.optim import OptimConfig, lr_at
+from latentddae.training.settings import EngineConfig
+
+MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
+BATCH = 12
+TOTAL = 100 * BATCH
+OPTIM = OptimConfig(lr=2e-3, schedule="cosine", warmup_images=5 * BATCH, weight_decay=0.01)
+
+
+@dataclass
+class Toy:
+    """One rank of a run; the model predicts its input from its input."""
+
+    engine: Engine
+    ema: Ema
+    images: int = 0
+    losses: list[float] = field(default_factory=list)
+    batches: list[float] = field(default_factory=list)
+    """A number that tells which global batch a step saw."""
+
+    @classmethod
+    def start(
+        cls, stage: int, precision: str = "fp32", model: nn.Module | None = None, **settings: Any
+    ) -> "Toy":
+        world = dist.start()
+        if model is None:
+            model = zoo.build(MODEL, seed=1)
+            randomize_gates(model, seed=2)
+        config = EngineConfig(zero_stage=stage, precision=precision, **settings)  # type: ignore[arg-type]
+        engine = Engine(model, config, OPTIM, world, torch.device("cpu"), BATCH)
+        ema = EmaConfig(halflife_images=10 * BATCH, extra_halflives_images=(40 * BATCH,))
+        return cls(engine, Ema(ema, engine.masters))
+
+    def train(self, steps: int) -> "Toy":
+        world, share = self.engine.world, BATCH // self.engine.world.size
+        for _ in range(steps):
+            positions = self.images + world.rank * share + torch.arange(share)
+            x = draws.normal(0, "toy", positions, (4, 8, 8))
+            t = draws.uniform(0, "toy time", positions)
+            sums = torch.zeros(2, dtype=torch.float64)
+            for x_part, t_part in self.engine.micro_batches(x, t):
+                loss = ((self.engine.model(x_part, t_part) - x_part) ** 2).mean(dim=(1, 2, 3))
+                self.engine.backward(loss.mean())
+                sums += torch.stack([loss.detach().double().sum(), x_part.double().sum()])
+            assert self.engine.step(lr_at(OPTIM, self.images, TOTAL)).applied
+            self.images += BATCH
+            self.ema.update(self.engine.masters, self.images, BATCH)
+            loss, batch = (dist.sum_tensor(sums) / BATCH).tolist()
+            self.losses.append(loss)
+            self.batches.append(round(batch, 9))
+        return self
+
+    def save(self, folder: Path) -> checkpoint.State:
+        info = {
+            "images": self.images,
+            "adam_steps": self.engine.adam_steps,
+            "shapes": self.engine.shapes,
+        }
+        mine = checkpoint.Mine(
+            self.engine.world,
+            list(self.engine.shapes),
+            self.engine.fragments,
+            checkpoint.partitions(self.engine, self.ema),
+            self.engine.constants(),
+        )
+        hidden = checkpoint.begin(folder, self.images, 0)
+        part = checkpoint.write_part(hidden, self.images, mine)
+        return checkpoint.commit(hidden, part, "", info)
+
+    def load(self, folder: Path) -> "Toy":
+        state = checkpoint.find(folder)
+        checkpoint.load(state, self.engine, self.ema)
+        self.images = state.images
+        return self
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Every parameter, moment and average, whole, and the weights the model computes with (a collective)."""
+        out = {}
+        for kind, flat in checkpoint.partitions(self.engine, self.ema).items():
+            for name, shape in self.engine.shapes.items():
+                box = torch.zeros(shape)
+                for f in self.engine.fragments:
+                    if f.name == name:
+                        box.view(-1)[f.start :][: f.numel] = f.of(flat)
+                dist.sum_tensor(box.view(torch.int32))
+                out[f"{kind} {name}"] = box
+        return out
+
+
+@pytest.fixture
+def toy() -> type[Toy]:
+    return Toy
+
+
+@pytest.fixture
+def in_ranks(
+    ranks: Callable[..., list[int]], tmp_path: Path
+) -> Callable[[int, Callable[[], Any]], list[Any]]:
+    """Run an action in fresh ranks and return what it returned on each of them."""
+
+    def run(size: int, action: Callable[[], Any]) -> list[Any]:
+        def kept() -> None:
+            result = action()
+            torch.save(result, tmp_path / f"result-{dist.world_from_environment().rank}.pt")
+            dist.stop()
+
+        assert ranks(kept, size) == [0] * size
+        return [torch.load(tmp_path / f"result-{rank}.pt") for rank in range(size)]
+
+    return run
