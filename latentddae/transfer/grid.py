@@ -1,6 +1,6 @@
 """`latentddae grid`: every block at every noise level, judged in one pass per level.
 
-Train is seen once per level. Its features feed streamed ridge statistics; a held-out part of
+Train is seen once per level, by any number of ranks. Its features feed streamed ridge statistics; a held-out part of
 train, gathered in the same pass, ranks the cells. The test split is never opened. Each level is
 written as it ends, so an interrupted grid goes on where it stopped. The few best cells of each pool
 are then judged by the full linear probe, still on held-out train, and the winner is the chosen
@@ -8,12 +8,14 @@ cell. Reported numbers come from `latentddae linear` on it.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from latentddae import dist
 from latentddae.config import to_dict
 from latentddae.data.shards import ShardSet
 from latentddae.errors import UsageError, run_command
 from latentddae.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.transfer import inputs, plots, ridge, shortlist
+from latentddae.transfer import inputs, plots, ridge, search, shares, shortlist
 from latentddae.transfer.features import (
     BATCH,
-    POOLS,
+    Block,
     Cell,
     check_blocks,
     check_level,
-    check_pools,
     extract,
 )
+from latentddae.transfer.pools import POOLS, check_pools
 
 PROTOCOL = "ridge-grid/1"
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -47,7 +50,7 @@ class GridConfig:
 
     levels: tuple[float, ...] = LEVELS
     """Noise levels s = sigma / (alpha + sigma)."""
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[Block, ...] | None = None
     """None: all of them."""
     pools: tuple[str, ...] = tuple(POOLS)
     holdout: float = inputs.HOLDOUT
@@ -58,6 +61,8 @@ class GridConfig:
     draws: int = 1
     """Noises whose features are averaged."""
     noisy_input: bool = True
+    search: int = 0
+    """So many further levels, each where the best one seen so far points to."""
     shortlist: int = 6
     """Blocks of each pool, at their best level, that the full probe judges in the end; 0: none."""
     batch: int = BATCH
@@ -69,9 +74,10 @@ class GridConfig:
         check_pools(self.pools)
         if not self.levels or not self.pools:
             raise UsageError("a grid needs at least one noise level and one pool")
-        if self.shortlist < 0 or self.draws < 1:
+        if self.shortlist < 0 or self.search < 0 or self.draws < 1:
             raise UsageError(
-                f"shortlist must be 0 or more and draws 1 or more, got {self.shortlist}, {self.draws}"
+                f"shortlist and search must be 0 or more and draws 1 or more, got "
+                f"{self.shortlist}, {self.search}, {self.draws}"
             )
 
 
@@ -110,9 +116,20 @@ def run(
         },
         "pools": list(config.pools),
     }
-    levels = sorted(set(config.levels))
-    with exclusive(out, "grid"):
-        parts = _levels(checkpoint, train, out, config, settings, levels, blocks, split, progress)
+    is_main = dist.world_from_environment().is_main
+    progress = progress and is_main
+    with exclusive(out, "grid") if is_main else contextlib.nullcontext():
+        look = functools.partial(
+            _levels, checkpoint, train, out, config, settings, blocks, split, progress
+        )
+        parts = look(sorted(set(config.levels)))
+        for _ in range(config.search):
+            level = search.next_level({part["s"]: best_accuracy(part) for part in parts})
+            if level is None:
+                break
+            parts += look([level])
+        parts.sort(key=lambda part: part["s"])
+        levels = [part["s"] for part in parts]
         cells = [cell for part in parts for cell in part["cells"]]
         judged = shortlist.run(
             checkpoint, train, out / "levels", settings, split,
@@ -120,8 +137,9 @@ def run(
             {key: getattr(config, key) for key in ("seed", "draws", "batch", "noisy_input")},
             lambda total: progress_bar(total, "shortlist", progress),
         )  # fmt: skip
-        grid = assemble(settings, described, levels, parts, judged, config.shortlist, split)
-        _write(out, grid)
+        grid = assemble(settings, described, levels, parts, judged, config, split)
+        if is_main:
+            _write(out, grid)
     return grid
 
 
@@ -131,14 +149,14 @@ def _levels(
     out: Path,
     config: GridConfig,
     settings: dict[str, Any],
-    levels: list[float],
-    blocks: tuple[int, ...],
+    blocks: tuple[Block, ...],
     split: inputs.Split,
     progress: bool,
+    levels: list[float],
 ) -> list[dict[str, Any]]:
-    """The finished part of each level, computed or read."""
+    """The finished part of each level, computed or read. A collective."""
     identity = text_hash(settings)
-    done = {level: _read_level(out, level, identity) for level in levels}
+    done = dist.on_main(lambda: {level: _read_level(out, level, identity) for level in levels})
     todo = [level for level in levels if done[level] is None]
     with progress_bar(len(todo) * len(split.train), "grid", progress) as bar:
         for level in todo:
@@ -147,7 +165,7 @@ def _levels(
                 "identity": identity,
                 **judge_level(checkpoint, train, level, blocks, split, config, bar.update),
             }
-            write_json(_level_path(out, level), part)
+            dist.on_main(functools.partial(write_json, _level_path(out, level), part))
             done[level] = part
     return [part for part in done.values() if part is not None]
 
@@ -164,20 +182,22 @@ def judge_level(
     checkpoint: Any,
     train: ShardSet,
     level: float,
-    blocks: tuple[int, ...],
+    blocks: tuple[Block, ...],
     split: inputs.Split,
     config: GridConfig,
     tell: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Any]:
-    """All cells of one noise level from one pass over train."""
+    """All cells of one noise level from one pass over train, of which each rank sees a part. A
+    collective."""
     started = time.monotonic()
     labels = torch.from_numpy(inputs.labels_of(train, split.train))
     heldout = torch.from_numpy(split.heldout)
+    own = shares.own_part(len(labels))
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
-    seen = 0
+    seen = own.start
     for part in extract(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
+        checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train[own],
         level=level, blocks=blocks, pools=config.pools, seed=config.seed, draws=config.draws,
         batch=config.batch, noisy_input=config.noisy_input,
     ):  # fmt: skip
@@ -191,10 +211,12 @@ def judge_level(
             kept[cell].append(value[aside])
         seen = here.stop
         tell(len(part.index))
-    cells = [
-        _judge_cell(statistics[cell], torch.cat(kept[cell]), labels[heldout], level, cell)
-        for cell in sorted(statistics)
-    ]
+    cells = []
+    for cell, sums in statistics.items():
+        sums.reduce()
+        features = torch.from_numpy(shares.joined(torch.cat(kept.pop(cell)).numpy()))
+        judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
+        cells.append(dist.on_main(judge))
     return {
         **inputs.describe_level(checkpoint.objective, level),
         "cells": cells,
@@ -224,7 +246,7 @@ def assemble(
     levels: list[float],
     parts: list[dict[str, Any]],
     judged: list[dict[str, Any]],
-    shortlist_size: int,
+    config: GridConfig,
     split: inputs.Split,
 ) -> dict[str, Any]:
     """The whole grid as JSON-able data, and the best cell overall and for each pool."""
@@ -251,11 +273,17 @@ def assemble(
         "blocks": settings["blocks"],
         "pools": settings["pools"],
         "strengths": settings["strengths"],
-        "shortlist": shortlist_size,
+        "shortlist": config.shortlist,
+        "search": config.search,
         "chosen": best_cell(list(by_pool.values())),
         "chosen_by_pool": by_pool,
         "cells": cells,
     }  # fmt: skip
+
+
+def best_accuracy(part: dict[str, Any]) -> float:
+    """How good a level is: its best cell by ridge."""
+    return max(cell["accuracy"] for cell in part["cells"])
 
 
 def best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -309,14 +337,20 @@ def as_csv(grid: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+def _listed(levels: Sequence[float]) -> str:
+    return ",".join(map(str, levels))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="latentddae grid", description="Probe every block at every noise level."
     )
     inputs.add_arguments(parser)
+    parser.add_argument("--levels", help=f"noise levels s in [0, 1] (default {_listed(LEVELS)})")
     parser.add_argument(
-        "--levels", default=",".join(map(str, LEVELS)), help="noise levels s in [0, 1]"
-    )
+        "--search", type=int, default=0, metavar="N",
+        help=f"look at N further levels around the best (then --levels is {_listed(search.COARSE)})",
+    )  # fmt: skip
     parser.add_argument("--blocks", default="all", help="e.g. 3,4,5")
     parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
     parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
@@ -327,8 +361,11 @@ def main(argv: list[str] | None = None) -> None:
         "--clean-input", action="store_true", help="clean latent, time of the level"
     )
     args = parser.parse_args(argv)
+    if dist.world_from_environment().size > 1:
+        dist.start()
+    levels = args.levels or _listed(search.COARSE if args.search else LEVELS)
     config = GridConfig(
-        levels=inputs.numbers(args.levels, float, "--levels"),
+        levels=inputs.numbers(levels, float, "--levels"), search=args.search,
         blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
         pools=tuple(args.pools.split(",")),
         draws=args.draws, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
@@ -337,6 +374,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     train = inputs.open_shards(args.data, "train", checkpoint)
     grid = run(checkpoint, train, args.out, config, source=args.checkpoint, weights=args.weights)
+    if not dist.world_from_environment().is_main:
+        return
     for pool, cell in grid["chosen_by_pool"].items():
         mark = "  <- chosen" if pool == grid["chosen"]["pool"] else ""
         score = cell.get("probe_accuracy", cell["accuracy"])

@@ -26,7 +26,7 @@ from latentddae.draws import key_positions
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines, text_hash, write_atomic
 from latentddae.transfer import cell as cells
-from latentddae.transfer import few_shot, inputs
+from latentddae.transfer import few_shot, inputs, shares
 from latentddae.transfer.cell import Arrays, CellChoice
 from latentddae.transfer.features import collect
 from latentddae.transfer.scores import METRICS, confusion
@@ -57,11 +57,10 @@ class Opened:
     ) -> np.ndarray:
         """The cell's features of these samples, (N, D) float32 on every rank; each extracts a
         share. `spec` stands in for the checkpoint's."""
-        world = dist.world_from_environment()
-        mine = np.array_split(indices, world.size)[world.rank]
+        mine = indices[shares.own_part(len(indices))]
         with tqdm(
             total=len(mine), unit="img", unit_scale=True, mininterval=0.5, desc=name,
-            disable=not world.is_main,
+            disable=not dist.world_from_environment().is_main,
         ) as bar:  # fmt: skip
             found = collect(
                 self.checkpoint.model, self.checkpoint.objective,
@@ -69,7 +68,7 @@ class Opened:
                 pools=[self.cell.pool], seed=seed, draws=self.cell.draws, batch=self.batch,
                 noisy_input=self.cell.noisy_input, progress=bar.update,
             )  # fmt: skip
-        return np.concatenate(dist.gather_objects(next(iter(found.values()))))
+        return shares.joined(next(iter(found.values())))
 
     def arrays(self, noise_seed: int) -> Arrays:
         """What a probe takes, with one seed of the noise."""

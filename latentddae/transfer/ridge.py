@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentddae import dist
 from latentddae.errors import DataError
 
 STRENGTHS = (
@@ -41,7 +42,11 @@ class Statistics:
     @classmethod
     def start(cls, features: Tensor, classes: int) -> "Statistics":
         """Empty statistics shifted by the mean of the first batch."""
-        shift = features.double().mean(dim=0)
+        return cls.empty(features.double().mean(dim=0), classes)
+
+    @classmethod
+    def empty(cls, shift: Tensor, classes: int) -> "Statistics":
+        """Of no samples, about a given shift (D,) float64."""
         width = len(shift)
         zeros = torch.zeros(classes, width, dtype=torch.float64)
         gram = torch.zeros(width, width, dtype=torch.float64)
@@ -66,6 +71,19 @@ class Statistics:
         self.gram += other.gram + cross + cross.T + other.count * torch.outer(move, move)
         self.class_sums += other.class_sums + torch.outer(other.class_counts, move)
         self.class_counts += other.class_counts
+
+    def reduce(self) -> None:
+        """Take in what the other ranks have seen: afterwards every rank holds the whole. A
+        collective."""
+        world = dist.world_from_environment()
+        if world.size == 1:
+            return
+        common = Statistics.empty(dist.broadcast_object(self.shift), len(self.class_counts))
+        common.merge(self)
+        device = dist.device_for(world)
+        self.shift = common.shift
+        for name in ("gram", "class_sums", "class_counts"):
+            setattr(self, name, dist.sum_tensor(getattr(common, name).to(device)).cpu())
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (D,), scatter (D, D) and the class sums (C, D), the latter two about the mean."""

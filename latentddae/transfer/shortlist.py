@@ -6,6 +6,7 @@ which flatters early blocks. The winners are therefore picked by the logistic re
 `latentddae linear` reports. The test split has no part in it.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from latentddae import dist
 from latentddae.data.shards import ShardSet
 from latentddae.files import text_hash, write_json
-from latentddae.transfer import inputs, linear
+from latentddae.transfer import inputs, linear, shares
 from latentddae.transfer.features import collect, subset
 
 SAMPLES = 10_000
@@ -59,20 +61,25 @@ def judge(
     options: dict[str, Any],
     tell: Callable[[int], Any] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """The cells of one level with their held-out accuracy under the linear probe, from one pass.
+    """The cells of one level with their held-out accuracy under the linear probe, from one pass. A
+    collective.
 
     `options` are those of `extract`: level, seed, draws, batch, noisy_input.
     """
+    own = split.train[shares.own_part(len(split.train))]
     features = collect(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
+        checkpoint.model, checkpoint.objective, checkpoint.latents, train, own,
         blocks=[cell["block"] for cell in cells], pools=sorted({cell["pool"] for cell in cells}),
         progress=tell, **options,
     )  # fmt: skip
     labels = inputs.labels_of(train, split.train)
     out = []
     for cell in cells:
-        x = features[cell["block"], cell["pool"]]
-        choice = linear.judge(x, labels, split.heldout, len(train.classes), STRENGTHS)
+        x = shares.joined(features[cell["block"], cell["pool"]])
+        judge = functools.partial(
+            linear.judge, x, labels, split.heldout, len(train.classes), STRENGTHS
+        )
+        choice = dist.on_main(judge)
         out.append(
             {
                 **{key: cell[key] for key in ("level", "block", "pool")},
@@ -111,7 +118,7 @@ def run(
         own = [cell for cell in cells if cell["level"] == level]
         identity = text_hash([*rules, level, [[cell["block"], cell["pool"]] for cell in own]])
         path = folder / f"probe-s-{level:.6f}.json"
-        finished = read(path, identity)
+        finished = dist.on_main(functools.partial(read, path, identity))
         if finished is None:
             todo.append((level, own, path, identity))
         else:
@@ -121,5 +128,6 @@ def run(
             done[level] = judge(
                 checkpoint, train, few, own, {**options, "level": level}, bar.update
             )
-            write_json(path, {"identity": identity, "cells": done[level]})
+            found = {"identity": identity, "cells": done[level]}
+            dist.on_main(functools.partial(write_json, path, found))
     return [cell for level in sorted(done) for cell in done[level]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
 
+from latentddae import dist
 from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, DataError, UsageError
 from latentddae.files import read_json_lines
@@ -177,6 +178,45 @@ def test_batch_size_changes_no_choice(checkpoint, train, tmp_path):
         for batch in (96, 7)
     )
     assert one["chosen"] == two["chosen"]
+
+
+def test_ranks_make_the_grid_of_one(checkpoint, train, tmp_path, ranks):
+    """95 samples over three ranks, the shortlist included: the same cells, one result line."""
+    few = replace(CONFIG, limit=95, shortlist=1)
+
+    def on(size):
+        out = tmp_path / str(size)
+
+        def action():
+            dist.start()
+            grid.run(checkpoint, train, out, few, source="toy", progress=False)
+
+        assert ranks(action, size) == [0] * size
+        assert len(read_json_lines(out / "results.jsonl")) == 1
+        return json.loads((out / "grid.json").read_text())
+
+    assert on(1) == on(3)
+
+
+def test_a_search_adds_levels_beside_the_best(checkpoint, train, tmp_path, monkeypatch):
+    judged = []
+
+    def judge(checkpoint, train, level, *rest):
+        judged.append(level)
+        part = real(checkpoint, train, level, *rest)
+        for cell in part["cells"]:
+            cell["accuracy"] = 1 - abs(level - 0.3)
+        return part
+
+    real = grid.judge_level
+    monkeypatch.setattr(grid, "judge_level", judge)
+    wide = replace(CONFIG, levels=(0.05, 0.2, 0.5), search=3, shortlist=0)
+    result = run(checkpoint, train, tmp_path, wide)
+    assert result["levels"] == sorted(judged)
+    assert len(judged) == 6
+    assert abs(result["chosen"]["level"] - 0.3) < 0.03
+    assert run(checkpoint, train, tmp_path, wide) == result
+    assert len(judged) == 6  # the second search reads what the first has seen
 
 
 def test_the_command_needs_no_test_split(checkpoint_folder, tiny_shards, tmp_path, capsys):

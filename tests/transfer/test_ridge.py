@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
 
+from latentddae import dist
 from latentddae.errors import DataError
 from latentddae.transfer import ridge
 
@@ -78,3 +79,21 @@ def test_one_sample_is_not_enough():
     x, y = planted(n=1)
     with pytest.raises(DataError, match="at least 2"):
         ridge.solve(streamed(x, y))
+
+
+def test_ranks_reduce_to_the_whole(ranks):
+    """Three real ranks with unequal parts and offsets of their own."""
+    x, y = planted(n=101, offset=50.0)
+    x[60:] += 5
+    whole = streamed(x, y)
+
+    def action():
+        world = dist.start()
+        part = slice(*[0, 10, 60, 101][world.rank : world.rank + 2])
+        statistics = streamed(x[part], y[part], batch=7)
+        statistics.reduce()
+        assert statistics.count == 101
+        for one, other in zip(whole.centred(), statistics.centred(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-8)
+
+    assert ranks(action, 3) == [0, 0, 0]
