@@ -1,11 +1,13 @@
 """The training loop: exact resume, the same run on any number of ranks, refusals that leave nothing behind."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -207,18 +209,28 @@ def test_a_folder_in_use_is_refused(tiny_shards, tmp_path, ranks, capfd) -> None
     assert f"in use by process {os.getpid()}" in capfd.readouterr().err
 
 
+def poison(monkeypatch, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The loss of these positions is not a number."""
+    honest = train.pretraining
+
+    def pretraining(config, here):
+        job = honest(config, here)
+
+        def loss(moments, label, position):
+            value, level = job.loss(moments, label, position)
+            return value * torch.where(where(position), torch.nan, 1.0), level
+
+        return dataclasses.replace(job, loss=loss)
+
+    monkeypatch.setattr(train, "pretraining", pretraining)
+
+
 def test_a_non_finite_batch_is_skipped_by_all_ranks(
     tiny_shards, tmp_path, ranks, monkeypatch, capfd
 ) -> None:
     """One poisoned sample on one rank: nobody steps, the average stays, the keys are logged, training goes on."""
     run = tmp_path / "run"
-    honest = train.Trainer.loss
-
-    def poisoned(self, moments, label, position):
-        loss, level = honest(self, moments, label, position)
-        return loss * torch.where(position == 3 * STEP + 1, torch.nan, 1.0), level
-
-    monkeypatch.setattr(train.Trainer, "loss", poisoned)
+    poison(monkeypatch, lambda position: position == 3 * STEP + 1)
     options = (f"save.every_images={STEP}", "save.keep_last=30")
     assert ranks(lambda: start(run, tiny_shards, *options), 2) == [0, 0]
     assert "step skipped" in capfd.readouterr().err
@@ -235,13 +247,7 @@ def test_steps_that_stay_non_finite_stop_the_run(
     tiny_shards, tmp_path, ranks, monkeypatch, capfd
 ) -> None:
     run = tmp_path / "run"
-    honest = train.Trainer.loss
-
-    def poisoned(self, moments, label, position):
-        loss, level = honest(self, moments, label, position)
-        return loss * torch.where(position >= 12 * STEP, torch.nan, 1.0), level
-
-    monkeypatch.setattr(train.Trainer, "loss", poisoned)
+    poison(monkeypatch, lambda position: position >= 12 * STEP)
     options = (f"save.every_images={5 * STEP}", "max_bad_steps=3")
     assert ranks(lambda: start(run, tiny_shards, *options)) == [65]
     assert "3 steps in a row" in capfd.readouterr().err

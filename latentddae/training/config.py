@@ -1,4 +1,4 @@
-"""What a pretraining run depends on, and which of it must stay the same while the run is continued."""
+"""What a run depends on, and which of it must stay the same while the run is continued."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +10,9 @@ from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError
 from latentddae.models import DiTConfig, zoo
 from latentddae.training.ema import EmaConfig
-from latentddae.training.engine import EngineConfig, OptimConfig
+from latentddae.training.optim import OptimConfig
+from latentddae.training.saving import SaveConfig
+from latentddae.training.settings import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +30,6 @@ class DataConfig:
     """Threads that gather batches ahead; 0: none."""
     group_shards: int = 0
     """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """When the resume state is written; the end of the run always writes one."""
-
-    every_images: int = 1_000_000
-    keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every_images < 1 or self.keep_last < 1:
-            raise ValueError("every_images and keep_last must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +59,15 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a pretraining run depends on."""
+class RunConfig:
+    """What every run of the training loop is told, whatever it trains."""
 
     run: str
     """The run folder; giving the same command again continues what is in it."""
-    data: DataConfig
-    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
-    """A name of the zoo and fields to override; input size, channels and classes come from
-    the data."""
-    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    conditional: bool = False
-    """Train with labels (one in ten dropped); without them features are better."""
-    label_dropout: float = 0.1
     total_images: int
     global_batch: int = 256
     seed: int = 0
@@ -102,10 +83,28 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.hang_timeout_s <= 0:
             raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if not self.run:
             raise ValueError("run must name a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything a pretraining run depends on."""
+
+    data: DataConfig
+    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
+    """A name of the zoo and fields to override; input size, channels and classes come from
+    the data."""
+    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    conditional: bool = False
+    """Train with labels (one in ten dropped); without them features are better."""
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
 
 
 # Fields that may change between two starts of one run: they alter neither samples, draws nor the
@@ -123,13 +122,17 @@ SAFE_TO_CHANGE = (
     "monitor",
     "engine.micro_batch",
     "engine.zero_stage",
+    "engine.checkpoint_blocks",
+    "engine.compile",
+    "engine.attention",
+    "engine.deepspeed",
 )
 
 
-def contract(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
+def contract(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
     fixed = {**configuration.to_dict(config), "data_fingerprints": shards.fingerprints}
-    if config.optim.schedule != "constant":  # a longer run would have had other learning rates
+    if config.optim.schedule == "cosine":  # a longer run would have had other learning rates
         fixed["schedule_end"] = config.total_images
     return fixed
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from latentddae import dist
-from latentddae.training.config import TrainConfig
-from latentddae.training.engine import StepResult, lr_at
+from latentddae.training.config import RunConfig
+from latentddae.training.engine import StepResult
+from latentddae.training.optim import lr_at
 
 LEVEL_BINS = 4  # the loss is also logged by quarters of the noise axis s in [0, 1]
 
@@ -20,7 +21,7 @@ class Window:
         self.started = self.mark = time.perf_counter()
         self.data_s = 0.0
         self.losses: list[Tensor] = []  # one (LEVEL_BINS, 2) of (sum, count) per step
-        self.norms: list[float] = []
+        self.norms: list[Tensor] = []
         self.skipped = 0
 
     def waited(self) -> None:
@@ -39,7 +40,7 @@ class Window:
         self.started += seconds
         self.mark += seconds
 
-    def row(self, images: int, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    def row(self, images: int, config: RunConfig, device: torch.device) -> dict[str, Any]:
         """One line of metrics.jsonl, the loss averaged over ranks (a collective)."""
         sums = dist.sum_tensor(torch.stack(self.losses).sum(dim=0).double().to(device)).cpu()
         elapsed = time.perf_counter() - self.started
@@ -49,7 +50,7 @@ class Window:
             "loss": (sums[:, 0].sum() / sums[:, 1].sum()).item(),
             "loss_by_level": [a / n if n else None for a, n in sums.tolist()],
             "lr": lr_at(config.optim, images - config.global_batch, config.total_images),
-            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
+            "grad_norm": float(sum(self.norms) / max(1, len(self.norms))),
             "skipped": self.skipped,
             "images_per_s": len(self.losses) * config.global_batch / elapsed,
             "data_wait": self.data_s / elapsed,
