@@ -3,8 +3,9 @@
 Everything here is a pure function, so that a configuration is refused before anything starts.
 """
 
+import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class EngineConfig:
     attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
     """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see OVERLAY)."""
+    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see OPEN)."""
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -96,54 +97,51 @@ def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> B
     return BatchPlan(micro, share // micro)
 
 
-def _divisor(number: int, near: int) -> int:
+def _divisor(number: int, near: float) -> int:
     """The divisor of `number` nearest to `near`."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-OVERLAY: dict[
-    str, Any
-] = {  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
-    "zero_optimization": {
-        "allgather_bucket_size",
-        "contiguous_gradients",
-        "overlap_comm",
-        "reduce_bucket_size",
-        "reduce_scatter",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "sub_group_size",
-        "use_multi_rank_bucket_allreduce",
-    },
-    "comms_logger": {},
-    "dump_state": {},
-    "flops_profiler": {},
-    "memory_breakdown": {},
-    "wall_clock_breakdown": {},
-}
+OPEN = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+)
 
-OWNERS = {  # a DeepSpeed setting -> the setting of ours from which it follows
-    "train_batch_size": "global_batch",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch",
-    "gradient_accumulation_steps": "engine.micro_batch",
-    "gradient_clipping": "engine.clip_grad_norm",
-    "zero_optimization.stage": "engine.zero_stage",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision (bf16 or fp32)",
-    "amp": "engine.precision (bf16 or fp32)",
-    "torch_autocast": "engine.precision (bf16 or fp32)",
-    "optimizer": "optim.lr, optim.betas and optim.weight_decay (AdamW)",
-    "scheduler": "optim.schedule and optim.warmup_images",
-    "communication_data_type": "nothing: sums over ranks are always fp32",
-    "data_types": "nothing: gradients are always accumulated in fp32",
-    "compile": "engine.compile",
-    "activation_checkpointing": "engine.checkpoint_blocks",
-    "tensorboard": "nothing: RUN/tensorboard is always written",
-    "checkpoint": "save.every_images and save.keep_last",
-    "zero_optimization.offload_optimizer": "engine.zero_stage=3 (masters stay on the device)",
-    "zero_optimization.offload_param": "engine.zero_stage=3 (weights stay on the device)",
+OWNED = {  # what follows from a setting of ours -> what to do instead
+    "train_batch_size": "set global_batch",
+    "train_micro_batch_size_per_gpu": "set engine.micro_batch",
+    "gradient_accumulation_steps": "set engine.micro_batch",
+    "gradient_clipping": "set engine.clip_grad_norm",
+    "zero_optimization": "set engine.zero_stage",
+    "zero_optimization.stage": "set engine.zero_stage",
+    "zero_optimization.offload_optimizer": "set engine.zero_stage=3; masters stay on the device",
+    "zero_optimization.offload_param": "set engine.zero_stage=3; weights stay on the device",
+    "bf16": "set engine.precision=bf16 or fp32",
+    "fp16": "set engine.precision=bf16 or fp32",
+    "amp": "set engine.precision=bf16 or fp32",
+    "torch_autocast": "set engine.precision=bf16 or fp32",
+    "optimizer": "set optim.lr, optim.betas and optim.weight_decay (AdamW)",
+    "scheduler": "set optim.schedule and optim.warmup_images",
+    "communication_data_type": "drop it: sums over ranks are always fp32",
+    "data_types": "drop it: gradients are always accumulated in fp32",
+    "compile": "set engine.compile",
+    "activation_checkpointing": "set engine.checkpoint_blocks",
+    "checkpoint": "set save.every_images and save.keep_last",
+    "tensorboard": "drop it: RUN/tensorboard is always written",
 }
 
 
@@ -188,52 +186,67 @@ def derive(
 def _overlaid(
     derived: dict[str, Any], overlay: Mapping[str, Any], plan: BatchPlan, world_size: int
 ) -> dict[str, Any]:
-    out = dict(derived)
-    for key, value in overlay.items():
-        ours = derived.get(key)
-        if value in (ours, "auto"):
+    out = copy.deepcopy(derived)
+    for path, value in _leaves(overlay):
+        *parents, last = path
+        ours: Any = derived
+        for key in parents:
+            ours = ours.get(key, {})
+        holds = ours.get(last, False if last == "enabled" else None)
+        if value in (holds, "auto"):
             continue
-        if key not in OVERLAY:
-            raise ConfigError(_conflict(key, value, ours, plan, world_size))
-        if not isinstance(value, Mapping) or not OVERLAY[key]:
-            out[key] = value
-            continue
-        for inner, inner_value in value.items():
-            path, ours_inner = f"{key}.{inner}", (ours or {}).get(inner)
-            if inner not in OVERLAY[key] and inner_value not in (ours_inner, "auto"):
-                raise ConfigError(_conflict(path, inner_value, ours_inner, plan, world_size))
-        out[key] = {**(ours or {}), **{k: v for k, v in value.items() if v != "auto"}}
+        dotted = ".".join(path)
+        if not _within(dotted, OPEN):
+            raise ConfigError(_refusal(dotted, value, holds, plan, world_size))
+        inner = out
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
     return out
 
 
-def _conflict(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
-    """One line: what was asked for, what it is, and which setting of ours decides it."""
+def _leaves(
+    overlay: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _within(path: str, paths: Iterable[str]) -> str:
+    """The longest of `paths` that is `path` or above it; empty if none is."""
+    above = (p for p in paths if path == p or path.startswith(f"{p}."))
+    return max(above, key=len, default="")
+
+
+def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
+    """One line: what was asked for, what holds, and the nearest valid setting."""
     start = f"engine.deepspeed.{path}={value}"
-    if path not in OWNERS:
-        allowed = [k if not v else f"{k}.{name}" for k, v in OVERLAY.items() for name in v or [k]]
-        close = difflib.get_close_matches(path, [*OWNERS, *allowed], n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(sorted(allowed))}"
+    owner = _within(path, OWNED)
+    if not owner or (owner == "zero_optimization" and path != owner):
+        close = difflib.get_close_matches(path, [*OPEN, *OWNED], n=1, cutoff=0.9)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(OPEN)}"
         return f"{start} is not a setting that may be given here; {hint}"
+    holds = f"{ours}, which follows from our settings" if ours else "our settings"
     return (
-        f"{start} conflicts with {ours if ours is not None else 'none'}, which follows from our settings; "
-        f"nearest: {_nearest(path, value, plan, world_size)}"
+        f"{start} conflicts with {holds}; {_nearest(path, value, plan, world_size) or OWNED[owner]}"
     )
 
 
 def _nearest(path: str, value: Any, plan: BatchPlan, world_size: int) -> str:
-    """The valid setting of ours that comes closest to a refused DeepSpeed one."""
+    """The valid setting of ours that comes closest to a refused value; empty if it cannot be named."""
     share = plan.micro * plan.accumulation
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    if path == "train_batch_size" and number:
-        return f"global_batch={max(1, round(value / world_size)) * world_size}"
-    if path == "train_micro_batch_size_per_gpu" and number:
-        return f"engine.micro_batch={_divisor(share, int(value))}"
-    if path == "gradient_accumulation_steps" and number:
-        return f"engine.micro_batch={share // _divisor(share, int(value))}"
-    if path == "zero_optimization.stage" and number:
-        return f"engine.zero_stage={min(3, int(value))}"
-    if path == "gradient_clipping" and number:
-        return f"engine.clip_grad_norm={value:g}"
-    if path == "bf16" and isinstance(value, Mapping) and "enabled" in value:
-        return f"engine.precision={'bf16' if value['enabled'] else 'fp32'}"
-    return OWNERS[path]
+    if path == "bf16.enabled":
+        return f"nearest: engine.precision={'bf16' if value else 'fp32'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        return ""
+    found = {
+        "train_batch_size": f"global_batch={max(1, round(value / world_size)) * world_size}",
+        "train_micro_batch_size_per_gpu": f"engine.micro_batch={_divisor(share, value)}",
+        "gradient_accumulation_steps": f"engine.micro_batch={share // _divisor(share, value)}",
+        "gradient_clipping": f"engine.clip_grad_norm={value:g}",
+        "zero_optimization.stage": f"engine.zero_stage={min(3, int(value))}",
+    }.get(path)
+    return f"nearest: {found}" if found else ""

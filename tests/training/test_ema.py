@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from latentddae import dist
-from latentddae.errors import ConfigError
 from latentddae.models import DiTConfig, zoo
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optim import OptimConfig, lr_at
-from latentddae.training.settings import (
-    EngineConfig,
-    deepspeed_config,
-    plan_batch,
-    resolve_precision,
-)
+from latentddae.training.optim import OptimConfig
+from latentddae.training.settings import EngineConfig
 
 MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
 BATCH = 12
@@ -105,40 +99,3 @@ def test_average_update_is_one_lerp() -> None:
     ema.update([target], 10, 10)
     torch.testing.assert_close(ema.averages["ema"][0], target / 2)
     assert torch.equal(start, torch.zeros(5))  # the masters are not touched
-
-
-def test_batch_plan() -> None:
-    assert (plan_batch(64, None, 2).micro, plan_batch(64, None, 2).accumulation) == (32, 1)
-    assert (plan_batch(64, 8, 2).micro, plan_batch(64, 8, 2).accumulation) == (8, 4)
-    assert plan_batch(4, 64, 1).micro == 4
-    with pytest.raises(ConfigError, match="nearest: 63 or 66"):
-        plan_batch(64, None, 3)
-
-
-def test_deepspeed_settings_follow_from_ours() -> None:
-    plan = plan_batch(64, 8, 2)
-    settings = deepspeed_config(EngineConfig(zero_stage=2), "bf16", plan, 2)
-    assert settings["train_batch_size"] == 64
-    assert settings["gradient_accumulation_steps"] == 4
-    assert settings["zero_optimization"]["stage"] == 2
-    assert settings["bf16"]["enabled"]
-    assert settings["data_types"]["grad_accum_dtype"] == "fp32"
-    assert settings["communication_data_type"] == "fp32"
-    assert "bf16" not in deepspeed_config(EngineConfig(), "fp32", plan, 2)
-
-
-def test_learning_rate_schedule() -> None:
-    constant = OptimConfig(lr=1.0, warmup_images=100)
-    assert lr_at(constant, 0, 1000) == pytest.approx(0.01)
-    assert lr_at(constant, 49, 1000) == pytest.approx(0.5)
-    assert lr_at(constant, 100, 1000) == lr_at(constant, 999, 1000) == 1.0
-    cosine = OptimConfig(lr=1.0, schedule="cosine")
-    assert lr_at(cosine, 0, 1000) == 1.0
-    assert lr_at(cosine, 500, 1000) == pytest.approx(0.5)
-    assert lr_at(cosine, 1000, 1000) == pytest.approx(0.0)
-
-
-def test_auto_precision_names_what_the_hardware_has() -> None:
-    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if capable else "fp32")
