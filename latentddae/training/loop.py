@@ -30,7 +30,7 @@ from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine, StepResult
 from latentddae.training.metrics import LEVEL_BINS, Window
-from latentddae.training.optim import lr_at
+from latentddae.training.optim import OptionsOf, lr_at
 from latentddae.training.preemption import StopRequest
 from latentddae.training.saving import Saver
 from latentddae.training.watchdog import Watchdog
@@ -107,6 +107,8 @@ class Job:
     model: nn.Module
     shards: ShardSet
     data: DataConfig
+    options_of: OptionsOf | None = None
+    """Learning-rate factor and weight decay of a parameter, by its name."""
     tensors: Callable[[Batch], tuple[Tensor, ...]]
     """What `loss` takes, for this rank's share of a batch; cut into micro-batches together."""
     loss: Callable[..., tuple[Tensor, Tensor]]
@@ -140,7 +142,13 @@ class Loop:
     def _build(self, state: State | None) -> None:
         job, here, config = self.job, self.here, self.config
         self.engine = Engine(
-            job.model, config.engine, config.optim, here.world, here.device, config.global_batch
+            job.model,
+            config.engine,
+            config.optim,
+            here.world,
+            here.device,
+            config.global_batch,
+            job.options_of,
         )
         self.ema = Ema(config.ema, self.engine.masters)
         if state is None:
