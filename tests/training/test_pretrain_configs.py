@@ -1,0 +1,90 @@
+"""The shipped pretraining configurations: the published recipes, and networks of the published sizes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentddae import config as configuration
+from latentddae.models import zoo
+from latentddae.train import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs" / "pretrain"
+FILES = sorted(path for path in FOLDER.glob("dit_*.yaml") if path.stem != "dit_recipe")
+
+# Published totals at 32x32x4 with 1000 classes and learned variance; they count the fixed position table.
+PUBLISHED = {"s": 32_963_360, "b": 130_512_416, "l": 458_102_816, "xl": 675_129_632}
+PUBLISHED_512 = 676_014_368
+CLASSES = 1000
+
+
+def load(path: Path) -> TrainConfig:
+    return configuration.load(TrainConfig, path)
+
+
+def network(config: TrainConfig, size: int) -> torch.nn.Module:
+    """As the loop builds it for ImageNet latents, without memory."""
+    with torch.device("meta"):
+        return zoo.build(
+            replace(
+                config.model,
+                input_size=size,
+                num_classes=CLASSES if config.conditional else 0,
+                learn_sigma=config.objective.learn_sigma,
+            )
+        )
+
+
+def test_every_size_comes_with_and_without_labels() -> None:
+    names = {path.stem for path in FILES}
+    wanted = {f"dit_{size}_2_imagenet256" for size in PUBLISHED} | {"dit_xl_2_imagenet512"}
+    assert wanted | {f"{name}_uncond" for name in wanted} <= names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_opens_with_its_commands(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# deepspeed latentddae/train.py --config configs/pretrain/{path.name}"
+    *words, config = lines[1].split()
+    assert words[:4] == ["#", "On", "a", "cluster:"]
+    assert (ROOT / words[-1]).is_file() and (ROOT / config) == path
+    assert load(path).run == f"runs/{path.stem}"  # the scripts read it from this file
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_network_has_the_published_size(path: Path) -> None:
+    config = load(path)
+    size = 64 if "512" in path.stem else 32
+    model = network(config, size)
+    weights = sum(p.numel() for p in model.parameters())
+    name = path.stem.split("_")[1]
+    if name == "1b":
+        assert weights >= 1e9
+        return
+    width, tokens = config.model.hidden_size, (size // 2) ** 2
+    published = PUBLISHED_512 if size == 64 else PUBLISHED[name]
+    labels = 0 if config.conditional else (CLASSES + 1) * width
+    assert weights == published - tokens * width - labels
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_recipe_is_the_published_one(path: Path) -> None:
+    config = load(path)
+    lightning = "1b" in path.stem
+    batch = 1024 if lightning else 256
+    assert config.objective.kind == ("flow" if lightning else "ddpm")
+    assert config.global_batch == batch
+    assert (config.optim.lr, config.optim.betas) == (
+        (2e-4, (0.9, 0.95)) if lightning else (1e-4, (0.9, 0.999))
+    )
+    assert config.optim.schedule == "constant"
+    assert config.optim.weight_decay == config.optim.warmup_images == 0
+    assert config.engine.clip_grad_norm == 0
+    assert config.label_dropout == 0.1
+    for images in (batch, 100 * batch, config.total_images):
+        assert config.ema.decay(images, batch) == pytest.approx(0.9999, abs=1e-9)
+    epochs = config.total_images / 1_281_167
+    assert epochs == pytest.approx(64 if lightning else 80, abs=0.1)
+    assert config.conditional == ("uncond" not in path.stem)
