@@ -23,13 +23,21 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
+    "finetune": ("latentddae.transfer.finetune", "train a pretrained trunk on, with a linear head"),
+    "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
+    "noise-classifier": ("latentddae.transfer.noise_classifier", "accuracy over all noise levels"),
+    "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),
+    "correspond": ("latentddae.transfer.correspond", "nearest-neighbour correspondence (PCK)"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),
     "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
 }
 
-REQUEUED = ("train", "finetune")  # a signal asks these to save and leave, from their first moment on
+REQUEUED = (
+    "train",
+    "finetune",
+)  # a signal asks these to save and leave, from their first moment on
 
 
 def usage() -> str:

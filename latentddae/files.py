@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -93,30 +95,87 @@ def text_hash(value: Any) -> str:
 def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
     """Hold a folder for this process; a second holder gets a ConfigError naming the first.
 
-    The lock is the kernel's: it is gone when the process is, however it died. A folder that was made for the lock and
-    holds nothing else at the end, because what it was for was refused, is removed again.
+    The lock is the kernel's: it is gone when the process is, however it died. Where a file system has none, a file
+    that the holder touches stands for it. A folder that was made for the lock and holds nothing else at the end,
+    because what it was for was refused, is removed again. Raises WriteError if the folder cannot be written.
     """
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    handle = open(path, "a+")
+    new, path = not folder.exists(), folder / ".lock"
+    me = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+")
     except OSError as error:
-        handle.seek(0)
-        holder = handle.read().strip() or "another process"
-        handle.close()
-        raise ConfigError(
-            f"{folder} is in use by {holder}; wait for it or choose another folder"
-        ) from error
+        raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise _in_use(folder, handle.read()) from error
+        except OSError:  # e.g. Lustre mounted without -o flock
+            stack.enter_context(_claimed(folder, me))
+        try:
+            handle.truncate(0)
+            handle.write(me)
+            handle.flush()
+            yield handle
+        finally:
+            handle.truncate(0)
+            if new and {entry.name for entry in folder.iterdir()} <= {path.name, CLAIM}:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_use(folder: Path, holder: str) -> ConfigError:
+    who = holder.strip() or "another process"
+    return ConfigError(f"{folder} is in use by {who}; wait for it or choose another folder")
+
+
+CLAIM = ".claim"
+BEAT_S = 10.0
+BEATS = 6  # a claim that does not change for so many beats has lost its holder
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, me: str) -> Iterator[None]:
+    """Hold a folder by a file of its own, touched every BEAT_S; no clock of another machine is trusted."""
+    claim, stop = folder / CLAIM, threading.Event()
+    if claim.exists():
+        if _is_alive(claim):
+            raise _in_use(folder, claim.read_text())
+        claim.unlink(missing_ok=True)
     try:
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} ({purpose})")
-        handle.flush()
-        yield handle
+        with open(claim, "x") as file:
+            file.write(me)
+    except FileExistsError as error:
+        raise _in_use(folder, "a process that started at the same moment") from error
+    time.sleep(BEAT_S / 10)
+    if claim.read_text() != me:  # two found the same lost claim, and the other one came last
+        raise _in_use(folder, claim.read_text())
+
+    def beat() -> None:
+        while not stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(claim)
+
+    thread = threading.Thread(target=beat, name="claim", daemon=True)
+    thread.start()
+    try:
+        yield
     finally:
-        handle.truncate(0)
-        if new and [entry.name for entry in folder.iterdir()] == [path.name]:
-            path.unlink()
-            folder.rmdir()
-        handle.close()
+        stop.set()
+        thread.join()
+        claim.unlink(missing_ok=True)
+
+
+def _is_alive(claim: Path) -> bool:
+    """Whether the holder of a claim touches it while we watch."""
+    try:
+        seen = claim.stat().st_mtime_ns
+        for _ in range(10 * BEATS):
+            time.sleep(BEAT_S / 10)
+            if claim.stat().st_mtime_ns != seen:
+                return True
+    except FileNotFoundError:  # it has just been given back
+        pass
+    return False

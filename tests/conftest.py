@@ -109,7 +109,7 @@ def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 
     return [statuses[pid] for pid in children]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks() -> Callable[..., list[int]]:
     """See run_ranks."""
     return run_ranks

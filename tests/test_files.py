@@ -75,3 +75,41 @@ def test_a_folder_made_for_nothing_is_removed(tmp_path) -> None:
     with files.exclusive(tmp_path / "used", "train"):
         (tmp_path / "used" / "a").touch()
     assert (tmp_path / "used" / "a").exists()
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch) -> None:
+    """A claim stands for the lock: held while it is touched, taken over when its holder is dead."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(files, "BEAT_S", 0.05)
+    with files.exclusive(tmp_path, "train"):
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
+            with files.exclusive(tmp_path, "train"):
+                pass
+    assert not (tmp_path / files.CLAIM).exists()
+    (tmp_path / files.CLAIM).write_text("process 1 on a machine that is gone (train)")
+    with files.exclusive(tmp_path, "train"):
+        assert str(os.getpid()) in (tmp_path / files.CLAIM).read_text()
+    with files.exclusive(tmp_path / "new", "train"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_below_a_file_is_refused_in_one_line(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(WriteError, match="cannot be written"),
+        files.exclusive(tmp_path / "file" / "run", "x"),
+    ):
+        pass
+
+
+def test_space_is_checked_in_words(tmp_path) -> None:
+    files.check_space(tmp_path, 1, "this")
+    with pytest.raises(
+        WriteError, match=r"no space for this: 1,000,000,000,000,000 bytes needed, [\d,]+ free"
+    ):
+        files.check_space(tmp_path, 10**15, "this")

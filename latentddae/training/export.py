@@ -1,6 +1,7 @@
 """Portable weights out of a run's resume state: one CPU process, no DeepSpeed, any number of ranks and ZeRO stage.
 
     latentddae export RUN [--out DIR] [--weights ema|model|both] [--dtype fp32|bf16] [--state images-...]
+                          [--halflife IMAGES]
 
 The tensors are read, converted and written one at a time. The file holds exactly the tensors of the
 model; anything else is refused.
@@ -23,8 +24,8 @@ from latentddae.models import zoo
 from latentddae.tensorfile import Entry
 from latentddae.training import checkpoint
 from latentddae.training.checkpoint import State, StateReader
+from latentddae.training.ema import EmaConfig
 
-KINDS = {"ema": "ema", "model": "master"}  # weights of a portable checkpoint -> kind in a state
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("model", "ema")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,12 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="both", help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
     parser.add_argument("--state", metavar="images-N", help="default: the newest intact one")
+    parser.add_argument("--halflife", type=int, metavar="IMAGES", help="which of several averages")
     args = parser.parse_args(argv)
     if not (args.run / "state").is_dir():
         raise ConfigError(f"{args.run} is not a run folder: it has no state/")
     state = checkpoint.find(args.run / "state", _images(args.state))
     out = args.out or args.run / "export"
-    folder = export(state, out, WEIGHTS[args.weights], DTYPES[args.dtype])
+    folder = export(state, out, WEIGHTS[args.weights], DTYPES[args.dtype], args.halflife)
     print(f"{args.weights} weights after {state.images:,} images: {folder}")
 
 
@@ -61,28 +63,45 @@ def export(
     folder: Path,
     weights: Sequence[str] = WEIGHTS["both"],
     dtype: torch.dtype = torch.float32,
+    halflife: int | None = None,
 ) -> Path:
     """Write the portable checkpoint of a state (see zoo.save) and return its folder.
 
-    Raises DataError if the state does not hold the tensors of its model, WriteError if the folder
-    cannot be written.
+    `halflife` picks one of several averages. Raises ConfigError if there is no such average, DataError
+    if the state does not hold the tensors of its model, WriteError if the folder cannot be written.
     """
     reader, info = StateReader(state), state.info
+    ema = configuration.build(EmaConfig, info["ema_config"])
+    kinds = {"model": "master", "ema": _average(ema, halflife)}
     model = configuration.build_choice(zoo.REGISTRY, info["model"], "model")
     return zoo.save(
         folder,
         model=model,
         objective=configuration.build_choice(OBJECTIVES, info["objective"], "objective"),
         latents=LatentSpec.from_dict(info["latents"]),
-        weights={name: _entries(reader, KINDS[name], model, dtype) for name in weights},
+        weights={name: _entries(reader, kinds[name], model, dtype) for name in weights},
         info={
             "classes": info["classes"],
             "images_seen": state.images,
-            "ema": info["ema_config"],
+            "ema": {
+                "halflife_images": ema.halflives()[kinds["ema"]],
+                "rampup": ema.rampup,
+            },
             "data": info["data"],
             "conditional": info["conditional"],
             "seed": info["contract"]["seed"],
         },
+    )
+
+
+def _average(ema: EmaConfig, halflife: int | None) -> str:
+    """The kind of the average with this half-life; None: of the first."""
+    for kind, images in ema.halflives().items():
+        if halflife in (None, images):
+            return kind
+    known = ", ".join(map(str, ema.halflives().values()))
+    raise ConfigError(
+        f"there is no average with a half-life of {halflife} images; there are: {known}"
     )
 
 

@@ -1,4 +1,6 @@
-"""A run of a few thousand weights at the level of the engine: every loss is a pure function of images seen."""
+"""Runs of a few thousand weights: at the level of the engine, where every loss is a pure function of images
+seen, and as the command `train`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentddae import dist, draws
+from latentddae import dist, draws, train
+from latentddae.errors import run_command
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.dit import randomize_gates
 from latentddae.training import checkpoint
@@ -125,3 +128,46 @@ def in_ranks(
         return [torch.load(tmp_path / f"result-{rank}.pt") for rank in range(size)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def start(tiny_shards: Path) -> Callable[..., int]:
+    """Start (or continue) a tiny run of the real command in this process; its exit status."""
+    config = str(Path(__file__).parent / "tiny.yaml")
+
+    def begin(run: Path, *arguments: str, data: Path = tiny_shards) -> int:
+        given = ["--config", config, f"run={run}", f"data.path={data}", *arguments]
+        return run_command("train", train.main, given)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def content() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Everything a run has come to: each parameter, moment and average of its newest intact state, whole."""
+
+    def of(run: Path) -> dict[str, torch.Tensor]:
+        state = checkpoint.find(run / "state")
+        reader = checkpoint.StateReader(state)
+        out = {
+            f"{kind} {name}": value
+            for kind in checkpoint.KINDS
+            for name, value in reader.tensors(kind)
+        }
+        return out | {
+            "images": torch.tensor(state.images),
+            "adam steps": torch.tensor(state.info["adam_steps"]),
+        }
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def same(content: Callable[[Path], dict[str, torch.Tensor]]) -> Callable[[Path, Path], bool]:
+    """Whether two runs ended in the same bits."""
+
+    def equal(one: Path, other: Path) -> bool:
+        a, b = content(one), content(other)
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    return equal
