@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from latentddae import config as configuration
 from latentddae.data.shards import ShardSet
@@ -30,6 +31,10 @@ class DataConfig:
     """Threads that gather batches ahead; 0: none."""
     group_shards: int = 0
     """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
+
+    def __post_init__(self) -> None:
+        if "@" in urlsplit(self.path).netloc:  # the run folder keeps the address
+            raise ValueError("path must be an address without name or password")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,11 @@ class RunConfig:
     global_batch: int = 256
     seed: int = 0
     log_every_images: int = 10_000
+    """Lines of metrics.jsonl end at its multiples, and at every save."""
+    probe_images: int = 4
+    """Samples of each rank on which the largest activation and attention logit are looked at for a line; 0: none."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the numbers too (WANDB_MODE=offline: kept here); empty: none."""
     max_bad_steps: int = 10
     """Non-finite steps in a row after which the run stops (exit status 65)."""
     hang_timeout_s: float = 1800.0
@@ -81,6 +91,8 @@ class RunConfig:
         for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.probe_images < 0:
+            raise ValueError(f"probe_images must be 0 (none) or more, got {self.probe_images}")
         if self.hang_timeout_s <= 0:
             raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
         if not self.run:
@@ -116,6 +128,8 @@ SAFE_TO_CHANGE = (
     "data.workers",
     "total_images",
     "log_every_images",
+    "probe_images",
+    "wandb",
     "max_bad_steps",
     "hang_timeout_s",
     "save.",
