@@ -60,12 +60,9 @@ def diffusers_state(model: DiT) -> dict[str, Tensor]:
     return out
 
 
-def pipeline(model: DiT, kept: list[Tensor]) -> Any:
-    """DiTPipeline with our weights, and DiT's own time embedding and epsilon.
-
-    Its autoencoder hands the latents to `kept`, so that only the loop is measured.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+def diffusers_transformer(model: DiT) -> Any:
+    """diffusers' DiTTransformer2DModel with our weights and DiT's own time embedding and epsilon."""
+    from diffusers import DiTTransformer2DModel
 
     config = model.config
     transformer = DiTTransformer2DModel(
@@ -78,6 +75,17 @@ def pipeline(model: DiT, kept: list[Tensor]) -> Any:
     transformer.load_state_dict(diffusers_state(model))
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return transformer
+
+
+def pipeline(model: DiT, kept: list[Tensor]) -> Any:
+    """DiTPipeline with our weights.
+
+    Its autoencoder hands the latents to `kept`, so that only the loop is measured.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    transformer = diffusers_transformer(model)
     scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False)
     autoencoder = AutoencoderKL(latent_channels=4, scaling_factor=1.0)
 

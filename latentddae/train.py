@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentddae import config as configuration
 from latentddae import dist, draws
@@ -30,10 +30,13 @@ from latentddae.data.shards import ShardSet
 from latentddae.errors import run_command
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
+from latentddae.models.extremes import extremes
+from latentddae.planning.flops import training_flops
 from latentddae.training.checkpoint import State
 from latentddae.training.config import DataConfig, TrainConfig, contract, resolve
 from latentddae.training.export import WEIGHTS, export
-from latentddae.training.loop import Here, Job, Loop, ranks_of
+from latentddae.training.loop import Job, Loop
+from latentddae.training.ranks import Here, ranks_of
 from latentddae.training.settings import DTYPES, derive
 
 
@@ -108,21 +111,31 @@ def pretraining(config: TrainConfig, here: Here) -> Job:
     config = resolve(config, shards)
     spec, seed, objective = shards.spec, config.seed, config.objective
     monitor = _open_monitor(config, shards)
-    model: nn.Module = zoo.build(config.model, seed=seed).to(here.device)
+    model = zoo.build(config.model, seed=seed).to(here.device)
 
     def tensors(batch: Batch) -> tuple[Tensor, ...]:
         return batch.moments, batch.label, batch.position
 
-    def loss(moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Every draw is keyed by (seed, purpose, global position)."""
+    def inputs(
+        moments: Tensor, label: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x0, t, noise, labels; every draw is keyed by (seed, purpose, global position)."""
         x0 = spec.sample(moments, draws.normal(seed, "posterior", position, spec.shape))
         t = objective.times(draws.uniform(seed, "time", position))
         noise = draws.normal(seed, "noise", position, spec.shape)
-        y = None
-        if config.conditional:
-            dropped = draws.uniform(seed, "label drop", position) < config.label_dropout
-            y = torch.where(dropped, config.model.num_classes, label)
+        if not config.conditional:
+            return x0, t, noise, None
+        dropped = draws.uniform(seed, "label drop", position) < config.label_dropout
+        return x0, t, noise, torch.where(dropped, config.model.num_classes, label)
+
+    def loss(*stored: Tensor) -> tuple[Tensor, Tensor]:
+        x0, t, noise, y = inputs(*stored)
         return objective.loss(model, x0, y, t, noise), objective.to_level(t)
+
+    def probe(*stored: Tensor) -> dict[str, Tensor]:
+        x0, t, noise, y = inputs(*stored)
+        x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
+        return extremes(model, x, network_time, y)
 
     def look(state: State) -> dict[str, float]:
         """Samples and scores; rank 0 works, the others wait."""
@@ -151,6 +164,8 @@ def pretraining(config: TrainConfig, here: Here) -> Job:
         data=config.data,
         tensors=tensors,
         loss=loss,
+        probe=probe,
+        flops_per_image=training_flops(config.model),
         look=look,
         look_every_images=config.monitor.every_images,
         snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),

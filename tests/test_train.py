@@ -59,7 +59,7 @@ def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path
         assert ranks(action, size) == [0] * size
     expected, seen = tensors(whole, 20 * STEP), tensors(parts, 20 * STEP)
     assert expected.keys() == seen.keys()
-    assert {key.split("/")[0] for key in seen} == set(checkpoint.KINDS)
+    assert {key.split("/")[0] for key in seen} == {*checkpoint.KINDS, "constant"}
     for key in expected:
         assert torch.equal(expected[key], seen[key]), key
     assert losses(whole) == losses(parts) and len(losses(whole)) == 20
@@ -240,7 +240,11 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
     assert state.info["adam_steps"] == 19
     assert all(torch.isfinite(v).all() for v in tensors(run, 20 * STEP).values())
     events = [r for r in files.read_json_lines(run / "metrics.jsonl") if "event" in r]
-    assert [e["images"] for e in events] == [3 * STEP]
+    (event,) = events
+    assert (event["images"], event["event"], event["cause"]) == (4 * STEP, "skipped step", "loss")
+    loader = Loader(ShardSet(tiny_shards, "train"), global_batch=STEP, seed=0, workers=0)
+    assert event["keys"] == loader.shards.keys(loader.indices(np.array([3 * STEP + 1])))
+    assert 0 < event["levels"][0] < 1
 
 
 def test_steps_that_stay_non_finite_stop_the_run(

@@ -3,16 +3,16 @@
     with ranks_of(run, "train", hang_timeout_s) as here:
         Loop(job, here).run_to_end()
 
-The clock is images seen. Giving the same command again continues from the newest intact state.
+The clock is images seen. Giving the same command again continues from the newest intact state. Between
+two log lines nothing here reads a value back from the device.
 """
 
 import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,76 +23,21 @@ from latentddae import config as configuration
 from latentddae import dist, files, runlog
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, DataError, RequeueError
+from latentddae.errors import ConfigError, DataError
+from latentddae.planning.flops import peak_flops
 from latentddae.training import checkpoint, starts
 from latentddae.training.checkpoint import State
 from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine, StepResult
-from latentddae.training.metrics import LEVEL_BINS, Window
+from latentddae.training.metrics import Window, memory_bytes, sampled, speed, update_ratio
 from latentddae.training.optim import OptionsOf, lr_at
-from latentddae.training.preemption import StopRequest
+from latentddae.training.ranks import Here
 from latentddae.training.saving import Saver
-from latentddae.training.watchdog import Watchdog
+from latentddae.training.spikes import LossWatch
+from latentddae.training.timing import Stopwatch, clock_for
 
-
-@dataclass(frozen=True)
-class Here:
-    """This process in a run: its rank and device, who may stop it, and who watches it."""
-
-    run: Path
-    world: dist.World
-    device: torch.device
-    stop: StopRequest
-    watchdog: Watchdog
-    retry: bool = False
-    """Start even if the starts before got nowhere."""
-
-    def wants_to_stop(self) -> bool:
-        """Whether this rank was asked to stop; one rank looks for the STOP file."""
-        if self.world.is_main:
-            self.stop.look_for_file()
-        return bool(self.stop)
-
-    def say(self, text: str) -> None:
-        """A line on stderr, from rank 0 alone."""
-        if self.world.is_main:
-            tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def ranks_of(run: Path, purpose: str, hang_timeout_s: float, retry: bool = False) -> Iterator[Here]:
-    """Join the other ranks and hold the run folder; leaves everything in order, whatever happens.
-
-    Raises ConfigError where another process holds the folder, RequeueError when a rank is lost.
-    """
-    stop = StopRequest(run)
-    world = dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog speaks first
-    watchdog = Watchdog(hang_timeout_s, world, dist.own_store())
-    try:
-        with contextlib.ExitStack() as stack:
-            dist.on_main(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
-            here = Here(run, world, dist.device_for(world), stop, watchdog, retry)
-            if world.is_main and stop.remove_file():
-                here.say(f"{stop.file} is from before this start: removed")
-            try:
-                yield here
-            except RequeueError:
-                if world.is_main:  # on request: the next start is not one more attempt
-                    stop.remove_file()
-                    starts.end(run, "stopped")
-                raise
-    except RuntimeError as error:
-        if not dist.lost_a_rank(error):
-            raise
-        raise RequeueError(
-            f"rank {world.rank} lost another rank, whose message says why{watchdog.others()}; "
-            "give the same command again to continue from the last state"
-        ) from error
-    finally:
-        watchdog.stop()
-        stop.restore()
-        dist.stop()
+KEYS_NAMED = 4  # samples that a message about a batch names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +63,20 @@ class Job:
     snapshot: Callable[[State, Path], object] | None = None
     """Write the portable checkpoint of a state into a folder, see SaveConfig.keep_every."""
     look_every_images: int = 0
+    probe: Callable[..., dict[str, Tensor]] | None = None
+    """Largest numbers inside the model for a few samples, from what `loss` takes; looked at when a line is logged."""
+    flops_per_image: float = 0.0
+    """Of a training step, for the achieved FLOP/s; 0: unknown."""
+
+
+class Step(NamedTuple):
+    """What a step computed on this rank's samples, still on the device."""
+
+    loss: Tensor
+    """(N,)"""
+    level: Tensor
+    """(N,) on the noise axis"""
+    result: StepResult
 
 
 class Loop:
@@ -176,6 +135,12 @@ class Loop:
             group_shards=job.data.group_shards,
         )
         self.bad_steps = 0
+        self.stops = dist.Agreement(here.device)
+        self.window = Window()
+        self.watch = LossWatch(() if state is None else state.info.get("recent_losses", ()))
+        self.log: runlog.RunLog | None = None
+        dist.on_main(self._open_log)
+        self.stopwatch = Stopwatch(clock_for(here.device))
 
     def _find_state(self) -> State | None:
         """The newest intact state that this configuration may continue (a collective)."""
@@ -209,10 +174,7 @@ class Loop:
 
     def run_to_end(self) -> None:
         """Train until `total_images` and save; raises RequeueError after a stop in good order."""
-        config, here, job = self.config, self.here, self.job
-        log = self._open_log() if here.world.is_main else None
-        last_log = last_look = self.images
-        window = Window()
+        config, here = self.config, self.here
         progress = self._progress()
         batches = self.loader.batches(self.images)
         self._leave_if_stopped()
@@ -220,36 +182,30 @@ class Loop:
             self.saver.check_space(config.total_images)
         try:
             while self.images < config.total_images:
+                self.stopwatch.start("data")
                 here.watchdog.enter("waiting for data", self._whereabouts)
                 batch = next(batches)
+                self.stopwatch.start("other")
                 here.watchdog.enter("in a step or waiting for another rank", self._whereabouts)
-                window.waited()
-                loss, result = self.step(batch)
-                self._guard(result, batch, log)
+                logging = self._reaches(config.log_every_images)
+                looking = self._reaches(self.job.look_every_images)
+                before = [w.clone() for w in sampled(self.engine.masters)] if logging else []
+                step = self.step(batch)
                 self.images += config.global_batch
                 progress.update(config.global_batch)
-                window.add(loss, result)
+                self.window.add(self.images, *step)
+                self._guard(step, batch)
+                stopping = self.stops.ask(here.wants_to_stop())
                 done = self.images >= config.total_images
-                if self.images - last_log >= config.log_every_images or done:
-                    row = window.row(self.images, config, here.device)
-                    if log is not None:
-                        log.write(row)
-                    progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                    last_log = self.images
-                    window = Window()
-                stopping = dist.any_rank(here.wants_to_stop(), here.device)
-                self.saver.poll()
-                every = job.look_every_images
-                looking = every > 0 and (self.images - last_look >= every or done)
-                if self.saver.due(self.images) or looking or done or stopping:
-                    here.watchdog.enter("saving")
-                    self.saver.save(self.images)
-                if looking or done or stopping:
-                    self.saver.finish()
+                saving = self.saver.due(self.images) or looking or done or stopping
+                if logging or saving:  # whatever a state has behind it is on disk before it
+                    row = self._write_line(self._measure(before, batch) if logging else {})
+                    progress.set_postfix(loss=row["loss"], refresh=False)
+                    self.saver.poll()
+                if saving:
+                    self._save(at_once=looking or done or stopping)
                 if looking:
-                    here.watchdog.enter("looking at the state just saved")
-                    window.paused(self.look(log))
-                    last_look = self.images
+                    self._look()
                 if stopping and not done:
                     raise here.stop.error(f"at {self.images:,} images; the state is saved")
             dist.on_main(lambda: starts.end(here.run, "finished"))
@@ -257,22 +213,153 @@ class Loop:
             batches.close()
             self.saver.close()
             progress.close()
-            if log is not None:
-                log.close()
+            if self.log is not None:
+                self.log.close()
 
-    def look(self, log: runlog.RunLog | None) -> float:
-        """Log the job's scores of the state just saved (a collective); how long it took in seconds."""
+    def _reaches(self, every: int) -> bool:
+        """Whether the step at hand reaches a multiple of so many images, or the end; 0: never.
+
+        Multiples, not distances: an interrupted run logs and looks where an uninterrupted one does.
+        """
+        after = self.images + self.config.global_batch
+        if not every:
+            return False
+        return after // every > self.images // every or after >= self.config.total_images
+
+    def step(self, batch: Batch) -> Step:
+        """One optimizer step on this rank's share of a global batch."""
+        device, time_for = self.here.device, self.stopwatch.start
+        losses, levels = [], []
+        for part in self.engine.micro_batches(*self.job.tensors(batch)):
+            time_for("forward")
+            loss, level = self.job.loss(*(t.to(device, non_blocking=True) for t in part))
+            time_for("backward")
+            mean = loss.mean()
+            # The engine skips on gradients, and a loss that is not finite can have finite ones.
+            self.engine.backward(mean * torch.where(mean.isfinite(), 1.0, torch.nan))
+            losses.append(loss.detach())
+            levels.append(level)
+        time_for("optimizer")
+        result = self.engine.step(lr_at(self.config.optim, self.images, self.config.total_images))
+        if result.applied:
+            time_for("ema")
+            after = self.images + self.config.global_batch
+            self.ema.update(self.engine.masters, after, self.config.global_batch)
+        time_for("other")
+        return Step(torch.cat(losses), torch.cat(levels), result)
+
+    def _guard(self, step: Step, batch: Batch) -> None:
+        """Count and report a skipped step (a collective then); stop when they do not end."""
+        self.bad_steps = 0 if step.result.applied else self.bad_steps + 1
+        if step.result.applied:
+            return
+        bad = (~step.loss.isfinite()).nonzero()[:, 0].cpu()
+        keys = self.job.shards.keys(batch.index[bad].numpy())
+        levels = step.level.cpu()[bad].tolist()
+        mine = list(zip(keys, levels, strict=True))[:KEYS_NAMED]
+        named = [pair for pairs in dist.gather_objects(mine) for pair in pairs][:KEYS_NAMED]
+        event = {"images": self.images, "event": "skipped step", "cause": "loss"}
+        event |= {"keys": [key for key, _ in named], "levels": [level for _, level in named]}
+        if not named:  # nothing but their sum went wrong
+            event |= {"cause": "gradient", "keys": self._keys_before(self.images), "levels": []}
+        what = f"{event['cause']} not finite at {self.images:,} images"
+        self.here.say(f"warning: {what}, step skipped; keys: {event['keys']}")
+        self._note(event)
+        if self.bad_steps >= self.config.max_bad_steps:
+            self.saver.finish()
+            raise DataError(
+                f"{self.bad_steps} steps in a row were not finite, the last with {what}; stopped, "
+                f"the last saved state is intact; keys: {event['keys']}"
+            )
+
+    def _measure(self, before: list[Tensor], batch: Batch) -> dict[str, Any]:
+        """What only a line is worth: the size of the last update, the largest numbers inside (a
+        collective)."""
+        self.stopwatch.start("log")
+        measured: dict[str, Any] = {
+            "update_ratio": update_ratio(before, sampled(self.engine.masters))
+        }
+        if self.job.probe is not None and self.config.probe_images:
+            few = (t[: self.config.probe_images] for t in self.job.tensors(batch))
+            for name, value in self.job.probe(*(t.to(self.here.device) for t in few)).items():
+                measured[name] = dist.max_tensor(value).tolist()
+        return measured
+
+    def _write_line(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """One row of metrics.jsonl about the steps since the last (a collective), and warnings."""
+        self.stopwatch.start("log")
+        config, device, window = self.config, self.here.device, self.window
+        numbers, losses = window.read(device)
+        rates = self._rates()
+        before = self.images - config.global_batch
+        row = {
+            "step": self.images // config.global_batch,
+            "images": self.images,
+            **numbers,
+            "lr": lr_at(config.optim, before, config.total_images),
+            "skipped": window.skipped,
+            **measured,
+            **rates,
+        }
+        for warned in self.watch.see(losses):
+            images = window.images[warned.step]
+            keys = self._keys_before(images)
+            self.here.say(
+                f"warning: {warned.event} at {images:,} images: {warned.loss:.4g}, usual was "
+                f"{warned.usual:.4g}; first keys: {keys}"
+            )
+            about = {"loss": warned.loss, "usual": warned.usual, "keys": keys}
+            self._note({"images": images, "event": warned.event, **about})
+        self._note(row)
+        self.window = Window()
+        self.stopwatch.start("other")
+        return row
+
+    def _rates(self) -> dict[str, float]:
+        """Speed and memory since the last line (a collective); the worst rank's wait and memory."""
+        device, world = self.here.device, self.here.world
+        peak = None
+        if device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device))
+        rates = speed(
+            self.stopwatch.take(),
+            self.window.steps,
+            self.config.global_batch,
+            self.job.flops_per_image,
+            None if peak is None else peak * world.size,
+        )
+        worst = torch.tensor([rates["data_wait"], memory_bytes(device) / 1e9], device=device)
+        rates["data_wait"], rates["memory_gb"] = dist.max_tensor(worst).tolist()
+        return rates
+
+    def _save(self, at_once: bool) -> None:
+        """Write a resume state; it is complete on return if `at_once` or not in the background."""
+        self.stopwatch.start("pause")
+        self.here.watchdog.enter("saving")
+        self.saver.info["recent_losses"] = list(self.watch.recent)
+        self.saver.save(self.images)
+        if at_once:
+            self.saver.finish()
+        self.stopwatch.start("other")
+
+    def _look(self) -> None:
+        """Log the job's scores of the state just saved (a collective)."""
         assert self.job.look is not None
-        started = time.perf_counter()
+        self.stopwatch.start("pause")
+        self.here.watchdog.enter("looking at the state just saved")
         state = self.saver.newest()
         # Nothing has to be saved after a look: rank 0, which works, leaves it at once on a signal.
         saved = f"at {self.images:,} images; the state is saved"
         main = self.here.world.is_main
         with self.here.stop.raising(saved) if main else contextlib.nullcontext():
             found = self.job.look(state)
-        if log is not None:
-            log.write({"images": self.images, "event": "look", **found})
-        return time.perf_counter() - started
+        self._note({"images": self.images, "event": "look", **found})
+        self.stopwatch.start("other")
+
+    def _keys_before(self, images: int) -> list[str]:
+        """First keys of the global batch that ended at `images`."""
+        positions = images - self.config.global_batch + np.arange(KEYS_NAMED)
+        return self.job.shards.keys(self.loader.indices(positions[positions < images]))
 
     def _whereabouts(self) -> str:
         """What this rank is working on: images seen, shards and keys of its slice of the batch."""
@@ -285,53 +372,20 @@ class Loop:
         keys = ", ".join(shards.keys(indices[:4]))
         return f"at {self.images:,} images; shards {names}; keys {keys}, ..."
 
-    def step(self, batch: Batch) -> tuple[Tensor, StepResult]:
-        """One optimizer step on this rank's share of a global batch.
-
-        The first result sums this rank's losses by noise level: (LEVEL_BINS, 2) of (sum, count).
-        """
-        device = self.here.device
-        total = torch.zeros(LEVEL_BINS, 2, device=device)
-        for part in list(self.engine.micro_batches(*self.job.tensors(batch))):
-            loss, level = self.job.loss(*(t.to(device, non_blocking=True) for t in part))
-            self.engine.backward(loss.mean())
-            bins = (level * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
-            total[:, 0].index_add_(0, bins, loss.detach().float())
-            total[:, 1].index_add_(0, bins, torch.ones_like(level, dtype=torch.float32))
-        lr = lr_at(self.config.optim, self.images, self.config.total_images)
-        result = self.engine.step(lr)
-        if result.applied:
-            after = self.images + self.config.global_batch
-            self.ema.update(self.engine.masters, after, self.config.global_batch)
-        return total, result
-
-    def _guard(self, result: StepResult, batch: Batch, log: runlog.RunLog | None) -> None:
-        """Count and report skipped steps; stop when they do not end."""
-        self.bad_steps = 0 if result.applied else self.bad_steps + 1
-        if result.applied:
-            return
-        keys = self.job.shards.keys(batch.index.numpy()[:4])
-        self.here.say(
-            f"warning: gradient not finite at {self.images:,} images, step skipped; first keys: "
-            f"{keys}"
-        )
-        if log is not None:
-            log.write({"images": self.images, "event": "skipped step", "keys": keys})
-        if self.bad_steps >= self.config.max_bad_steps:
-            self.saver.finish()
-            raise DataError(
-                f"{self.bad_steps} steps in a row had a non-finite gradient (at {self.images:,} "
-                f"images); "
-                f"stopped, the last saved state is intact; first keys of the last batch: {keys}"
-            )
-
-    def _open_log(self) -> runlog.RunLog:
-        run = self.here.run
-        files.write_atomic(run / "config.yaml", configuration.to_yaml(self.config))
+    def _open_log(self) -> None:
+        """Rank 0 keeps the run's papers."""
+        config, run = self.config, self.here.run
+        settings = configuration.to_dict(config)
+        self.log = runlog.RunLog(run, self.images, config.wandb, settings)
+        files.write_atomic(run / "config.yaml", configuration.to_yaml(config))
         where = runlog.environment(str(self.here.device), self.here.world.size)
-        where |= {"precision": self.engine.precision, "zero_stage": self.config.engine.zero_stage}
+        where |= {"precision": self.engine.precision, "zero_stage": config.engine.zero_stage}
         files.append_json_line(run / "environment.jsonl", where)
-        return runlog.RunLog(run, self.images)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, from rank 0 alone."""
+        if self.log is not None:
+            self.log.write(row)
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-PARTS = ("data", "forward", "backward", "optimizer", "ema", "other", "pause")
-"""`other` is this program's own work on the host, `pause` saving and looking at samples."""
+PARTS = ("data", "forward", "backward", "optimizer", "ema", "log", "other", "pause")
+"""`log` is measuring and writing lines, `other` the loop's own work, `pause` saving and looking at
+samples."""
 
 
 class HostClock:

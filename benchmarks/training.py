@@ -1,0 +1,260 @@
+"""How fast a training step is: against diffusers, in bf16 against fp32, and piece by piece.
+
+    python benchmarks/training.py [ROW ...] [--threads 1]
+
+DiT-S/2 on 4x32x32 latents with the hybrid loss of DDPM. Every variant is a process of its own
+(DeepSpeed starts only once in each); they take the same steps in turns, and the losses of those
+steps are compared before anything is timed.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from harness import ROUNDS, cpu_seconds, machine, record
+from sampling import diffusers_transformer
+from torch import Tensor, nn
+
+from latentddae import dist, draws
+from latentddae.diffusion import OBJECTIVES
+from latentddae.models import DiT, zoo
+from latentddae.training.ema import Ema, EmaConfig
+from latentddae.training.engine import Engine
+from latentddae.training.optim import OptimConfig
+from latentddae.training.settings import EngineConfig
+
+BATCH = 2
+LR = 1e-4
+HALFLIFE = 1_774_000
+OBJECTIVE = OBJECTIVES["ddpm"]()
+Step = Callable[[], float]
+
+
+def network() -> DiT:
+    """DiT-S/2 with every path open."""
+    model = zoo.build("dit_s_2", learn_sigma=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.03, generator=generator)
+    return model
+
+
+def batches() -> Iterator[dict[str, Tensor]]:
+    """The same inputs of every step for every variant."""
+    first = 0
+    while True:
+        positions = torch.arange(first, first + BATCH)
+        yield {
+            "x0": draws.normal(0, "x0", positions, (4, 32, 32)),
+            "y": positions % 1000,
+            "t": OBJECTIVE.times(draws.uniform(0, "time", positions)),
+            "noise": draws.normal(0, "noise", positions, (4, 32, 32)),
+        }
+        first += BATCH
+
+
+def ours(precision: Any) -> Step:
+    """A step as `latentddae train` takes it: ZeRO-1, clipping, fused AdamW, sharded average."""
+    world = dist.start()
+    model = network()
+    optim = OptimConfig(lr=LR)
+    settings = EngineConfig(precision=precision)
+    engine = Engine(model, settings, optim, world, torch.device("cpu"), BATCH)
+    engine.publish_masters()
+    ema, inputs = Ema(EmaConfig(halflife_images=HALFLIFE, rampup=None), engine.masters), batches()
+
+    def step() -> float:
+        loss = OBJECTIVE.loss(model, **next(inputs)).mean()
+        engine.backward(loss)
+        engine.step(LR)
+        ema.update(engine.masters, BATCH, BATCH)
+        return loss.item()
+
+    return step
+
+
+def theirs() -> Step:
+    """The same step on diffusers' network, with torch's AdamW as it comes and the usual loop."""
+    transformer = diffusers_transformer(network()).eval()  # in training it would drop labels
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    averages = [p.detach().clone() for p in parameters]
+    decay, inputs = 0.5 ** (BATCH / HALFLIFE), batches()
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return transformer(x, timestep=t, class_labels=y).sample
+
+    def step() -> float:
+        loss = OBJECTIVE.loss(call, **next(inputs)).mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        ema_loop(averages, parameters, decay)
+        return loss.item()
+
+    return step
+
+
+@torch.no_grad()
+def ema_loop(averages: list[Tensor], parameters: list[Tensor], decay: float) -> None:
+    """The average as most repositories write it."""
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.mul_(decay).add_(parameter, alpha=1 - decay)
+
+
+class Variant:
+    """One way to take the steps, in a process of its own."""
+
+    def __init__(self, build: Callable[[], Step]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(build, other), daemon=True)
+        self._process.start()
+
+    def steps(self, count: int) -> tuple[list[float], float]:
+        """Take so many more steps; their losses and CPU seconds a step."""
+        self._pipe.send(count)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(0)
+        self._process.join()
+
+
+def _serve(build: Callable[[], Step], pipe: Any) -> None:
+    step = build()
+    while count := pipe.recv():
+        start = time.process_time()
+        losses = [step() for _ in range(count)]
+        pipe.send((losses, (time.process_time() - start) / count))
+
+
+def train_steps() -> None:
+    """Whole training steps: loss, backward, clipping, optimizer, average."""
+    builds = {
+        "fp32": lambda: ours("fp32"),
+        "bf16": lambda: ours("bf16"),
+        "diffusers": theirs,
+    }
+    variants = {name: Variant(build) for name, build in builds.items()}
+    losses = {name: variant.steps(2)[0] for name, variant in variants.items()}  # also warms up
+    print(f"losses of the first steps: {losses}")
+    # Later steps of diffusers' network differ: each of its blocks trains an embedder of its own.
+    for name, tolerance in (("diffusers", 1e-5), ("bf16", 1e-2)):
+        one, other = losses["fp32"][0], losses[name][0]
+        assert abs(one - other) < tolerance * one, f"{name}: not the same computation"
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, variant in variants.items():
+            seconds[name].append(variant.steps(1)[1])
+    for variant in variants.values():
+        variant.close()
+    rate = {name: BATCH / statistics.median(found) for name, found in seconds.items()}
+    record(
+        "train_step_vs_diffusers_fp32",
+        rate["fp32"],
+        rate["diffusers"],
+        "images per CPU second",
+        "diffusers DiTTransformer2DModel, torch AdamW, average by a loop",
+    )
+    record(
+        "train_step_bf16_vs_fp32",
+        rate["bf16"],
+        rate["fp32"],
+        "images per CPU second",
+        "ourselves in fp32",
+    )
+
+
+def averages() -> None:
+    """The update of the weight average: ours on flat masters, a loop, and timm's ModelEmaV3."""
+    from timm.utils import ModelEmaV3
+
+    decay = 0.5 ** (BATCH / HALFLIFE)
+    model = network()
+    parameters = [p.detach() for p in model.parameters()]
+    master = torch.cat([p.flatten() for p in parameters])
+    ema = Ema(EmaConfig(halflife_images=HALFLIFE, rampup=None), [master])
+    looped = [p.clone() for p in parameters]
+    timms = ModelEmaV3(model, decay=decay)
+    for average in (*ema.averages["ema"], *looped, *timms.module.parameters()):
+        average.data.mul_(0.5)  # something to move towards
+
+    variants = {
+        "ours": lambda: ema.update([master], BATCH, BATCH),
+        "loop": lambda: ema_loop(looped, parameters, decay),
+        "timm": lambda: timms.update(model),
+    }
+    for run in variants.values():
+        run()
+    flat = ema.averages["ema"][0]
+    for other in (looped, list(timms.module.parameters())):
+        torch.testing.assert_close(flat, torch.cat([p.detach().flatten() for p in other]))
+    repeated = {name: _times(10, run) for name, run in variants.items()}
+    seconds = cpu_seconds(repeated)
+    rate = {name: 10 / value for name, value in seconds.items()}
+    unit = "updates of DiT-S/2 per CPU second"
+    record("ema_vs_loop", rate["ours"], rate["loop"], unit, "a loop over parameters")
+    record("ema_vs_timm", rate["ours"], rate["timm"], unit, "timm ModelEmaV3")
+
+
+def _times(count: int, run: Callable[[], Any]) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(count):
+            run()
+
+    return repeated
+
+
+def optimizers() -> None:
+    """Fused AdamW on flat masters against torch's loop over parameters."""
+    parameters = [p.detach() for p in network().parameters()]
+    flat = torch.cat([p.flatten() for p in parameters])
+    gradient = draws.normal(0, "gradient", torch.arange(1), (len(flat),))[0] * 1e-3
+    pieces = [
+        g.view_as(p)
+        for g, p in zip(gradient.split([p.numel() for p in parameters]), parameters, strict=True)
+    ]
+    settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0}
+    ours, theirs = [flat.clone()], [p.clone() for p in parameters]
+    ours[0].grad = gradient
+    for p, g in zip(theirs, pieces, strict=True):
+        p.grad = g.clone()
+    fused = torch.optim.AdamW(ours, fused=True, **settings)
+    loop = torch.optim.AdamW(theirs, foreach=False, fused=False, **settings)
+    for _ in range(3):
+        fused.step()
+        loop.step()
+    torch.testing.assert_close(ours[0], torch.cat([p.flatten() for p in theirs]))
+    seconds = cpu_seconds({"fused": fused.step, "loop": loop.step})
+    record(
+        "optimizer_vs_unfused",
+        1 / seconds["fused"],
+        1 / seconds["loop"],
+        "AdamW steps of DiT-S/2 per CPU second",
+        "torch AdamW, a loop over parameters",
+    )
+
+
+ROWS = {"average": averages, "optimizer": optimizers, "step": train_steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(machine())
+    for name in args.rows or ROWS:
+        ROWS[name]()
+
+
+if __name__ == "__main__":
+    main()
