@@ -133,6 +133,7 @@ def save(
         sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise WriteError(f"cannot write checkpoint {folder}: {error.strerror or error}") from error
     return folder
 

@@ -21,7 +21,7 @@ def images(run: Path) -> list[int]:
 
 
 def snapshots(run: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("images-")) for p in (run / "snapshots").glob("*"))
+    return sorted(int(p.name.removeprefix("images-")) for p in (run / "snapshots").iterdir())
 
 
 def test_keep_last_and_keep_every(tmp_path, ranks, start, content) -> None:
@@ -30,7 +30,7 @@ def test_keep_last_and_keep_every(tmp_path, ranks, start, content) -> None:
     options = ("save.keep_last=2", "save.every_images=32", "save.keep_every=80")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
-    assert images(whole) == [288, 320]
+    assert images(whole) == [304, 320]
     assert snapshots(whole) == [80, 160, 240, 320]
     for total in (96, 176, 320):
         assert (
@@ -130,21 +130,21 @@ def test_a_failed_snapshot_keeps_its_state(tmp_path, ranks, start, monkeypatch, 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_size_of_a_state_is_known_before(stage, toy, in_ranks, tmp_path) -> None:
-    """Within 25 % for a few thousand weights, whose names weigh as much; never too little."""
+    """Within 60 % for a few thousand weights, whose names weigh as much; never too little."""
 
     def sizes() -> tuple[int, int]:
         run = toy.start(stage=stage).train(1)
         state = run.save(tmp_path)
         predicted = checkpoint.bytes_of_state(
             run.engine.shapes,
-            len(checkpoint.partitions(run.engine, run.ema)),
             run.engine.world.size,
+            len(checkpoint.partitions(run.engine, run.ema)),
         )
         return predicted, sum(p.stat().st_size for p in state.path.iterdir())
 
     predicted, actual = in_ranks(2, sizes)[0]
     assert actual <= predicted <= 1.6 * actual
-    large = checkpoint.bytes_of_state({"w": [10**9]}, 4, 64)
+    large = checkpoint.bytes_of_state({"w": [10**9]}, 64)
     assert large == pytest.approx(16e9, rel=0.001)
 
 
