@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How a command is told its cell and its test split."""
     parser.add_argument("--cell", type=Path, help="grid.json: the cell that a grid chose")
     parser.add_argument("--block", type=int, help="1 to depth")
-    parser.add_argument("--level", type=float, help="noise level s in [0, 1]")
+    parser.add_argument("--level", help=inputs.LEVEL_HELP)
     parser.add_argument(
         "--pool", help=f"one of {', '.join(POOLS)}; with --cell, that pool's best cell"
     )

@@ -29,7 +29,7 @@ from latentddae.config import to_dict
 from latentddae.data.shards import ShardSet
 from latentddae.errors import UsageError, run_command
 from latentddae.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.transfer import inputs, plots, ridge, search, shares, shortlist
+from latentddae.transfer import inputs, joined, plots, ridge, search, shares, shortlist
 from latentddae.transfer.features import (
     BATCH,
     Block,
@@ -346,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="latentddae grid", description="Probe every block at every noise level."
     )
     inputs.add_arguments(parser)
+    joined.add_argument(parser)
     parser.add_argument("--levels", help=f"noise levels s in [0, 1] (default {_listed(LEVELS)})")
     parser.add_argument(
         "--search", type=int, default=0, metavar="N",
@@ -363,16 +364,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if dist.world_from_environment().size > 1:
         dist.start()
+    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     levels = args.levels or _listed(search.COARSE if args.search else LEVELS)
     config = GridConfig(
-        levels=inputs.numbers(levels, float, "--levels"), search=args.search,
+        levels=inputs.levels_of(levels, checkpoint.objective), search=args.search,
         blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
         pools=tuple(args.pools.split(",")),
         draws=args.draws, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
         **inputs.settings_of(args, {}),
     )  # fmt: skip
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    train = inputs.open_shards(args.data, "train", checkpoint)
+    train = joined.open_train(args, checkpoint)
     grid = run(checkpoint, train, args.out, config, source=args.checkpoint, weights=args.weights)
     if not dist.world_from_environment().is_main:
         return

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,21 @@ import torch
 
 from latentddae import __version__
 from latentddae.data.shards import ShardSet
+from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.errors import DataError, UsageError
 from latentddae.files import append_json_line, read_json_lines, text_hash
 from latentddae.models import zoo
-from latentddae.transfer.features import check_data, held_out, subset
+from latentddae.transfer.features import check_data, check_level, held_out, subset
 
 RESULTS = "results.jsonl"
 LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
+FROM_UNIT: dict[str, Callable[[Any, float], float]] = {
+    "s": lambda objective, value: value,
+    "t": lambda objective, value: objective.to_level(value),
+    "sigma_over_alpha": lambda objective, value: level_of_ratio(value),
+    "log_snr": lambda objective, value: level_of_log_snr(value),
+}
+LEVEL_HELP = "noise level: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5"
 HOLDOUT = 0.2  # share of train kept aside for every choice: cell, pooling, strength, k
 
 
@@ -119,6 +128,26 @@ def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> d
         "model_hash": model_hash(checkpoint.model),
         "images_seen": info.get("images_seen"),
     }
+
+
+def level_of(text: str, objective: Any) -> float:
+    """A noise level s from "0.2" or "s=0.2", "t=121" (the objective's own time),
+    "sigma_over_alpha=0.4" or "log_snr=1.5"."""
+    unit, _, number = text.strip().rpartition("=")
+    try:
+        value = float(number)
+        level = float(FROM_UNIT[unit or "s"](objective, value))
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"noise level {text!r}: expected s in [0, 1], or {', '.join(f'{u}=' for u in FROM_UNIT)} "
+            "with a number"
+        ) from error
+    return check_level(level)
+
+
+def levels_of(text: str, objective: Any) -> tuple[float, ...]:
+    """Several noise levels, separated by commas; each in its own unit."""
+    return tuple(level_of(part, objective) for part in numbers(text, str, "--levels"))
 
 
 def describe_level(objective: Any, level: float) -> dict[str, float | None]:

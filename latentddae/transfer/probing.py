@@ -26,7 +26,7 @@ from latentddae.draws import key_positions
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines, text_hash, write_atomic
 from latentddae.transfer import cell as cells
-from latentddae.transfer import few_shot, inputs, shares
+from latentddae.transfer import few_shot, inputs, joined, shares
 from latentddae.transfer.cell import Arrays, CellChoice
 from latentddae.transfer.features import collect
 from latentddae.transfer.scores import METRICS, confusion
@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a probe command."""
     inputs.add_arguments(parser)
     cells.add_arguments(parser)
+    joined.add_argument(parser)
     parser.add_argument("--config", type=Path, help="YAML file of these options by their names")
     parser.add_argument(
         "--metric", choices=tuple(METRICS), default="top1", help="what the accuracy is (top1)"
@@ -144,9 +145,12 @@ def open_cell(args: argparse.Namespace) -> Opened:
     elif args.block is None or args.level is None:
         raise UsageError("name the cell: --cell grid.json, or --block K --level s [--pool P]")
     else:
-        cell = CellChoice(level=args.level, block=args.block, pool=args.pool or "mean")
-    train = inputs.open_shards(args.data, "train", checkpoint)
+        level = inputs.level_of(args.level, checkpoint.objective)
+        cell = CellChoice(level=level, block=args.block, pool=args.pool or "mean")
+    train = joined.open_train(args, checkpoint)
     test = cells.open_test(args.data, args.test_split, checkpoint)
+    if test.split in train.split.split("+"):
+        raise UsageError(f"{test.split} is one of --train-splits: name another --test-split")
     described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
     if grid:
         cells.check_grid(grid, described["model_hash"], train)

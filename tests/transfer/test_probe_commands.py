@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from latentddae.data.shards import ShardSet
+from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines
-from latentddae.transfer import grid, knn, linear
+from latentddae.transfer import grid, inputs, knn, linear
 from latentddae.transfer.scores import mean_per_class, top1
 
 from .conftest import CONFIG, write_checkpoint
@@ -205,3 +207,30 @@ def test_two_ranks_give_the_accuracy_of_one(
     assert abs(one["accuracy"] - two["accuracy"]) <= 0.001
     assert one["n_seen"] == two["n_seen"]
     assert one["heldout_accuracies"] == two["heldout_accuracies"]
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("0.2", 0.2),
+        ("s=0.2", 0.2),
+        ("t=0.3", 0.3),
+        ("sigma_over_alpha=0.25", 0.2),
+        ("log_snr=0", 0.5),
+    ],
+)
+def test_a_level_in_any_unit(text, level):
+    assert inputs.level_of(text, Flow()) == pytest.approx(level)
+
+
+def test_ddaes_times_are_the_levels_that_the_facts_give():
+    ddpm = OBJECTIVES["ddpm"]()
+    assert inputs.level_of("t=121", ddpm) == pytest.approx(0.294, abs=5e-4)
+    assert inputs.level_of("t=81", ddpm) == pytest.approx(0.217, abs=1e-3)
+    assert inputs.describe_level(ddpm, inputs.level_of("t=121", ddpm))["t"] == pytest.approx(121)
+
+
+@pytest.mark.parametrize("text", ["x", "2", "u=1", "t=", "-0.1", "sigma=0.2"])
+def test_what_is_no_level_is_refused(text):
+    with pytest.raises(UsageError, match="noise level"):
+        inputs.level_of(text, Flow())
