@@ -380,6 +380,8 @@ class Loop:
         files.write_atomic(run / "config.yaml", configuration.to_yaml(config))
         where = runlog.environment(str(self.here.device), self.here.world.size)
         where |= {"precision": self.engine.precision, "zero_stage": config.engine.zero_stage}
+        where |= {"images": self.images, "seed": config.seed, "config": files.text_hash(settings)}
+        where |= {"data": self.job.shards.fingerprints}
         files.append_json_line(run / "environment.jsonl", where)
 
     def _note(self, row: dict[str, Any]) -> None:
