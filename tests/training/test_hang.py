@@ -1,0 +1,163 @@
+"""A rank that stops working: every rank leaves in time, the silent one is named, nothing stays (RELIABILITY G12)."""
+
+import ctypes
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentddae import dist
+from latentddae.training import checkpoint, watchdog
+from latentddae.training.loop import Loop
+from latentddae.training.watchdog import Watchdog
+
+STEP = 16
+LIMIT_S = 4.0
+LATE_S = 5.0
+
+
+def stop_process() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep() -> None:
+    time.sleep(600)
+
+
+def lock_interpreter() -> None:
+    """A library call that never returns and never lets the interpreter go."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "SIGSTOP": stop_process,
+    "sleep": sleep,
+    "locked interpreter": lock_interpreter,
+    "dead": die,
+}
+PLACES = {
+    "step": (Loop, "step"),
+    "save": (checkpoint, "write_part"),
+    "barrier": (checkpoint, "commit"),
+}
+
+
+def run_with(fault: str, place: str, run: Path, ranks, start, monkeypatch, capfd) -> None:
+    owner, name = PLACES[place]
+    honest = getattr(owner, name)
+    calls = []
+
+    def faulty(*arguments):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            (run / "stuck").write_text(str(os.getpid()))
+            FAULTS[fault]()
+        return honest(*arguments)
+
+    monkeypatch.setattr(owner, name, faulty)
+    options = (f"save.every_images={STEP}", f"hang_timeout_s={LIMIT_S:g}")
+    statuses = ranks(lambda: start(run, *options), 2, timeout=60)
+    took = time.time() - (run / "stuck").stat().st_mtime
+    assert took < LIMIT_S + LATE_S
+    error = capfd.readouterr().err
+    assert statuses[0] == 75, error
+    assert (
+        statuses[1]
+        in {
+            "SIGSTOP": [-signal.SIGKILL],  # by rank 0: a stopped process cannot leave itself
+            "sleep": [75],
+            "locked interpreter": [1],  # by faulthandler
+            "dead": [-signal.SIGKILL],
+        }[fault]
+    ), error
+    if fault == "sleep":
+        assert re.search(r"rank 1 hangs: \w+.* for more than 4 s", error)
+        assert "in sleep" in error  # its stack
+    else:
+        assert "rank 1 is silent" in error
+    if fault == "locked interpreter":
+        assert "in lock_interpreter" in error
+    assert not os.path.exists(f"/proc/{(run / 'stuck').read_text()}")  # nobody is left
+    monkeypatch.setattr(owner, name, honest)
+    assert ranks(lambda: start(run), 2) == [0, 0]
+
+
+SHORT = [
+    ("SIGSTOP", "barrier"),
+    ("sleep", "save"),
+    ("locked interpreter", "step"),
+    ("dead", "save"),
+]
+
+
+@pytest.mark.parametrize(("fault", "place"), SHORT)
+def test_a_silent_rank_is_named_and_all_leave(
+    fault, place, tmp_path, ranks, start, monkeypatch, capfd
+) -> None:
+    run_with(fault, place, tmp_path / "run", ranks, start, monkeypatch, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_in_every_place(
+    fault, place, tmp_path, ranks, start, monkeypatch, capfd
+) -> None:
+    run_with(fault, place, tmp_path / "run", ranks, start, monkeypatch, capfd)
+
+
+def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> None:
+    """Nobody is left to ask when rank 0 is stopped: the others say so, and leave."""
+
+    def wait_for_rank_0() -> int:
+        world = dist.start()
+        guard = Watchdog(2.0, world, dist.own_store())
+        guard.enter("in a step")
+        dist.barrier()
+        if world.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+        return 0
+
+    assert ranks(wait_for_rank_0, 3, timeout=30) == [-signal.SIGKILL, 75, 75]
+    assert capfd.readouterr().err.count("rank 0, which keeps the store, is silent") == 2
+
+
+def test_a_watchdog_that_was_stopped_ends_nothing(ranks, monkeypatch) -> None:
+    monkeypatch.setattr(watchdog, "LOCKED_S", 0.4)
+
+    def outlive() -> int:
+        guard = Watchdog(0.3, dist.World())
+        guard.enter("a part")
+        time.sleep(0.1)
+        guard.stop()
+        time.sleep(1.2)
+        return 0
+
+    assert ranks(outlive) == [0]
+
+
+def test_parts_that_go_on_are_no_hang(ranks) -> None:
+    def busy() -> int:
+        guard = Watchdog(0.6, dist.World())
+        for _ in range(12):
+            guard.enter("a part")
+            time.sleep(0.1)
+        guard.stop()
+        return 0
+
+    assert ranks(busy) == [0]
+
+
+def test_many_ranks_are_summed_up() -> None:
+    assert watchdog._listed({"is silent": {7}, "saving": set()}) == "; rank 7 is silent"
+    text = watchdog._listed({"saving": set(range(20))})
+    assert text == "; rank 0, 1, 2, 3, 4, 5, 6, 7 and 12 more saving"
