@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = configuration.load(TrainConfig, args.config, args.overrides)
     if args.print_config:
         print(configuration.to_yaml(config), end="")

@@ -9,7 +9,7 @@ two log lines nothing here reads a value back from the device.
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from latentddae import config as configuration
 from latentddae import dist, files, runlog
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, DataError
+from latentddae.errors import ConfigError, DataError, RequeueError
 from latentddae.planning.flops import peak_flops
 from latentddae.training import checkpoint, starts
 from latentddae.training.checkpoint import State
@@ -184,7 +184,7 @@ class Loop:
             while self.images < config.total_images:
                 self.stopwatch.start("data")
                 here.watchdog.enter("waiting for data", self._whereabouts)
-                batch = next(batches)
+                batch = self._next(batches)
                 self.stopwatch.start("other")
                 here.watchdog.enter("in a step or waiting for another rank", self._whereabouts)
                 logging = self._reaches(config.log_every_images)
@@ -215,6 +215,16 @@ class Loop:
             progress.close()
             if self.log is not None:
                 self.log.close()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; what a disk or a network refuses now it may give to the next start."""
+        try:
+            return next(batches)
+        except OSError as error:
+            raise RequeueError(
+                f"data cannot be read ({self._whereabouts()}): {error}; "
+                "give the same command again to continue from the last state"
+            ) from error
 
     def _reaches(self, every: int) -> bool:
         """Whether the step at hand reaches a multiple of so many images, or the end; 0: never.

@@ -36,6 +36,7 @@ class StopRequest:
     def __init__(self, run: Path) -> None:
         self.file = run / "STOP"
         self.reason: str | None = _early[0] if _early else None
+        self.obeyed = False
         self._saved = ""
         self._next_look = 0.0
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
@@ -69,6 +70,7 @@ class StopRequest:
 
     def error(self, where: str) -> RequeueError:
         """What a run raises that obeys; `where` says how far it is and what is kept."""
+        self.obeyed = True
         return RequeueError(
             f"stopped by {self.reason or 'another rank'} {where}, "
             "give the same command again to continue"

@@ -62,7 +62,7 @@ def ranks_of(run: Path, purpose: str, hang_timeout_s: float, retry: bool = False
             try:
                 yield here
             except RequeueError:
-                if world.is_main:  # on request: the next start is not one more attempt
+                if world.is_main and stop.obeyed:  # the next start is not one more attempt
                     stop.remove_file()
                     starts.end(run, "stopped")
                 raise
