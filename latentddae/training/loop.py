@@ -152,7 +152,8 @@ class Loop:
             for fault in faults.values():
                 self.here.say(f"warning: {fault}; using an older state")
             if state is None:
-                if faults or files.read_json_lines(run / "metrics.jsonl"):
+                started = files.read_json_lines(run / "metrics.jsonl")
+                if faults or (started and not starts.never_saved(run)):
                     raise ConfigError(
                         f"{run} holds a run but no intact state in {folder}; "
                         "choose another run folder or delete this one"
@@ -208,7 +209,7 @@ class Loop:
                     self._look()
                 if stopping and not done:
                     raise here.stop.error(f"at {self.images:,} images; the state is saved")
-            dist.on_main(lambda: starts.end(here.run, "finished"))
+            dist.on_main(lambda: starts.note(here.run, "finished"))
         finally:
             batches.close()
             self.saver.close()

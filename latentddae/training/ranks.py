@@ -64,7 +64,7 @@ def ranks_of(run: Path, purpose: str, hang_timeout_s: float, retry: bool = False
             except RequeueError:
                 if world.is_main and stop.obeyed:  # the next start is not one more attempt
                     stop.remove_file()
-                    starts.end(run, "stopped")
+                    starts.note(run, "stopped")
                 raise
     except RuntimeError as error:
         if not dist.lost_a_rank(error):

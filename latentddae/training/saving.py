@@ -21,7 +21,7 @@ import torch
 
 from latentddae import dist, files
 from latentddae.errors import LatentddaeError, WriteError
-from latentddae.training import checkpoint
+from latentddae.training import checkpoint, starts
 from latentddae.training.checkpoint import Part, Partitions, State
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
@@ -86,6 +86,7 @@ class Saver:
         )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._on_its_way: _OnItsWay | None = None
+        self._has_saved = False
         self._copies: Partitions = {}
 
     def check_space(self, total_images: int) -> None:
@@ -177,6 +178,9 @@ class Saver:
         except Exception as error:  # whatever it is: the other ranks must not wait for this one
             problem = str(error) or repr(error)
         checkpoint.commit(job.hidden, part, problem, job.info)
+        if self.engine.world.is_main and not self._has_saved:
+            starts.note(self.run, "saved")
+        self._has_saved = True
         if self.engine.world.is_main:
             tidied = self._pool.submit(self._tidy)
             if not self.config.background:

@@ -1,7 +1,8 @@
 """How often a run was started without getting anywhere: a crash loop ends instead of burning a cluster.
 
-`RUN/starts.jsonl` has a line for every start, with the images seen so far, and one for every end in good
-order. Three starts in a row that began at the same point and did not end well are enough.
+`RUN/starts.jsonl` has a line for every start, with the images seen so far, for the first state that a start
+saved, and for every end in good order. Three starts in a row that began at the same point and neither saved
+nor ended well are enough.
 """
 
 import json
@@ -29,14 +30,20 @@ def begin(run: Path, images: int, retry: bool = False) -> None:
             f"cause in the messages of those starts ({run / FILE}), then add --retry once"
         )
     if retry:
-        end(run, "retry")
+        note(run, "retry")
     where = {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     files.append_json_line(run / FILE, {"event": "start", "images": images, **where})
 
 
-def end(run: Path, event: str) -> None:
-    """Note that the last start ended in good order: finished, or stopped on request."""
+def note(run: Path, event: str) -> None:
+    """The last start has saved, was stopped on request, or has finished."""
     files.append_json_line(run / FILE, {"event": event})
+
+
+def never_saved(run: Path) -> bool:
+    """Whether the run was started and no start of it came as far as a state."""
+    rows = files.read_json_lines(run / FILE)
+    return bool(rows) and not any(r["event"] == "saved" or r.get("images") for r in rows)
 
 
 def withdraw(run: Path) -> None:

@@ -234,15 +234,18 @@ def test_a_crash_loop_ends(tmp_path, ranks, start, monkeypatch, capfd) -> None:
     monkeypatch.setattr(Loop, "step", honest)
     assert ranks(lambda: start(run, *options)) == [0]
     rows = files.read_json_lines(run / starts.FILE)
-    assert [r["event"] for r in rows] == ["start"] * 4 + ["retry", "start", "start", "finished"]
-    assert [r.get("images") for r in rows] == [0, 64, 64, 64, None, 64, 64, None]
+    assert [r["event"] for r in rows] == [
+        *("start", "saved", "start", "start", "start"),
+        *("retry", "start", "start", "saved", "finished"),
+    ]
+    assert [r["images"] for r in rows if "images" in r] == [0, 64, 64, 64, 64, 64]
 
 
 def test_what_counts_as_an_attempt(tmp_path) -> None:
     """Stops on request do not, refused starts do not, another place does not."""
     for _ in range(5):
         starts.begin(tmp_path, 0)
-        starts.end(tmp_path, "stopped")
+        starts.note(tmp_path, "stopped")
     for _ in range(5):
         starts.begin(tmp_path, 0)
         starts.withdraw(tmp_path)

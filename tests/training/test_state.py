@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,6 +258,29 @@ def test_nothing_is_trained_when_no_state_is_intact(run, ranks, start, capfd) ->
     error = capfd.readouterr().err
     assert error.count("is damaged") == 2 and "no intact state" in error
     assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_again(
+    tmp_path, ranks, start, same, monkeypatch, capfd
+) -> None:
+    """It has a log and no state; a run that had one and lost it is another matter."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    def killed(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "begin", killed)
+        assert ranks(lambda: start(run)) == [-signal.SIGKILL]
+    assert files.read_json_lines(run / "metrics.jsonl")
+    assert ranks(lambda: start(run)) == [0]
+    assert ranks(lambda: start(whole)) == [0]
+    assert same(whole, run)
+    rows = [files.read_json_lines(r / "metrics.jsonl") for r in (whole, run)]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    shutil.rmtree(run / "state")
+    assert ranks(lambda: start(run)) == [78]
+    assert "holds a run but no intact state" in capfd.readouterr().err
 
 
 # The contract (RELIABILITY G15)
