@@ -83,6 +83,9 @@ class Engine:
                 model=self.model, optimizer=self._adam, config=settings, dist_init_required=False
             )
         names = {parameter: name for name, parameter in trainable.items()}
+        if self.config.zero_stage == 0 and self.world.size == 1:
+            # Nobody to sum with: it would flatten and copy every gradient (7 % of a DiT-S/2 step on a CPU).
+            self._engine.enable_backward_allreduce = False
         self._layout = layout_of(
             self.config.zero_stage, self._engine.optimizer, self._adam, names, self.world
         )
