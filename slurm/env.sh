@@ -20,7 +20,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since Slurm 22.05 a step
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"          # nodes without network: fetch models on the login node first
 unset RANK WORLD_SIZE LOCAL_RANK MASTER_PORT          # left over in the submitting shell, they would hide Slurm's
 if [ -z "${MASTER_ADDR:-}" ]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 fi
 export MASTER_ADDR
 workers=$((${SLURM_CPUS_PER_TASK:-2} > 1 ? ${SLURM_CPUS_PER_TASK:-2} - 1 : 1)) # one processor stays with the GPU
