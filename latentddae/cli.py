@@ -24,6 +24,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
     "finetune": ("latentddae.transfer.finetune", "train a pretrained trunk on, with a linear head"),
+    "look": ("latentddae.transfer.look", "nearest neighbours and token colours, for the report"),
     "suite": ("latentddae.transfer.suites", "grid and probes on several transfer sets"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),

@@ -59,6 +59,12 @@ figure.pixels { max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; border-radius: 4px; }
 figure.pixels img { image-rendering: pixelated; border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .35rem; }
+.strip { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0 1rem; }
+.strip figure { width: 4.6rem; }
+.strip figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere; }
+.strip .first { width: 5.2rem; padding-right: .5rem; border-right: 2px solid var(--line); }
+.strip .right img { border: 2px solid #2f8f5b; }
+.strip .wrong img { border: 2px solid #d1495b; }
 pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; margin: .4rem 0;
   padding: .7rem .8rem; overflow-x: auto;
   font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
@@ -131,6 +137,27 @@ def picture(data: bytes, caption: str, kind: str = "") -> str:
 def pictures(parts: Sequence[str]) -> str:
     """Figures side by side where there is room."""
     return f'<div class="pictures">{"".join(parts)}</div>\n'
+
+
+@dataclass(frozen=True)
+class Thumb:
+    """A small PNG in base64 with a caption; `kind` "right" or "wrong" frames it, "first" sets it
+    apart."""
+
+    image: str
+    caption: str
+    kind: str = ""
+
+
+def strip(thumbs: Sequence[Thumb]) -> str:
+    """Small sharp pictures in a row that wraps."""
+    inner = "".join(
+        f'<figure class="pixels {escape(thumb.kind)}"><img alt="{escape(thumb.caption)}" '
+        f'src="data:image/png;base64,{escape(thumb.image)}">'
+        f"<figcaption>{escape(thumb.caption)}</figcaption></figure>"
+        for thumb in thumbs
+    )
+    return f'<div class="strip">{inner}</div>\n'
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Pictures of results as PNG bytes: the block x noise heat map and the loss curve."""
+"""Pictures of results as PNG bytes: heat maps, curves over blocks, noise and pretraining,
+confusion."""
 
 import io
 from collections.abc import Sequence
@@ -93,11 +94,82 @@ def loss_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
     axes.set_xlabel("images seen")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("loss")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
     if len(runs) > 1:
         axes.legend(frameon=False, fontsize=8)
     return png(picture)
+
+
+def profiles(grids: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
+    """Held-out accuracy over blocks, at each one's best level, and over noise levels, at each
+    one's best block: one line per (name, grid) and pooling."""
+    picture = figure(8.4, 3.0)
+    over_block, over_level = picture.subplots(1, 2, sharey=True)
+    for name, grid in grids:
+        for pool in grid["pools"]:
+            cells = [cell for cell in grid["cells"] if cell["pool"] == pool]
+            label = f"{name} {pool}".strip()
+            for axes, key, places in (
+                (over_block, "block", grid["blocks"]), (over_level, "level", grid["levels"])
+            ):  # fmt: skip
+                best = [100 * max(c["accuracy"] for c in cells if c[key] == p) for p in places]
+                axes.plot([str(p) for p in places], best, marker="o", markersize=3, label=label)
+    over_block.set_xlabel("block")
+    over_level.set_xlabel("noise level s")
+    over_block.set_ylabel("held-out accuracy, %")
+    for axes in (over_block, over_level):
+        _plain(axes)
+        axes.tick_params(axis="x", labelrotation=60, labelsize=8)
+    over_level.legend(frameon=False, fontsize=8)
+    return png(picture)
+
+
+def progress(series: Sequence[tuple[str, list[tuple[int, float, float]]]]) -> bytes:
+    """Accuracy over images seen in pretraining: (name, [(images, accuracy, sd or 0)]) per line."""
+    picture = figure(6.4, 3.1)
+    axes = picture.subplots()
+    for name, points in series:
+        images, scores, spread = (np.array(column, float) for column in zip(*points, strict=True))
+        axes.errorbar(
+            images, 100 * scores, yerr=100 * spread if spread.any() else None,
+            marker="o", markersize=3, capsize=2, label=name,
+        )  # fmt: skip
+    axes.set_xlabel("images seen in pretraining")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.tick_params(axis="x", labelrotation=20, labelsize=8)
+    axes.set_ylabel("test accuracy, %")
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return png(picture)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
+    """How often each class (up) was read as each other (right), in % of the class."""
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    few = len(classes) <= 25
+    side = 2.0 + (0.34 * len(classes) if few else 5.0)
+    picture = figure(side + 0.6, side)
+    axes = picture.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0)
+    axes.set_xlabel("read as")
+    axes.set_ylabel("class")
+    if few:
+        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for row, column in np.argwhere(share >= 0.5):
+            value = share[row, column]
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                color="white" if value > 0.6 * share.max() else INK,
+            )  # fmt: skip
+    picture.colorbar(image, ax=axes, pad=0.02)
+    return png(picture)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:

@@ -8,7 +8,7 @@ read from results.jsonl.
 import argparse
 import dataclasses
 import functools
-import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,7 +189,7 @@ def run(
     def recorded() -> dict[str, Any]:
         table, row = summary(results, opened)
         line = inputs.record(opened.out, {"key": key, **facts, **row})
-        write_confusion(opened.out, line["id"], table)
+        write_confusion(opened.out, line["id"], table, opened.test.classes)
         return line
 
     return dist.on_main(recorded)
@@ -239,11 +239,10 @@ def summary(results: Sequence[Any], opened: Opened) -> tuple[np.ndarray, dict[st
     return sum(tables[1:], tables[0]), row
 
 
-def write_confusion(out: Path, name: str, table: np.ndarray) -> None:
-    """confusion-ID.npy beside results.jsonl: counts of test samples, class by answer."""
-    buffer = io.BytesIO()
-    np.save(buffer, table)
-    write_atomic(out / f"confusion-{name}.npy", buffer.getvalue())
+def write_confusion(out: Path, name: str, table: np.ndarray, classes: Sequence[str]) -> None:
+    """confusion-ID.json beside results.jsonl: counts of test samples, class (row) by answer."""
+    found = {"kind": "confusion", "classes": list(classes), "counts": table.tolist()}
+    write_atomic(out / f"confusion-{name}.json", json.dumps(found) + "\n")
 
 
 def run_arrays(kind: str, protocol: dict[str, Any], opened: Opened, probe: Probe) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`latentddae report RUN... --out report.html`: what a run showed, on one self-contained page.
 
 Each RUN folder is searched for what the other commands leave there: metrics.jsonl (loss),
-grid.json (heat maps), compare.json (the table), results.jsonl (other probes), environment.jsonl
-(commands and versions), pictures.json ([{"file": ..., "caption": ...}]) and grid.png of
-`latentddae sample`. What is absent is left out. A CSV of all results is written beside the page.
+grid.json (heat maps), compare.json (the table), results.jsonl (other probes) with their confusion,
+look.json (neighbours, token colours), environment.jsonl (commands and versions), pictures.json
+([{"file": ..., "caption": ...}]) and grid.png of `latentddae sample`. What is absent is left out.
+A CSV of all results is written beside the page.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from latentddae import __version__
 from latentddae.errors import ConfigError, DataError, UsageError, run_command
 from latentddae.files import read_json_lines, write_atomic
 from latentddae.transfer import compare, plots
+from latentddae.transfer import sections as parts
 from latentddae.transfer.inputs import RESULTS
 from latentddae.transfer.page import (
     Bar,
@@ -40,6 +42,8 @@ from latentddae.transfer.page import (
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.jsonl"
 PICTURES = "pictures.json"
+LOOK = "look.json"
+PROBES = ("linear", "knn", "finetune")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -51,7 +55,9 @@ class Found:
     losses: list[tuple[str, list[dict[str, Any]]]]  # one per metrics.jsonl: its folder, its rows
     grids: list[dict[str, Any]]
     rows: list[dict[str, Any]]  # of the comparison table
-    probes: list[dict[str, Any]]  # other linear and k-NN results
+    probes: list[dict[str, Any]]  # other results with an accuracy
+    confusions: list[tuple[str, dict[str, Any]]]  # of the best probe: its name, classes and counts
+    looks: list[dict[str, Any]]  # of look.json
     pictures: list[tuple[str, Path]]  # caption, PNG
     starts: list[dict[str, Any]]  # of environment.jsonl
 
@@ -67,6 +73,7 @@ def find(run: Path) -> Found:
     ]
     tables = [_read(path)["rows"] for path in sorted(run.rglob("compare.json"))]
     lines = [line for path in sorted(run.rglob(RESULTS)) for line in read_json_lines(path)]
+    probes = [line for line in lines if line.get("kind") in PROBES and "accuracy" in line]
     return Found(
         name=run.name,
         losses=[
@@ -76,7 +83,9 @@ def find(run: Path) -> Found:
         ],
         grids=[grid for grid in grids if grid.get("kind") == "grid"],
         rows=[row for rows in tables for row in rows],
-        probes=[line for line in lines if line.get("kind") in ("linear", "knn")],
+        probes=probes,
+        confusions=parts.best_confusion(run, probes, _read),
+        looks=[_read(path) for path in sorted(run.rglob(LOOK))],
         pictures=_recorded_pictures(run),
         starts=[line for path in sorted(run.rglob(ENVIRONMENT)) for line in read_json_lines(path)],
     )
@@ -147,9 +156,19 @@ def sections(
     found: Sequence[Found], shown: Sequence[tuple[str, Path]], commands: Sequence[str]
 ) -> list[Section]:
     """The page's parts in order; a part with nothing to say has an empty body."""
+    named = [(f.name, [*f.probes, *table_lines(f)]) for f in found]
+    near, tokens = parts.looks(entry for f in found for entry in f.looks)
     return [
+        Section("Runs side by side", parts.side_by_side(named)),
         Section("Transfer results", "".join(result_table(f, len(found) > 1) for f in found)),
-        Section("Which block, which noise level", "".join(map(heat_maps, found))),
+        Section("Which block, which noise level", curves(found) + "".join(map(heat_maps, found))),
+        Section("Accuracy over pretraining", parts.progress(named)),
+        Section(
+            "What is confused",
+            "".join(parts.confusion(*entry) for f in found for entry in f.confusions),
+        ),
+        Section("Nearest neighbours", near),
+        Section("Tokens as colours", tokens),
         Section("Pretraining", loss(found)),
         Section(
             "Generated and real images",
@@ -157,6 +176,25 @@ def sections(
         ),
         Section("Commands and versions", reproduction(found, commands)),
     ]
+
+
+def table_lines(found: Found) -> list[dict[str, Any]]:
+    """The comparison's DDAE rows as probe lines: the chosen pooling of each."""
+    return [
+        {**row, **row[kind], "kind": kind, "protocol": row["protocol"][kind]}
+        for row in found.rows
+        if row["group"] == "ddae" and row["chosen"]
+        for kind in ("linear", "knn")
+    ]
+
+
+def curves(found: Sequence[Found]) -> str:
+    """Accuracy over blocks and over noise levels, all grids in one picture."""
+    grids = [(f.name if len(found) > 1 else "", grid) for f in found for grid in f.grids]
+    if not any(len(grid["blocks"]) > 1 or len(grid["levels"]) > 1 for _, grid in grids):
+        return ""
+    caption = "best over noise levels for each block, and over blocks for each noise level"
+    return picture(plots.profiles(grids), caption)
 
 
 def result_table(found: Found, named: bool) -> str:
@@ -189,15 +227,15 @@ def result_table(found: Found, named: bool) -> str:
     if found.probes:
         body += heading("Single probes") if found.rows else ""
         body += table(
-            ["probe", "cell", "pool", "width", "test accuracy", "held-out"],
+            ["probe", "test accuracy", "held-out", "cell", "pool", "images seen"],
             [
                 [
-                    row["kind"],
+                    probe_label(row),
+                    probe_bar(row),
+                    _heldout(row),
                     _cell_text({**row["cell"], "level": row["cell"]["s"]}),
-                    row["cell"]["pool"],
-                    row["width"],
-                    bar(row, row["n_seen"]["test"]),
-                    _percent(row["heldout_accuracy"]),
+                    Short(row["cell"].get("pool", "")),
+                    (row["checkpoint"] or {}).get("images_seen") or 0,
                 ]
                 for row in found.probes
             ],
@@ -213,6 +251,26 @@ def row_name(row: dict[str, Any]) -> str | Tagged:
 def bar(result: dict[str, Any], samples: int) -> Bar:
     share = result["accuracy"]
     return Bar(share, (share * (1 - share) / samples) ** 0.5)
+
+
+def probe_label(row: dict[str, Any]) -> str | Tagged:
+    """The probe, tagged where its accuracy is not top-1."""
+    metric = row.get("metric", "top1")
+    name = parts.probe_name(row)
+    return name if metric == "top1" else Tagged(name, metric.replace("_", " "))
+
+
+def probe_bar(row: dict[str, Any]) -> Bar:
+    """A probe's accuracy with its sd over noises where there are several, else its standard
+    error."""
+    if "accuracy_sd" in row:
+        return Bar(row["accuracy"], row["accuracy_sd"])
+    return bar(row, row["n_seen"]["test"])
+
+
+def _heldout(row: dict[str, Any]) -> str:
+    value = row.get("heldout_accuracy")
+    return "" if value is None else _percent(value)
 
 
 def heat_maps(found: Found) -> str:
@@ -321,7 +379,8 @@ def as_csv(found: Sequence[Found]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["run", "features", "chosen", "block", "level", "pool", "width", "probe", "accuracy",
-         "heldout_accuracy", "n_train", "n_test", "seed"]
+         "heldout_accuracy", "n_train", "n_test", "seed", "protocol", "metric", "accuracy_sd",
+         "images_seen"]
     )  # fmt: skip
     for f in found:
         for row in f.rows:
@@ -329,7 +388,7 @@ def as_csv(found: Sequence[Found]) -> str:
                 writer.writerow(_csv_line(f, row, compare.name_of(row), probe, row[probe]))
         for row in f.probes:
             cell = {**row["cell"], "level": row["cell"]["s"]}
-            line = {**row, "cell": cell, "chosen": ""}
+            line = {"width": "", **row, "cell": cell, "chosen": ""}
             writer.writerow(_csv_line(f, line, "DDAE features", row["kind"], row))
     return text.getvalue()
 
@@ -337,11 +396,13 @@ def as_csv(found: Sequence[Found]) -> str:
 def _csv_line(
     found: Found, row: dict[str, Any], features: str, probe: str, result: dict[str, Any]
 ) -> list[Any]:
-    cell = row["cell"] or {"block": "", "level": "", "pool": ""}
+    cell = {"block": "", "level": "", "pool": "", **(row["cell"] or {})}
     return [
         found.name, features, row["chosen"], cell["block"], cell["level"], cell["pool"], row["width"],
-        probe, result["accuracy"], result["heldout_accuracy"], row["n_seen"]["train"],
-        row["n_seen"]["test"], row["seed"],
+        probe, result["accuracy"], result.get("heldout_accuracy"), row["n_seen"]["train"],
+        row["n_seen"]["test"], row["seed"], row["protocol"].get(probe, row["protocol"])["name"],
+        row.get("metric", "top1"), row.get("accuracy_sd", ""),
+        (row["checkpoint"] or {}).get("images_seen", ""),
     ]  # fmt: skip
 
 

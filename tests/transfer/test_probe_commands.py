@@ -169,7 +169,9 @@ def test_scores_and_confusion_are_those_of_the_predictions(
     monkeypatch.setattr(ShardSet, "__init__", uneven)
     rest = (*HERE, "--metric", "mean_per_class", "--published", 85.73)
     (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
-    table = np.load(tmp_path / f"confusion-{line['id']}.npy")
+    found = json.loads((tmp_path / f"confusion-{line['id']}.json").read_text())
+    assert found["classes"] == ["a", "b", "c", "d"]
+    table = np.array(found["counts"])
     assert table.sum() == 32
     assert table[0].sum() == 23
     assert (line["accuracy"], line["top1"]) == (mean_per_class(table), top1(table))

@@ -14,6 +14,7 @@ import pytest
 
 from latentddae.errors import ConfigError, DataError, UsageError
 from latentddae.transfer import page, plots, report
+from latentddae.transfer.look import as_text
 from latentddae.transfer.page import Bar, Section, build_page
 
 HOSTILE = "<script>alert(1)</script>\"&'"
@@ -30,6 +31,8 @@ def row(group, pool, width, accuracy, chosen):
     cell = pool and {"level": 0.1, "block": 3, "pool": pool, "draws": 1, "noisy_input": True}
     return {
         "group": group, "cell": cell, "width": width, "chosen": chosen, "seed": 0,
+        "checkpoint": {"images_seen": 64000} if pool else None,
+        "protocol": {"linear": {"name": "lbfgs-linear/1"}, "knn": {"name": "knn/1"}},
         "linear": probe_result(accuracy), "knn": probe_result(accuracy - 0.05),
         "n_seen": {"train": 4000, "heldout": 800, "test": 1000},
     }  # fmt: skip
@@ -52,6 +55,31 @@ def fake_grid():
         "chosen_by_pool": best, "chosen": best["mean"], "n_seen": {"fit": 3200, "heldout": 800},
         "checkpoint": {"weights": "ema", "model_hash": "abc"}, "data": {"codec": "def"}, "seed": 0,
     }  # fmt: skip
+
+
+def probe_line(name, kind, accuracy, images, **protocol):
+    protocols = {"linear": "lbfgs-linear/1", "knn": "knn/1"}
+    return {
+        "id": name, "kind": kind, "width": 24, "seed": 0, **probe_result(accuracy),
+        "cell": {"s": 0.1, "block": 3, "pool": "mean"},
+        "checkpoint": {"images_seen": images}, "protocol": {"name": protocols[kind], **protocol},
+        "n_seen": {"train": 4000, "heldout": 800, "test": 1000},
+    }  # fmt: skip
+
+
+def look():
+    """Two queries with three neighbours, as `latentddae look` writes them."""
+    random = np.random.default_rng(0)
+
+    def image(side):
+        return as_text(random.integers(0, 255, (side, side, 3)).astype(np.uint8))
+
+    near = [
+        {"image": image(16), "class": name, "similarity": 0.9, "right": name == "b"}
+        for name in ("b", "c", HOSTILE)
+    ]
+    query = {"image": image(16), "class": "b", "tokens": image(4), "neighbours": near}
+    return {"cell": {"block": 3, "s": 0.1}, "queries": [query, query]}
 
 
 def png_file(path, seed=0):
@@ -86,9 +114,17 @@ def run(tmp_path):
         row("latents", None, 256, 0.927, True), row("untrained", "mean", 24, 0.5, True),
     ]  # fmt: skip
     (folder / "compare/compare.json").write_text(json.dumps({"rows": table}))
-    line = {**row("ddae", "mean", 24, 0.9, False), **probe_result(0.9), "kind": "linear"}
-    line["cell"] = {**line["cell"], "s": 0.1}
-    (folder / "probes/results.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [
+        probe_line("one", "linear", 0.90, 32000), probe_line("two", "linear", 0.91, 64000),
+        probe_line("three", "knn", 0.85, 64000, few_shot="5"),
+    ]  # fmt: skip
+    lines[1] |= {"accuracy_sd": 0.004, "metric": "mean_per_class"}
+    (folder / "probes/results.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    counts = np.diag([40, 30, 20])
+    counts[0, 2], counts[1, 0] = 7, 3
+    confusion = {"kind": "confusion", "classes": [HOSTILE, "b", "c"], "counts": counts.tolist()}
+    (folder / "probes/confusion-two.json").write_text(json.dumps(confusion))
+    (folder / "look.json").write_text(json.dumps(look()))
     png_file(folder / "sheet.png")
     (folder / "pictures.json").write_text(json.dumps([{"file": "sheet.png", "caption": HOSTILE}]))
     return folder
@@ -142,17 +178,22 @@ def test_page_shows_every_part(run, tmp_path):
     reader = Reader(text)
     for expected in (
         "Transfer results", "95.70 %", "raw latents", "Single probes", "+3.0", "pool grid2",
-        "block 3 at s = 0.02", "Pretraining", "4,900", "latentddae train", "c0ffee", "seed",
+        "block 3 at s = 0.02", "Accuracy over pretraining", "k-NN, 5 of each class",
+        "What is confused", "Nearest neighbours", "Tokens as colours", "Pretraining",
+        "4,900", "latentddae train", "c0ffee", "seed",
     ):  # fmt: skip
         assert expected in reader.text, expected
     pictures = [a["src"] for tag, a in reader.tags if tag == "img"]
-    assert len(pictures) == 2 + 1 + 1  # heat maps of the run's own grid, the loss, the sheet
+    charts = 1 + 2 + 1 + 1 + 1 + 1  # curves, heat maps, progress, confusion, loss, the sheet
+    assert len(pictures) == charts + 2 * (1 + 3) + 2 * 2  # neighbours and tokens of two queries
     for source in pictures:
         assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG")
     lines = list(csv.DictReader((tmp_path / "r.csv").open()))
-    assert len(lines) == 4 * 2 + 1
+    assert len(lines) == 4 * 2 + 3
     assert lines[2]["features"] == "DDAE features, grid2"
     assert float(lines[2]["accuracy"]) == 0.957
+    assert lines[2]["protocol"] == "lbfgs-linear/1"
+    assert (lines[9]["accuracy_sd"], lines[9]["images_seen"]) == ("0.004", "64000")
 
 
 def test_an_empty_run_gives_a_page_with_the_versions_only(tmp_path):
@@ -167,7 +208,10 @@ def test_several_runs_share_a_page(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     text = report.write_report([run, other], tmp_path / "r.html").read_text()
     assert "latentddae: demo, other" in text
-    assert text.count("data:image/png") == 2 * 2 + 1 + 2  # one loss plot for both
+    # One picture of both for curves, pretraining and loss.
+    assert text.count("data:image/png") == 3 + 2 * (2 + 1 + 1 + 8 + 4)
+    assert "Runs side by side" in text
+    assert "95.70 % (+0.00)" in text
 
 
 def test_what_is_wrong_is_named(run, tmp_path):
@@ -202,36 +246,58 @@ def test_running_mean_is_the_slow_one():
     np.testing.assert_allclose(plots.running_mean(values, 3), slow)
 
 
+LOOK_AT_THE_PAGE = """<script>onload = () => {
+  const page = document.scrollingElement;
+  const boxes = [...document.querySelectorAll("figure, .card, .scroll, p, h2, h3, pre")];
+  const shapes = boxes.map(box => box.getBoundingClientRect());
+  let overlaps = 0;
+  shapes.forEach((a, i) => shapes.slice(i + 1).forEach((b, j) => {
+    const inside = boxes[i].contains(boxes[i + 1 + j]);
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (!inside && across > 1 && down > 1) overlaps++;
+  }));
+  const cut = [...document.querySelectorAll("figure img, .card, td.short")].filter(
+    box => box.getBoundingClientRect().right > innerWidth + 1 && !box.closest(".scroll")).length;
+  parent.postMessage([
+    [...document.images].every(i => i.complete && i.naturalWidth > 0),
+    page.scrollWidth <= innerWidth, innerWidth, overlaps, cut].join(), "*");
+}</script>"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [500, 1280])  # Chromium opens no narrower window
+@pytest.mark.parametrize("width", [360, 1280])
 def test_a_real_browser_shows_it(run, tmp_path, width):
-    """Pictures decode, nothing is blocked or logged, and the page is not wider than the screen."""
-    out = report.write_report([run], tmp_path / "r.html")
-    probe = tmp_path / "probe.html"
-    script = (
-        "<script>onload = () => { const p = document.scrollingElement; document.title = ["
-        "[...document.images].every(i => i.complete && i.naturalWidth > 0),"
-        "p.scrollWidth <= innerWidth].join() }</script>"
-    )
+    """Pictures decode, nothing is blocked or logged, nothing overlaps, and the page is not wider
+    than the screen: a phone's and a desktop's."""
+    other = shutil.copytree(run, tmp_path / "other run")
+    out = report.write_report([run, other], tmp_path / "r.html")
     # Only this copy may run a script: it asks the browser what it sees.
     text = re.sub(r"<meta http-equiv[^>]*>", "", out.read_text())
-    probe.write_text(text.replace("</body>", script + "</body>"))
+    (tmp_path / "probe.html").write_text(text.replace("</body>", LOOK_AT_THE_PAGE + "</body>"))
 
-    def browse(*arguments):
+    def browse(page, *arguments):
+        """Chromium opens no window below 500 pixels: the page lies in a frame of its own width."""
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            "<script>onmessage = event => document.title = event.data</script>"
+            f'<iframe src="{page}" style="width:{width}px;height:8000px;border:0"></iframe>'
+        )
         return subprocess.run(
             [
                 CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
                 "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
-                f"--window-size={width},900", "--enable-logging=stderr", *arguments,
+                f"--window-size={max(width, 500) + 20},3000", "--virtual-time-budget=5000",
+                "--enable-logging=stderr", *arguments, f"file://{frame}",
             ],
             capture_output=True, text=True, timeout=120, check=True,
             env={**os.environ, "HOME": str(tmp_path)},
         )  # fmt: skip
 
-    seen = browse("--dump-dom", f"file://{probe}").stdout
-    assert "<title>true,true</title>" in seen
+    seen = browse("probe.html", "--dump-dom").stdout
+    assert f"<title>true,true,{width},0,0</title>" in seen
     shot = tmp_path / "shot.png"
-    log = browse(f"--screenshot={shot}", f"file://{out}").stderr
+    log = browse(out.name, f"--screenshot={shot}").stderr
     assert "CONSOLE" not in log
     assert shot.stat().st_size > 10_000

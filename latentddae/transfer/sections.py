@@ -1,0 +1,156 @@
+"""The report's parts about probes: accuracy over pretraining, runs side by side, confusion, nearest
+neighbours, token colours. Each is HTML out of result lines; empty where there is nothing to say."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentddae.transfer import plots
+from latentddae.transfer.page import (
+    Short,
+    Thumb,
+    heading,
+    paragraph,
+    picture,
+    pictures,
+    strip,
+    table,
+)
+
+MISTAKES = 10  # of the confusion, the most frequent ones
+
+
+def probe_name(line: dict[str, Any]) -> str:
+    """A probe line's protocol in words: k-NN, linear (lbfgs), linear (ddae), 5 of each class."""
+    protocol = line["protocol"]
+    recipe = str(protocol.get("name", "")).partition("/")[0].removesuffix("-linear")
+    name = "k-NN" if line["kind"] == "knn" else f"{line['kind']} ({recipe})"
+    few = protocol.get("few_shot")
+    return name if few is None else f"{name}, {few} of each class"
+
+
+def progress(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Accuracy over images seen, for every probe that has several checkpoints of a run."""
+    points: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for run, lines in named:
+        for line in lines:
+            images = (line["checkpoint"] or {}).get("images_seen")
+            if images is not None:
+                name = f"{run}: {probe_name(line)}" if len(named) > 1 else probe_name(line)
+                points[name][images] = (line["accuracy"], line.get("accuracy_sd") or 0.0)
+    series = [
+        (name, [(images, *found[images]) for images in sorted(found)])
+        for name, found in points.items()
+        if len(found) > 1
+    ]
+    if not series:
+        return ""
+    rows = [
+        [name, images, f"{100 * score:.2f} %", f"{100 * sd:.2f}" if sd else ""]
+        for name, found in series
+        for images, score, sd in found
+    ]
+    return picture(plots.progress(series), "test accuracy over pretraining") + table(
+        ["probe", "images seen", "test accuracy", "sd"], rows
+    )
+
+
+def side_by_side(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """One column per run, one line per probe; the latest checkpoint of each."""
+    if len(named) < 2:
+        return ""
+    best: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for run, lines in named:
+        for line in lines:
+            now = best[probe_name(line)].get(run)
+            if now is None or _images(line) >= _images(now):
+                best[probe_name(line)][run] = line
+    if not best:
+        return ""
+    rows = []
+    for name, found in best.items():
+        scores = {run: line["accuracy"] for run, line in found.items()}
+        first = next((scores[run] for run, _ in named if run in scores), 0.0)
+        cells = [
+            _score(scores.get(run), first if place else None)
+            for place, (run, _) in enumerate(named)
+        ]
+        rows.append([name, *cells])
+    note = "Test accuracy of each run's latest checkpoint; in brackets the distance to the first."
+    return paragraph(note, "note") + table(["probe", *(run for run, _ in named)], rows)
+
+
+def _images(line: dict[str, Any]) -> int:
+    return (line["checkpoint"] or {}).get("images_seen") or 0
+
+
+def _score(score: float | None, first: float | None) -> Short:
+    if score is None:
+        return Short("")
+    distance = "" if first is None else f" ({100 * (score - first):+.2f})"
+    return Short(f"{100 * score:.2f} %{distance}")
+
+
+def confusion(name: str, entry: dict[str, Any]) -> str:
+    """Heat map and most frequent mistakes of a probe."""
+    counts, classes = np.array(entry["counts"]), entry["classes"]
+    wrong = counts * (1 - np.eye(len(classes), dtype=counts.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place]]
+    rows = [[classes[truth], classes[answer], int(wrong[truth, answer])] for truth, answer in pairs]
+    mistakes = table(["class", "read as", "test images"], rows) if rows else ""
+    shown = picture(plots.confusion(counts, classes), "% of each class")
+    return heading(name) + pictures([shown, mistakes])
+
+
+def looks(found: Iterable[dict[str, Any]]) -> tuple[str, str]:
+    """(nearest neighbours, token colours) of look.json files."""
+    near, tokens = "", ""
+    for entry in found:
+        cell = entry["cell"]
+        where = f"block {cell['block']} at s = {cell['s']:g}"
+        near += paragraph(
+            f"Test images, then the training images whose features at {where} are the most similar "
+            "by cosine; green frames: of the same class.",
+            "note",
+        )
+        near += "".join(_neighbours(query) for query in entry["queries"])
+        tokens += paragraph(
+            f"The first three principal components of all tokens at {where} as red, green and "
+            "blue: what has one colour is alike to the network.",
+            "note",
+        )
+        tokens += pictures([strip(_colours(query)) for query in entry["queries"]])
+    return near, tokens
+
+
+def _neighbours(query: dict[str, Any]) -> str:
+    thumbs = [Thumb(query["image"], query["class"], "first")]
+    for near in query["neighbours"]:
+        kind = "right" if near["right"] else "wrong"
+        thumbs.append(Thumb(near["image"], f"{near['class']} {near['similarity']:.3f}", kind))
+    return strip(thumbs)
+
+
+def _colours(query: dict[str, Any]) -> list[Thumb]:
+    return [Thumb(query["image"], query["class"]), Thumb(query["tokens"], "tokens")]
+
+
+def best_confusion(
+    run: Path, lines: Sequence[dict[str, Any]], read: Callable[[Path], Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """(name, confusion) of the most accurate probe of a run that saw all labels; empty without
+    one."""
+    paths = {path.stem.removeprefix("confusion-"): path for path in run.rglob("confusion-*.json")}
+    known = [
+        line for line in lines if line.get("id") in paths and "few_shot" not in line["protocol"]
+    ]
+    if not known:
+        return []
+    best = max(known, key=lambda line: line["accuracy"])
+    cell = best["cell"]
+    name = f"{run.name}: {probe_name(best)}, block {cell['block']} at s = {cell['s']:g}"
+    return [(name, read(paths[best["id"]]))]
