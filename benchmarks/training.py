@@ -8,10 +8,13 @@ steps are compared before anything is timed.
 """
 
 import argparse
+import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +22,12 @@ from harness import ROUNDS, cpu_seconds, machine, record
 from sampling import diffusers_transformer
 from torch import Tensor, nn
 
-from latentddae import dist, draws
+from latentddae import dist, draws, files, train
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import write_split
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
+from latentddae.training import timing
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
 from latentddae.training.optim import OptimConfig
@@ -29,6 +35,7 @@ from latentddae.training.settings import EngineConfig
 
 BATCH = 4
 LR = 1e-4
+HOST_GOAL_MS = 1.0
 HALFLIFE = 1_774_000
 OBJECTIVE = OBJECTIVES["ddpm"]()
 Step = Callable[[], float]
@@ -245,7 +252,73 @@ def optimizers() -> None:
     )
 
 
-ROWS = {"average": averages, "optimizer": optimizers, "step": train_steps}
+def run_of(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The lines of a whole run of `latentddae train`, its clock the CPU time of its main thread."""
+    shards, run = folder / "shards", folder / "run"
+    spec = LatentSpec(kind="deterministic", channels=4, size=32)
+    noise = draws.normal(0, "shards", torch.arange(64), (1, 4, 32, 32)).half().numpy()
+    names = [f"{i}" for i in range(64)]
+    write_split(shards, "train", spec, noise, [0] * 64, names, classes=("a",), shard_size=64)
+    config = folder / "run.yaml"
+    config.write_text(json.dumps({"run": str(run), "data": {"path": str(shards)}}))
+
+    def train_it() -> None:
+        timing.HostClock.mark = lambda self: time.thread_time()  # type: ignore[method-assign]
+        train.main(["--config", str(config), *overrides])
+
+    process = multiprocessing.get_context("fork").Process(target=train_it)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return [row for row in files.read_json_lines(run / "metrics.jsonl") if "event" not in row]
+
+
+def host_time() -> None:
+    """What the loop itself costs a step, lines and their measurements included; a small network, so
+    that those cost little."""
+    small = ("model.name=dit", "model.hidden_size=64", "model.depth=2", "model.num_heads=2")
+    sizes = ("global_batch=8", "total_images=3200", f"log_every_images={8 * 40}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_of(Path(folder), *small, *sizes, "engine.precision=fp32")[1:]
+    loop, lines = (statistics.median(row[part] for row in rows) for part in ("other_ms", "log_ms"))
+    print(f"own time of a step: loop {loop:.3f} ms, lines {lines:.3f} ms (one for 40 steps)")
+    record(
+        "host_time_per_step",
+        loop + lines,
+        HOST_GOAL_MS,
+        "ms of CPU a step",
+        "goal; all but data, forward, backward, optimizer, average",
+        higher_is_better=False,
+    )
+
+
+def background_save() -> None:
+    """How long a state written in the background keeps the loop from its next step, in steps."""
+    sizes = (f"global_batch={BATCH}", f"total_images={8 * BATCH}", f"log_every_images={BATCH}")
+    saves = ("save.background=true", f"save.every_images={3 * BATCH}", "probe_images=0")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_of(Path(folder), "model.name=dit_s_2", "engine.precision=fp32", *sizes, *saves)
+    # A pause stands in the line after it; the last state is not waited for by a step.
+    pauses = [row["pause_s"] for row in rows if row["pause_s"] > 1e-4]
+    step = statistics.median(row["step_ms"] for row in rows) / 1000
+    print(f"pauses {pauses} s, a step {step:.3f} s")
+    record(
+        "background_save_stall",
+        max(pauses),
+        step,
+        "CPU seconds",
+        "one training step of DiT-S/2, batch of 4",
+        higher_is_better=False,
+    )
+
+
+ROWS = {
+    "average": averages,
+    "optimizer": optimizers,
+    "step": train_steps,
+    "host": host_time,
+    "save": background_save,
+}
 
 
 def main() -> None:

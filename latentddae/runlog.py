@@ -89,7 +89,8 @@ class RunLog:
         self.path = run / "metrics.jsonl"
         kept = [row for row in files.read_json_lines(self.path) if row.get("images", 0) <= images]
         files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images or None)
+        lost = images + 1 if images else None  # TensorBoard forgets the points from there on
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. JSON has no NaN and no infinity: they become null."""
