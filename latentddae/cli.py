@@ -29,6 +29,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),
+    "doctor": ("latentddae.doctor", "can this machine train, and if not, what is wrong"),
     "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
 }
 

@@ -6,7 +6,7 @@
 import functools
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -38,27 +38,54 @@ class World:
 
 
 def world_from_environment(env: Mapping[str, str] | None = None) -> World:
-    """What the launcher says: RANK/WORLD_SIZE (deepspeed, torchrun), else a multi-task srun step, else one process."""
+    """What the launcher says: RANK/WORLD_SIZE (deepspeed, torchrun), else a multi-task srun step, else one process.
+
+    Raises ConfigError for variables that make no sense, and in a batch script of several tasks that forgot `srun`.
+    """
     env = os.environ if env is None else env
     try:
+        world = World()
         if "RANK" in env and "WORLD_SIZE" in env:
-            return World(
-                int(env["RANK"]),
-                int(env["WORLD_SIZE"]),
-                int(env.get("LOCAL_RANK", 0)),
-                "environment",
-            )
+            local_rank = int(env.get("LOCAL_RANK", 0))
+            world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, "environment")
         # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
-        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-            return World(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_NTASKS"]),
-                int(env["SLURM_LOCALID"]),
-                "slurm",
-            )
+        elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
+                raise ConfigError(
+                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was not "
+                    "started by srun: put `srun` before the command, or --ntasks=1"
+                )
+            rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+            world = World(rank, size, int(env["SLURM_LOCALID"]), "slurm")
     except (KeyError, ValueError) as error:
         raise ConfigError(f"launcher variables are inconsistent: {error}") from error
-    return World()
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
+    return world
+
+
+def contradictions(env: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the launcher's variables, one sentence each."""
+    try:
+        world = world_from_environment(env)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        alone, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        yield f"{alone}={env[alone]} is set without {lacking}: it is ignored"
+    tasks = env.get("SLURM_NTASKS", "1")
+    if world.launcher == "environment" and "SLURM_STEP_ID" in env and tasks != str(world.size):
+        by_torchrun = "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env
+        if not by_torchrun and tasks != "1":
+            yield (
+                f"RANK={world.rank} and WORLD_SIZE={world.size} hide Slurm's {tasks} tasks: every task "
+                "believes that it is the same rank"
+            )
+    if world.launcher == "environment" and world.size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        if missing:
+            yield f"WORLD_SIZE={world.size} without {' and '.join(missing)}: the ranks cannot meet"
 
 
 def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.device:

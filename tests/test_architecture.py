@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "training"},
     {"transfer", "generation"},
     {"train"},
-    {"demo", "cli", "__main__"},
+    {"demo", "doctor", "cli", "__main__"},
 ]
 
 HOMES = {  # library -> the only modules that may import it

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentddae import dist
-from latentddae.dist import World, device_for, slurm_port, world_from_environment
+from latentddae.dist import World, contradictions, device_for, slurm_port, world_from_environment
 from latentddae.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def test_torchrun_and_deepspeed_variables() -> None:
 
 
 def test_slurm_step_variables() -> None:
-    env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
     assert world_from_environment(env) == World(5, 8, 1, "slurm")
 
 
@@ -36,6 +36,43 @@ def test_launchers_win_over_slurm() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ConfigError, match="inconsistent"):
         world_from_environment({"RANK": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="rank 2 of 2"):
+        world_from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_a_batch_script_that_forgot_srun_is_refused() -> None:
+    """Slurm sets these in the script of a job with two tasks; one process would wait for the other for ever."""
+    env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    with pytest.raises(ConfigError, match="put `srun` before"):
+        world_from_environment(env)
+
+
+MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        ({}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, ""),
+        ({"RANK": "1"}, "without WORLD_SIZE"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, "without MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"},
+            "hide Slurm's 8 tasks",
+        ),
+        (  # torchrun, one on each of two nodes
+            {"RANK": "9", "WORLD_SIZE": "16", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+            | {"LOCAL_WORLD_SIZE": "8", **MEETING},
+            "",
+        ),
+    ],
+)
+def test_contradictions(env: dict[str, str], problem: str) -> None:
+    found = list(contradictions(env))
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
 
 
 def test_every_step_of_every_job_meets_at_its_own_port() -> None:
