@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -112,6 +113,34 @@ def test_no_value_is_read_between_two_lines(tiny_shards, tmp_path, ranks) -> Non
     short, long = reads(5), reads(15)
     assert len(long) == 2 and min(len(counts) for counts in long) > 0
     assert sorted(short) == sorted(long)
+
+
+WAITS = f"""
+import json, sys, warnings
+import torch
+from latentddae import train
+torch.cuda.set_sync_debug_mode("warn")
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    train.main(sys.argv[1:])
+places = [f"{{w.filename}}:{{w.lineno}}" for w in found if "synchroniz" in str(w.message)]
+print(json.dumps(sorted(place for place in places if place.startswith({PACKAGE!r}))))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_no_line_of_ours_waits_for_the_device(tiny_shards, tmp_path) -> None:
+    """The same with the driver as the judge."""
+
+    def waits(steps: int) -> list[str]:
+        settings = (f"run={tmp_path / str(steps)}", f"data.path={tiny_shards}")
+        length = (f"total_images={steps * STEP}", "log_every_images=100000", "conditional=true")
+        command = [sys.executable, "-c", WAITS, "--config", str(CONFIG), *settings, *length]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert waits(15) == waits(5) != []
 
 
 @pytest.mark.parametrize("stage", [1, 3])
