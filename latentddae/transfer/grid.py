@@ -40,7 +40,7 @@ from latentddae.transfer.features import (
 )
 from latentddae.transfer.pools import POOLS, check_pools
 
-PROTOCOL = "ridge-grid/1"
+PROTOCOL = "ridge-grid/2"
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -227,7 +227,7 @@ def judge_level(
 def _judge_cell(
     statistics: ridge.Statistics, features: Tensor, labels: Tensor, level: float, cell: Cell
 ) -> dict[str, Any]:
-    scores = ridge.accuracies(ridge.solve(statistics), features, labels)
+    scores = ridge.accuracies(ridge.solve(statistics, standardise=True), features, labels)
     best = max(range(len(scores)), key=lambda i: scores[i])
     return {
         "level": level,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
 
 from latentddae import dist
 from latentddae.data.shards import ShardSet
@@ -30,19 +31,22 @@ def run(checkpoint, train, out, config=CONFIG):
 def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
     result = run(checkpoint, train, tmp_path)
     split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
-    for cell in result["cells"]:
-        features = collect(
+    features = {
+        level: collect(
             checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
-            level=cell["level"], blocks=[cell["block"]], pools=[cell["pool"]], seed=3,
-        )[cell["block"], cell["pool"]].astype(np.float64)  # fmt: skip
-        fit, aside = features[~split.heldout], features[split.heldout]
+            level=level, blocks=[1, 2, 3], pools=CONFIG.pools, seed=3,
+        )
+        for level in CONFIG.levels
+    }  # fmt: skip
+    for cell in result["cells"]:
+        x = features[cell["level"]][cell["block"], cell["pool"]].astype(np.float64)
+        fit, aside = x[~split.heldout], x[split.heldout]
+        scaler = StandardScaler().fit(fit)
         for strength, score in zip(ridge.STRENGTHS, cell["accuracies"], strict=True):
-            if strength < 1e-4:
-                continue  # too close to singular for two solvers to agree on every sample
-            alpha = strength * fit.var(axis=0).sum() * len(fit) / fit.shape[1]
-            theirs = RidgeClassifier(alpha=alpha, solver="cholesky")
-            theirs.fit(fit, train.labels[~split.heldout])
-            assert score == pytest.approx(theirs.score(aside, train.labels[split.heldout]))
+            theirs = RidgeClassifier(alpha=strength * len(fit), solver="cholesky")
+            theirs.fit(scaler.transform(fit), train.labels[~split.heldout])
+            right = theirs.score(scaler.transform(aside), train.labels[split.heldout])
+            assert score == pytest.approx(right)
 
 
 def test_chooses_the_best_cell_and_counts_what_it_saw(checkpoint, train, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
 
 from latentddae import dist
 from latentddae.errors import DataError
@@ -45,6 +46,23 @@ def test_equals_scikit_learn(classes, strength):
         np.testing.assert_allclose(scores, theirs.decision_function(other.numpy()), atol=1e-8)
 
 
+@pytest.mark.parametrize("strength", [1e-3, 1e-1])
+def test_standardised_equals_scikit_learn_on_scaled_features(strength):
+    x, y = planted()
+    x = x * torch.logspace(-2, 2, 20) + 3
+    x[:, 4] = 7.0  # constant: neither scaled nor used
+    other = planted(seed=1)[0] * torch.logspace(-2, 2, 20) + 3
+    other[:, 4] = 7.0
+    scaler = StandardScaler().fit(x.double().numpy())
+    alpha = strength * len(x) * 19 / 20
+    theirs = RidgeClassifier(alpha=alpha, solver="cholesky")
+    theirs.fit(scaler.transform(x.double().numpy()), y.numpy())
+    ours = ridge.solve(streamed(x, y), [strength], standardise=True)[0]
+    scores = other.double() @ ours.weight + ours.bias
+    expected = theirs.decision_function(scaler.transform(other.double().numpy()))
+    np.testing.assert_allclose(scores, expected, atol=1e-7)
+
+
 def test_a_large_common_offset_costs_no_accuracy():
     x, y = planted(offset=1000.0)
     alpha = relative_alpha(x, 1e-2)
@@ -68,7 +86,7 @@ def test_order_and_ranks_change_nothing():
 def test_more_features_than_samples_and_constant_ones():
     x, y = planted(n=15, width=40)
     x[:, :5] = 3.0
-    probes = ridge.solve(streamed(x, y))
+    probes = ridge.solve(streamed(x, y), [1e-6, 1e-2])
     assert all(torch.isfinite(probe.weight).all() for probe in probes)
     assert ridge.accuracies(probes, x, y)[0] == 1.0  # enough freedom to fit everything
     still = ridge.solve(streamed(torch.zeros(10, 3), y[:10]))[0]
