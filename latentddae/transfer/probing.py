@@ -88,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a probe command."""
     inputs.add_arguments(parser)
     cells.add_arguments(parser)
+    parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
+    parser.add_argument(
+        "--clean-input", action="store_true", help="clean latent, time of the level (l-DAE)"
+    )
     joined.add_argument(parser)
     parser.add_argument("--config", type=Path, help="YAML file of these options by their names")
     parser.add_argument(
@@ -146,7 +150,10 @@ def open_cell(args: argparse.Namespace) -> Opened:
         raise UsageError("name the cell: --cell grid.json, or --block K --level s [--pool P]")
     else:
         level = inputs.level_of(args.level, checkpoint.objective)
-        cell = CellChoice(level=level, block=args.block, pool=args.pool or "mean")
+        cell = CellChoice(
+            level=level, block=args.block, pool=args.pool or "mean",
+            draws=args.draws, noisy_input=not args.clean_input,
+        )  # fmt: skip
     train = joined.open_train(args, checkpoint)
     test = cells.open_test(args.data, args.test_split, checkpoint)
     if test.split in train.split.split("+"):

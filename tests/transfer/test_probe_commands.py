@@ -193,6 +193,17 @@ def test_a_config_file_holds_options_and_the_command_line_goes_first(
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
 
 
+def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, tmp_path):
+    """l-DAE's probe: the seed of the noise makes no difference."""
+    rest = (*HERE[:3], 0.6, "--noise-seeds", 3)
+    clean, noisy = (
+        lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / name, *rest, *more)[0]
+        for name, more in (("clean", ["--clean-input"]), ("noisy", ["--draws", 4]))
+    )
+    assert (clean["cell"]["noisy_input"], clean["accuracy_sd"]) == (False, 0)
+    assert (noisy["cell"]["draws"], noisy["cell"]["noisy_input"]) == (4, True)
+
+
 @pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])
 def test_two_ranks_give_the_accuracy_of_one(
     recipe, checkpoint_folder, tiny_shards, tmp_path, ranks
