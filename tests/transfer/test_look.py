@@ -91,6 +91,15 @@ def test_colours_are_the_first_three_principal_components():
     np.testing.assert_array_equal(look.principal_colours(maps), look.principal_colours(maps.copy()))
 
 
+def test_the_largest_weight_of_a_component_is_positive():
+    maps = np.zeros((1, 1, 5, 3))
+    maps[0, 0, :, 1] = [0, 1, 2, 3, 4]  # the only thing that varies, and it grows
+    maps[0, 0, :, 2] = [0, -0.5, -1, -1.5, -2]
+    red = look.principal_colours(maps)[0, 0, :, 0]
+    assert red[0] == 0
+    assert red[-1] == 255
+
+
 def test_colours_of_equal_tokens_and_of_two_channels():
     assert look.principal_colours(np.ones((1, 2, 2, 5))).max() == 0
     narrow = look.principal_colours(np.random.default_rng(0).normal(size=(1, 2, 2, 2)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from latentddae.errors import ConfigError, DataError, UsageError
-from latentddae.transfer import page, plots, report
+from latentddae.transfer import page, plots, report, sections
 from latentddae.transfer.look import as_text
 from latentddae.transfer.page import Bar, Section, build_page
 
@@ -194,6 +194,15 @@ def test_page_shows_every_part(run, tmp_path):
     assert float(lines[2]["accuracy"]) == 0.957
     assert lines[2]["protocol"] == "lbfgs-linear/1"
     assert (lines[9]["accuracy_sd"], lines[9]["images_seen"]) == ("0.004", "64000")
+
+
+def test_a_curve_needs_two_checkpoints_of_the_same_probe():
+    one, other = probe_line("a", "linear", 0.9, 10), probe_line("b", "knn", 0.8, 20)
+    assert sections.progress([("run", [one, other])]) == ""
+    later = probe_line("c", "linear", 0.95, 20)
+    shown = Reader(sections.progress([("run", [later, one, other])])).text
+    assert shown.index("90.00 %") < shown.index("95.00 %")  # by images seen
+    assert "k-NN" not in shown
 
 
 def test_an_empty_run_gives_a_page_with_the_versions_only(tmp_path):
