@@ -6,8 +6,11 @@ leaves with status 75. The ranks that wait for it hang in their own part and lea
 
 A rank that cannot report itself (stopped, dead, its interpreter locked) is named by the others: whoever
 finds a hang asks all ranks through the group's store, and each one's second thread answers with its part.
-Who does not answer is silent; a stopped process on the same machine is killed, for it cannot leave itself.
-A locked interpreter is ended, with its stacks, by faulthandler's own thread, which needs none.
+Who does not answer is silent, and killed if it is on the same machine, for it cannot leave itself. The stacks
+of a locked interpreter are printed by faulthandler's own thread, which needs none.
+
+A job that was suspended as a whole (Slurm can, and Ctrl-Z) has not hung: time in which the watching thread
+did not run does not count.
 """
 
 import contextlib
@@ -32,7 +35,8 @@ ANSWER_S = (
     2.0  # answers, and a description that may itself touch what hangs, are waited for so long
 )
 STDERR = 2
-LOCKED_S = 2.0  # a locked interpreter is given so much longer than the limit
+LOCKED_S = 1.0  # so long after the limit the stacks of a locked interpreter are printed
+SUSPENDED_S = 5.0  # a longer gap between two polls is no hang
 
 
 class Watchdog:
@@ -65,11 +69,14 @@ class Watchdog:
         return "" if self._peers is None else self._peers.described()
 
     def _watch(self) -> None:
-        poll = min(POLL_S, self.limit_s / 10)
+        poll, seen = min(POLL_S, self.limit_s / 10), time.monotonic()
         while not self._stopped.wait(poll):
+            gap, seen = time.monotonic() - seen, time.monotonic()
+            if gap > poll + SUSPENDED_S:
+                self._since += gap
             # Counts on without the interpreter, from the last moment it was seen to run.
-            faulthandler.dump_traceback_later(self.limit_s + LOCKED_S, exit=True, file=STDERR)
-            if time.monotonic() - self._since > self.limit_s:
+            faulthandler.dump_traceback_later(self.limit_s + LOCKED_S, file=STDERR)
+            if seen - self._since > self.limit_s:
                 faulthandler.cancel_dump_traceback_later()
                 self._report()
                 os._exit(RequeueError.exit_code)
@@ -84,7 +91,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         if self._peers is not None:
-            self._peers.kill_stopped()
+            self._peers.kill_silent()
 
 
 def _described(detail: Callable[[], str]) -> str:
@@ -151,11 +158,11 @@ class Peers:
             {part: {r for r in answers if answers[r] == part} for part in answers.values()}
         )
 
-    def kill_stopped(self) -> None:
-        """End silent ranks of this machine that are stopped: they would outlive their launcher."""
+    def kill_silent(self) -> None:
+        """End the silent ranks of this machine: a stopped process outlives its launcher and holds its GPU."""
         for process in self._silent:
             host, pid, _ = process.split()
-            if host == socket.gethostname() and _process(int(pid)) == process and _is_stopped(pid):
+            if host == socket.gethostname() and _process(int(pid)) == process:
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
 
@@ -170,11 +177,7 @@ def _listed(parts: dict[str, set[int]]) -> str:
     return "".join(lines)
 
 
-def _is_stopped(pid: str) -> bool:
-    return _stat(pid)[0] in ("T", "t")
-
-
-def _stat(pid: int | str) -> list[str]:
+def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name, or "?"s where there is no such file."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
