@@ -157,7 +157,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return patches.contiguous()  # else every sum in the residual stream inherits the strides
 
 
 class TimeEmbedder(nn.Module):

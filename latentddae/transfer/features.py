@@ -21,7 +21,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.draws import key_positions, normal, uniform
 from latentddae.errors import ConfigError, UsageError
-from latentddae.models.folded import fold, foldable
+from latentddae.models.folded import Output, fold, foldable
 from latentddae.training.settings import resolve_precision
 from latentddae.transfer.pools import POOLS, check_pools, pool_of
 
@@ -49,9 +49,8 @@ class Trunk(Protocol):
     @property
     def images_at_once(self) -> int: ...
 
-    def stream(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(N, C, h, w) -> (k, tokens (N, T, D)) block by block, lazily; a block's tokens are valid
-        until the next."""
+    def stream(self, x: Tensor) -> Iterator[tuple[int, Output]]:
+        """(N, C, h, w) -> (k, output) block by block, lazily; an output is valid until the next."""
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
         """Tokens after the block's own modulated LayerNorm."""
@@ -65,10 +64,10 @@ class PlainTrunk:
     network_t: Tensor
     images_at_once: int = BATCH
 
-    def stream(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield from self.model.stream(
-            x, self.network_t.expand(len(x)), null_labels(self.model, len(x))
-        )
+    def stream(self, x: Tensor) -> Iterator[tuple[int, Output]]:
+        t = self.network_t.expand(len(x))
+        for number, tokens in self.model.stream(x, t, null_labels(self.model, len(x))):
+            yield number, Output(tokens)
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
         raise ConfigError(f"this network's block {block} has no adaLN to normalise by")
@@ -166,22 +165,22 @@ def pooled_blocks(
     parts: dict[Cell, list[Tensor]] = {(block, pool): [] for block in blocks for pool in pools}
     for images in x.split(trunk.images_at_once):
         filler = images[:1].expand(trunk.images_at_once - len(images), -1, -1, -1)
-        for block, tokens in trunk.stream(torch.cat([images, filler])):
+        for block, output in trunk.stream(torch.cat([images, filler])):
             if block in blocks:
-                for pool, value in pooled(trunk, block, tokens[: len(images)], pools):
-                    parts[block, pool].append(value.cpu())
+                for pool in pools:
+                    value = pooled(trunk, block, output, pool)
+                    parts[block, pool].append(value[: len(images)].cpu())
             if block == max(blocks):
                 break  # the stream is lazy: later blocks never run
     return {cell: torch.cat(values) for cell, values in parts.items()}
 
 
-def pooled(
-    trunk: Trunk, block: int, tokens: Tensor, pools: Sequence[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every pool of one block's tokens."""
-    for name in pools:
-        normalise, pool = pool_of(name)
-        yield name, pool(trunk.normalised(block, tokens) if normalise else tokens)
+def pooled(trunk: Trunk, block: int, output: Output, name: str) -> Tensor:
+    """One pool of one block: (N, width) float32."""
+    pool = pool_of(name)
+    if pool.normalises:
+        return pool.function(trunk.normalised(block, output.tokens()))
+    return output.averaged(pool.function) if pool.averages else pool.function(output.tokens())
 
 
 def joined(values: dict[Cell, Tensor], block: Block, pool: str) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,9 +34,9 @@ def pool_grid(tokens: Tensor, cells: int) -> Tensor:
             f"a {cells}x{cells} pool needs a square map of at least that side, got {length} tokens"
         )
     if side % cells == 0:
-        patch = side // cells
-        map_ = tokens.float().view(n, cells, patch, cells, patch, width)
-        return map_.mean(dim=(2, 4)).flatten(1)
+        patch = side // cells  # rows first: both sums then run along memory
+        rows = tokens.float().reshape(n, cells, patch, side * width).mean(dim=2)
+        return rows.view(n, cells, cells, patch, width).mean(dim=3).flatten(1)
     map_ = tokens.float().transpose(1, 2).unflatten(2, (side, side))
     pooled = F.adaptive_avg_pool2d(map_, cells)
     return pooled.flatten(2).transpose(1, 2).flatten(1)
@@ -47,20 +48,27 @@ KNOWN_POOLS = "mean, max, grid2, grid3, ..., and each with norm- before it (norm
 NORM = "norm-"  # the block's own adaLN first
 
 
-def pool_of(name: str) -> tuple[bool, Callable[[Tensor], Tensor]]:
-    """What a pool's name means: whether tokens pass the block's own adaLN first, and the pooling.
+@dataclass(frozen=True)
+class Pool:
+    """What a pool's name means."""
 
-    Raises UsageError for an unknown name.
-    """
+    function: Callable[[Tensor], Tensor]  # (N, T, D) -> (N, width) float32
+    averages: bool  # its weights sum to one over tokens
+    normalises: bool  # tokens pass the block's own adaLN first
+
+
+def pool_of(name: str) -> Pool:
+    """The pool of a name; UsageError if there is none."""
     plain = name.removeprefix(NORM)
     grid = re.fullmatch(r"grid([1-9]\d?)", plain)
     if grid:
         cells = int(grid[1])
-        return plain != name, lambda tokens: pool_grid(tokens, cells)
-    pools = {"mean": pool_mean, "max": pool_max}
-    if plain not in pools:
-        raise UsageError(f"unknown pool {name!r}; known: {KNOWN_POOLS}")
-    return plain != name, pools[plain]
+        return Pool(lambda tokens: pool_grid(tokens, cells), True, plain != name)
+    if plain == "mean":
+        return Pool(pool_mean, True, plain != name)
+    if plain == "max":
+        return Pool(pool_max, False, plain != name)
+    raise UsageError(f"unknown pool {name!r}; known: {KNOWN_POOLS}")
 
 
 def check_pools(pools: Sequence[str]) -> None:

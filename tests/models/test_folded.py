@@ -29,7 +29,7 @@ def images(count=3):
 def streamed(trunk, x):
     """Copies of all outputs: the stream gives the same memory again and again."""
     with torch.inference_mode():
-        return {block: tokens.clone() for block, tokens in trunk.stream(x)}
+        return {block: output.tokens().clone() for block, output in trunk.stream(x)}
 
 
 def distance(ours, truth):
@@ -79,6 +79,27 @@ def test_gelu_of_a_packed_layer_is_ours():
     weight, bias = torch.eye(64), torch.linspace(-8, 8, 64)
     out = Layer.of(weight, bias, torch.float32)(torch.zeros(1, 1, 64), activate=True)
     torch.testing.assert_close(out[0, 0], gelu(bias), atol=2e-6, rtol=0)
+
+
+def test_averages_commute_with_the_last_product():
+    """The last block's averages skip the product of all tokens; a maximum needs it."""
+    trunk = fold(network(), T, depth=2, dtype=torch.float32)
+    tokens = streamed(trunk, images())
+    halves = lambda x: x.float().unflatten(1, (2, -1)).mean(dim=2).flatten(1)  # noqa: E731
+    with torch.inference_mode():
+        for block, output in trunk.stream(images()):
+            assert (output.layer is None) == (block == 1)
+            torch.testing.assert_close(output.averaged(halves), halves(tokens[block]))
+            assert output.tokens().equal(tokens[block])
+            torch.testing.assert_close(output.averaged(halves), halves(tokens[block]))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_layer_norm_is_torchs(scale):
+    x = scale * (torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0)) + 2)
+    x[..., 7] *= 100  # the massive channels of trained networks
+    expected = torch.nn.functional.layer_norm(x.double(), (96,), eps=1e-6)
+    assert distance(folded.layer_norm(x), expected) < 3e-7
 
 
 def test_only_the_blocks_asked_for_are_folded_and_run():

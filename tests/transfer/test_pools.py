@@ -22,7 +22,7 @@ def test_grid_is_the_mean_of_each_quarter():
     map_ = tokens(2, 4, 4, 3)
     quarters = [map_[:, r : r + 2, c : c + 2].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 2)]
     torch.testing.assert_close(pool_grid(map_.flatten(1, 2), 2), torch.cat(quarters, dim=1))
-    torch.testing.assert_close(pool_of("grid4")[1](map_.flatten(1, 2)), map_.flatten(1))
+    torch.testing.assert_close(pool_of("grid4").function(map_.flatten(1, 2)), map_.flatten(1))
 
 
 def test_grid_on_a_side_that_does_not_divide():
@@ -35,13 +35,29 @@ def test_grid_on_a_side_that_does_not_divide():
 
 def test_pools_are_float32_and_refuse_no_square():
     half = torch.ones(1, 16, 2, dtype=torch.bfloat16)
-    assert all(pool_of(name)[1](half).dtype == torch.float32 for name in (*POOLS, "max"))
+    assert all(pool_of(name).function(half).dtype == torch.float32 for name in (*POOLS, "max"))
     with pytest.raises(ConfigError, match="12 tokens"):
         pool_grid(torch.ones(1, 12, 2), 2)
 
 
 def test_names():
-    assert [pool_of(name)[0] for name in ("mean", "norm-mean", "norm-grid3")] == [False, True, True]
+    assert [pool_of(name).normalises for name in ("mean", "norm-mean", "norm-grid3")] == [
+        False,
+        True,
+        True,
+    ]
     for wrong in ("mode", "grid", "grid0", "norm", "norm-", "norm-norm-mean"):
         with pytest.raises(UsageError, match="unknown pool"):
             check_pools(["mean", wrong])
+
+
+def test_averages_are_those_whose_weights_sum_to_one():
+    constant = torch.full((1, 16, 2), 3.0)
+    for name in ("mean", "max", "grid2", "grid3"):
+        pool = pool_of(name)
+        assert (pool.function(constant) == 3).all()
+        some, other = tokens(1, 16, 2), tokens(1, 16, 2).flip(1).square()
+        linear = torch.allclose(
+            pool.function(some) + pool.function(other), pool.function(some + other), atol=1e-5
+        )
+        assert linear == pool.averages, name
