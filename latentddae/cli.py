@@ -26,6 +26,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "finetune": ("latentddae.transfer.finetune", "train a pretrained trunk on, with a linear head"),
     "look": ("latentddae.transfer.look", "nearest neighbours and token colours, for the report"),
     "suite": ("latentddae.transfer.suites", "grid and probes on several transfer sets"),
+    "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from latentddae import __version__
+from latentddae import __version__, dist
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.errors import DataError, UsageError
@@ -60,16 +60,19 @@ def split_train(shards: ShardSet, *, holdout: float, seed: int, limit: int | Non
     return Split(train=chosen, heldout=mask)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all transfer commands share."""
+def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> None:
+    """The options that all transfer commands share; `holdout` for those that choose something."""
     parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
     parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--seed", type=int, help="of noise, held-out part and subset (default 0)")
-    parser.add_argument(
-        "--holdout", type=float, help=f"share of train kept for every choice (default {HOLDOUT})"
-    )
+    if holdout:
+        parser.add_argument(
+            "--holdout",
+            type=float,
+            help=f"share of train kept for every choice (default {HOLDOUT})",
+        )
     parser.add_argument("--limit", type=int, help="use at most this many training samples")
     parser.add_argument("--batch", type=int, default=128, help="does not change the features")
 
@@ -87,8 +90,8 @@ def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any
 
 
 def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Any:
-    """A `zoo.Checkpoint` on the GPU where there is one, ready to give features."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features."""
+    device = dist.device_for(dist.world_from_environment())
     return zoo.load(source, weights=weights, device=device)
 
 
