@@ -27,6 +27,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "look": ("latentddae.transfer.look", "nearest neighbours and token colours, for the report"),
     "suite": ("latentddae.transfer.suites", "grid and probes on several transfer sets"),
     "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
+    "noise-classifier": ("latentddae.transfer.noise_classifier", "accuracy over all noise levels"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),

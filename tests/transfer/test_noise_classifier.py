@@ -1,0 +1,91 @@
+"""The noise-conditional classifier: one head for all levels, keyed draws, a curve that falls with noise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from latentddae import draws
+from latentddae.diffusion.ddpm import DDPM
+from latentddae.errors import run_command
+from latentddae.models import zoo
+from latentddae.transfer import features, noise_classifier
+from latentddae.transfer.noise_classifier import Head, Reader, Settings, sinusoid
+from latentddae.transfer.part import Part
+
+
+@pytest.fixture
+def reader(checkpoint_folder) -> Reader:
+    return Reader(zoo.load(checkpoint_folder), block=2)
+
+
+def test_features_are_those_of_the_extractor(reader, train) -> None:
+    """At one common time they equal what every other probe reads."""
+    index = np.arange(8)
+    x0 = features.clean_latents(reader.latents, train, index)
+    noise = features.noise_of(5, 0, draws.key_positions(train.keys(index)), x0.shape[1:])
+    found = reader.features(x0, noise, torch.full((8,), 0.3))
+    expected = features.collect(
+        reader.model, reader.objective, reader.latents, train, index,
+        level=0.3, blocks=(2,), seed=5,
+    )[2, "mean"]  # fmt: skip
+    scale = np.abs(expected).mean()
+    assert np.abs(found.numpy() - expected).max() < 0.05 * scale  # bf16 where there is any
+    mixed = reader.features(x0, noise, torch.linspace(0, 0.9, 8))
+    assert (mixed[3] - found[3]).abs().max() > 0.01 * scale
+
+
+def test_head_knows_the_level() -> None:
+    head = Head(8, classes=3)
+    x = torch.ones(2, 8)
+    logits = head(x, torch.tensor([0.1, 0.8]))
+    assert logits.shape == (2, 3) and (logits[0] - logits[1]).abs().max() > 1e-3
+    table = sinusoid(torch.tensor([0.0, 3.0]), 5)
+    assert table.shape == (2, 5) and table[0].tolist() == [0, 0, 1, 1, 0]
+    assert table[1, 0] == pytest.approx(np.sin(3.0), abs=1e-6)
+    assert table[1, 1] == pytest.approx(np.sin(3.0 / 100), abs=1e-6)
+
+
+def test_every_draw_follows_from_the_position(reader, train) -> None:
+    """The same images seen give the same features, levels and labels; levels cover the axis."""
+    from latentddae.data.loader import Loader
+
+    loader = Loader(train, global_batch=64, seed=0, workers=0)
+    once, again = (noise_classifier.drawn(reader, loader.batch_at(64), 3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    level = once[1]
+    assert level.min() < 0.1 and level.max() > 0.9 and level.unique().numel() == 64
+    assert not torch.equal(level, noise_classifier.drawn(reader, loader.batch_at(0), 3)[1])
+
+
+def test_planted_classes_are_read_where_there_is_signal(reader, train, test) -> None:
+    part = Part(train, np.arange(len(train)))
+    head = noise_classifier.train_head(
+        reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
+    )
+    curve = noise_classifier.accuracy_curve(reader, head, test, seed=0)
+    assert len(curve) == 20 and [row["s"] for row in curve] == sorted(row["s"] for row in curve)
+    assert curve[0]["accuracy"] > 0.9  # almost clean
+    assert curve[-1]["s"] == 1.0 and curve[-1]["accuracy"] < 0.6  # pure noise: chance is 0.25
+    same = noise_classifier.train_head(
+        reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
+    )
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), same.parameters(), strict=True))
+
+
+def test_levels_of_a_ddpm_are_those_of_the_paper() -> None:
+    """DDAE scores at t = 1, 51, ..., 951."""
+    times = DDPM(preset="ddae").grid(20).flip(0)
+    assert times.tolist() == [1 + 50 * k for k in range(20)]
+
+
+def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys) -> None:
+    argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards), "--block", "2"]
+    argv += ["--out", str(tmp_path), "--epochs", "1", "--limit", "40"]
+    assert run_command("noise-classifier", noise_classifier.main, argv) == 0
+    found = json.loads((tmp_path / "noise-classifier-block-2.json").read_text())
+    assert found["n_seen"] == {"train": 40, "test": 32} and len(found["curve"]) == 20
+    assert (tmp_path / "noise-classifier-block-2.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("%") == 20
+    assert run_command("noise-classifier", noise_classifier.main, [*argv, "--epochs", "0"]) == 2
