@@ -51,9 +51,11 @@ def ranks_of(run: Path, purpose: str, hang_timeout_s: float, retry: bool = False
     Raises ConfigError where another process holds the folder, RequeueError when a rank is lost.
     """
     stop = StopRequest(run)
-    world = dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog speaks first
-    watchdog = Watchdog(hang_timeout_s, world, dist.own_store())
+    world = dist.world_from_environment()
+    watchdog = Watchdog(hang_timeout_s, world)
     try:
+        dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog speaks first
+        watchdog.meet(dist.own_store())
         with contextlib.ExitStack() as stack:
             dist.on_main(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
             here = Here(run, world, dist.device_for(world), stop, watchdog, retry)

@@ -61,7 +61,7 @@ class _OnItsWay:
 
 
 class Saver:
-    """Writes the states of a run; every method but `due` is a collective."""
+    """Writes the states of a run; every method but `due` and `close` is a collective."""
 
     def __init__(
         self,

@@ -42,20 +42,25 @@ SUSPENDED_S = 5.0  # a longer gap between two polls is no hang
 class Watchdog:
     """Ends this process when one part of the loop takes longer than `limit_s` seconds."""
 
-    def __init__(self, limit_s: float, world: World, store: torch_dist.Store | None = None) -> None:
-        """`store`: a connection to the group's store that nobody else uses; None for one process."""
+    def __init__(self, limit_s: float, world: World) -> None:
         self.limit_s, self.world = limit_s, world
         self._part = "starting"
         self._detail: Callable[[], str] = str
         self._since = time.monotonic()
         self._stopped = threading.Event()
-        self._peers = Peers(world, store, lambda: self._part) if store is not None else None
+        self._peers: Peers | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def enter(self, part: str, detail: Callable[[], str] = str) -> None:
         """A part begins; `detail` is asked only if the part hangs."""
         self._part, self._detail, self._since = part, detail, time.monotonic()
+
+    def meet(self, store: torch_dist.Store | None) -> None:
+        """The other ranks can be asked from now on, through a connection to the group's store that nobody else
+        uses; None: there are no others."""
+        if store is not None:
+            self._peers = Peers(self.world, store, lambda: self._part)
 
     def stop(self) -> None:
         self._stopped.set()

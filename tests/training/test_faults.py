@@ -45,7 +45,7 @@ def kill_while_saving(
     whole, run = folder / "whole", folder / "run"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
     random = np.random.default_rng(seed)
-    honest = tensorfile.write
+    honest, honest_begin = tensorfile.write, checkpoint.begin
 
     def skewed(path, entries, metadata):
         if late in path.name:
@@ -59,11 +59,15 @@ def kill_while_saving(
         delay, saves = random.uniform(0, 0.3), random.integers(1, 4)
         late, skew = f"rank-0000{kill % 2}", np.random.default_rng(kill)
         background = ("false", "true")[kill // 2 % 2]
-        hidden = run / "state" / f".partial-{checkpoint.folder_name(images + int(saves) * STEP)}"
+        last = images + int(saves) * STEP
 
-        def killed(victims=victims, delay=delay, hidden=hidden, background=background) -> int:
-            if os.environ["RANK"] in victims:
-                when(hidden.exists, delay)
+        def killed(victims=victims, delay=delay, last=last, background=background) -> int:
+            def begin(folder, at, bytes_needed):
+                if at == last and os.environ["RANK"] in victims:
+                    kill_after(delay)
+                return honest_begin(folder, at, bytes_needed)
+
+            monkeypatch.setattr(checkpoint, "begin", begin)
             changes = ("save.every_images=16", f"save.background={background}", "--retry")
             return start(run, *options, *changes, "hang_timeout_s=20")
 
@@ -84,16 +88,14 @@ def kill_while_saving(
     assert left == []
 
 
-def when(condition: Callable[[], bool], delay: float) -> None:
-    """Kill this process a while after something is so."""
+def kill_after(delay: float) -> None:
+    """Kill this process in a while."""
 
-    def watch() -> None:
-        while not condition():
-            time.sleep(0.001)
+    def kill() -> None:
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=kill, daemon=True).start()
 
 
 @pytest.mark.parametrize(("stage", "kills"), [(1, 2), (3, 4)])

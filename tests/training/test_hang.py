@@ -111,7 +111,8 @@ def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> N
 
     def wait_for_rank_0() -> int:
         world = dist.start()
-        guard = Watchdog(2.0, world, dist.own_store())
+        guard = Watchdog(2.0, world)
+        guard.meet(dist.own_store())
         guard.enter("in a step")
         dist.barrier()
         if world.rank == 0:
@@ -121,6 +122,18 @@ def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> N
 
     assert ranks(wait_for_rank_0, 3, timeout=30) == [-signal.SIGKILL, 75, 75]
     assert capfd.readouterr().err.count("rank 0, which keeps the store, is silent") == 2
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(tmp_path, ranks, start, capfd) -> None:
+    """Rank 0 dies before there is a group, or a group of it: the other one leaves with 75."""
+
+    def alone() -> int:
+        if os.environ["RANK"] == "0":
+            os._exit(1)
+        return start(tmp_path / "run", "hang_timeout_s=2")
+
+    assert ranks(alone, 2, timeout=30) == [1, 75]
+    assert "rank 1 hangs: starting for more than 2 s" in capfd.readouterr().err
 
 
 def test_a_watchdog_that_was_stopped_ends_nothing(ranks, monkeypatch) -> None:
