@@ -20,6 +20,7 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
         "a run's state -> portable weights, on one CPU process",
     ),
     "compare-curve": ("latentddae.training.curve", "set a run's loss against a reference curve"),
+    "features": ("latentddae.transfer.store", "pooled features of whole splits as files"),
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
     "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
     "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),

@@ -15,12 +15,14 @@ from latentddae.errors import ConfigError, DataError, UsageError
 from latentddae.transfer import inputs
 from latentddae.transfer.features import (
     BATCH,
-    POOLS,
+    Block,
+    block_of,
     check_blocks,
     check_level,
     check_pools,
     collect,
 )
+from latentddae.transfer.pools import KNOWN_POOLS
 
 TEST_SPLITS = ("test", "val")
 
@@ -30,7 +32,7 @@ class CellChoice:
     """One cell, and how it was looked at: the noises averaged and whether the input was noisy."""
 
     level: float
-    block: int
+    block: Block
     pool: str
     draws: int = 1
     noisy_input: bool = True
@@ -116,11 +118,9 @@ def open_test(root: Path, name: str | None, checkpoint: Any) -> ShardSet:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How a command is told its cell and its test split."""
     parser.add_argument("--cell", type=Path, help="grid.json: the cell that a grid chose")
-    parser.add_argument("--block", type=int, help="1 to depth")
+    parser.add_argument("--block", type=block_of, help="1 to depth; 3+4: side by side")
     parser.add_argument("--level", help=inputs.LEVEL_HELP)
-    parser.add_argument(
-        "--pool", help=f"one of {', '.join(POOLS)}; with --cell, that pool's best cell"
-    )
+    parser.add_argument("--pool", help=f"one of {KNOWN_POOLS}; with --cell, that pool's best cell")
     parser.add_argument("--test-split", help="default: test, else val")
 
 

@@ -276,6 +276,11 @@ def members_of(block: Block) -> tuple[int, ...]:
         raise UsageError(f"block {block!r}: expected a number, or several as in 3+4") from error
 
 
+def block_of(text: str) -> Block:
+    """A block as typed: "3" or "3+4"."""
+    return int(text) if len(members_of(text)) == 1 else text.replace(" ", "")
+
+
 def check_blocks(blocks: Sequence[AnyBlock], depth: int) -> tuple[AnyBlock, ...]:
     """The blocks in ascending order, each once; refuses those the network does not have."""
     names = {members_of(block): block for block in blocks}

@@ -30,7 +30,9 @@ FROM_UNIT: dict[str, Callable[[Any, float], float]] = {
     "sigma_over_alpha": lambda objective, value: level_of_ratio(value),
     "log_snr": lambda objective, value: level_of_log_snr(value),
 }
+ALIASES = {"": "s", "sigma": "sigma_over_alpha", "logsnr": "log_snr"}
 LEVEL_HELP = "noise level: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5"
+CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or @download, @random)"
 HOLDOUT = 0.2  # share of train kept aside for every choice: cell, pooling, strength, k
 
 
@@ -62,7 +64,7 @@ def split_train(shards: ShardSet, *, holdout: float, seed: int, limit: int | Non
 
 def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> None:
     """The options that all transfer commands share; `holdout` for those that choose something."""
-    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -135,16 +137,23 @@ def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> d
 
 def level_of(text: str, objective: Any) -> float:
     """A noise level s from "0.2" or "s=0.2", "t=121" (the objective's own time),
-    "sigma_over_alpha=0.4" or "log_snr=1.5"."""
+    "sigma_over_alpha=0.4" (or sigma=) or "log_snr=1.5" (or logsnr=)."""
     unit, _, number = text.strip().rpartition("=")
+    unit = ALIASES.get(unit, unit)
     try:
         value = float(number)
-        level = float(FROM_UNIT[unit or "s"](objective, value))
+        level = float(FROM_UNIT[unit](objective, value))
     except (ValueError, KeyError) as error:
         raise UsageError(
             f"noise level {text!r}: expected s in [0, 1], or {', '.join(f'{u}=' for u in FROM_UNIT)} "
             "with a number"
         ) from error
+    if unit == "t" and not math.isclose(
+        objective.to_time(level), value, rel_tol=1e-6, abs_tol=1e-6
+    ):
+        if value == 0:
+            return 0.0  # clean, also where the objective's own times begin at 1
+        raise UsageError(f"noise level {text!r}: the objective's own time does not reach there")
     return check_level(level)
 
 
