@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
 CONFIG = """
@@ -72,6 +73,7 @@ class LocalSlurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.logs = folder / "logs"
         # Both nodes are this host: their names do not resolve, so the ranks are told where to meet.
         outside = {
             k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))
@@ -80,7 +82,7 @@ class LocalSlurm:
 
     def start(self) -> None:
         folder = self.folder
-        for name in ("state", "spool"):
+        for name in ("state", "spool", "logs"):
             (folder / name).mkdir(parents=True)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -133,8 +135,15 @@ class LocalSlurm:
             assert time.monotonic() < deadline, f"not within {seconds} s; see {self.folder}"
             time.sleep(0.2)
 
-    def wait(self, job: str, state: str, seconds: float = 120) -> None:
-        self.until(lambda: self.field(job, "JobState") == state, seconds)
+    def wait(self, job: str, state: str, seconds: float = 200) -> None:
+        """Until a job is in a state; one that ends otherwise fails the test."""
+
+        def reached() -> bool:
+            now = self.field(job, "JobState")
+            assert now == state or now not in ENDS, f"job {job} is {now}, see {self.logs}/{job}.out"
+            return now == state
+
+        self.until(reached, seconds)
 
 
 def stop_process(pid: int) -> None:
