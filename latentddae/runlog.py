@@ -26,6 +26,9 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "s
 # Only these are recorded: the rest of an environment may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
 
+# Beside a job's copy of the code (slurm/env.sh): a copy may lie in a checkout that has moved on.
+COPIED_FROM = Path(__file__).parents[1] / "COMMIT"
+
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that shape a result."""
@@ -39,7 +42,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, if it is a checkout and git is there."""
+    """The commit of the code that runs, if it is a checkout and git is there, or a job's copy of one."""
+    if COPIED_FROM.is_file():
+        return COPIED_FROM.read_text().strip() or None
     here = Path(__file__).parent
     try:
         result = subprocess.run(

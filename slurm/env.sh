@@ -84,6 +84,7 @@ freeze() {
     if [ ! -d "$code" ]; then
         mkdir -p "$code.partial"
         cp -R latentddae configs slurm "$code.partial"
+        git rev-parse HEAD >"$code.partial/COMMIT" 2>/dev/null || true
         mv "$code.partial" "$code"
     fi
     export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"
@@ -91,7 +92,7 @@ freeze() {
 
 # pretrain CONFIG [OTHER_CONFIG.yaml] [key=value ...]
 pretrain() {
-    local config=$1 run argument
+    local config=$1 run argument settings=()
     shift
     if [[ ${1:-} == *.yaml ]]; then
         config=$1
@@ -99,9 +100,13 @@ pretrain() {
     fi
     run=$(sed -n 's/^run: *//p' "$config")
     for argument in "$@"; do
-        [[ $argument != run=* ]] || run=${argument#run=}
+        case $argument in
+        run=*) run=${argument#run=} ;;
+        --retry) [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || continue ;; # meant for one start
+        esac
+        settings+=("$argument")
     done
     freeze "${run:?name the run folder: run=FOLDER}"
     [ ! -f "$code/$config" ] || config=$code/$config
-    launch latentddae.train --config "$config" data.workers="$workers" "$@"
+    launch latentddae.train --config "$config" data.workers="$workers" "${settings[@]}"
 }

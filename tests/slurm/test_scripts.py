@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentddae import dist
+from latentddae import dist, runlog
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -232,6 +232,31 @@ def test_a_job_keeps_the_code_it_started_with(job: FakeSlurm, checkout: Path) ->
     assert "version 2" in job.run("pretrain configs/own.yaml", checkout, SLURM_JOB_ID="4712")[1]
     installed = {"FREEZE": "0", "PYTHONPATH": str(checkout)}
     assert "version 2" in job.run("pretrain configs/own.yaml", checkout, **installed)[1]
+
+
+def test_retry_is_for_one_start(job: FakeSlurm, checkout: Path) -> None:
+    """Requeued, the job has the same arguments; a crash loop must still end."""
+    text = "pretrain configs/own.yaml --retry a=1"
+    assert job.run(text, checkout)[1].endswith("data.workers=11 --retry a=1\n")
+    assert job.run(text, checkout, SLURM_RESTART_COUNT="1")[1].endswith("data.workers=11 a=1\n")
+
+
+def test_the_copy_knows_its_commit(job: FakeSlurm, checkout: Path, monkeypatch) -> None:
+    """It lies in a checkout, which moves on."""
+
+    def git(*words: str) -> str:
+        me = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        command = ["git", "-C", str(checkout), *me, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    first = git("rev-parse", "HEAD")
+    assert job.run("pretrain configs/own.yaml", checkout)[0] == 0
+    git("commit", "-q", "--allow-empty", "-m", "second")
+    frozen = checkout / "runs" / "own" / "code" / "4711"
+    monkeypatch.setattr(runlog, "COPIED_FROM", frozen / runlog.COPIED_FROM.name)
+    assert runlog.git_commit() == first
 
 
 def test_run_folder_and_configuration_of_the_users_choice(job: FakeSlurm, checkout: Path) -> None:
