@@ -31,9 +31,8 @@ from latentddae.errors import RequeueError
 
 POLL_S = 0.5
 NAMED_RANKS = 8
-ANSWER_S = (
-    2.0  # answers, and a description that may itself touch what hangs, are waited for so long
-)
+ANSWER_S = 2.0  # so long the answers of others are waited for
+DETAIL_S = 1.0  # and so long a description, which may itself touch what hangs
 STDERR = 2
 LOCKED_S = 1.0  # so long after the limit the stacks of a locked interpreter are printed
 SUSPENDED_S = 5.0  # a longer gap between two polls is no hang
@@ -101,7 +100,7 @@ class Watchdog:
 
 def _described(detail: Callable[[], str]) -> str:
     """The detail in brackets, or nothing if asking for it hangs as well."""
-    found = _within(ANSWER_S / 2, detail)
+    found = _within(DETAIL_S, detail)
     return f" ({found})" if found else ""
 
 
@@ -127,7 +126,7 @@ class Peers:
         self._stopped = threading.Event()
         store.set(f"process/{world.rank}", _process())
         # Rank 0 keeps the store: when it is stopped there is nobody left to ask for its number.
-        self._silent = [store.get("process/0").decode()]
+        self._silent = [store.get("process/0").decode()] if world.rank else []
         threading.Thread(target=self._answer, name="peers", daemon=True).start()
 
     def stop(self) -> None:
@@ -143,7 +142,8 @@ class Peers:
 
     def described(self) -> str:
         """Ask every rank and wait for the answers: "; rank 1 is silent; rank 2: saving"."""
-        return _within(ANSWER_S + 1, self._asked) or "; rank 0, which keeps the store, is silent"
+        nothing = "; rank 0, which keeps the store, is silent" if self.world.rank else ""
+        return _within(ANSWER_S + DETAIL_S, self._asked) or nothing
 
     def _asked(self) -> str:
         store, others = self.store, set(range(self.world.size)) - {self.world.rank}
