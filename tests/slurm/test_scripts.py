@@ -197,6 +197,12 @@ def test_a_warning_that_comes_while_a_step_finishes(job: FakeSlurm) -> None:
     assert (status, out, job.goes_on) == (75, "the next step\n", True)
 
 
+def test_warned_and_refused_ends(job: FakeSlurm) -> None:
+    """Whatever else happened: running it again cannot help."""
+    status, _ = signalled(job, signal.SIGUSR1, listening(job, "exit 78"))
+    assert (status, job.goes_on) == (78, False)
+
+
 def test_cancelled_or_preempted_is_left_to_slurm(job: FakeSlurm) -> None:
     status, _ = signalled(job, signal.SIGTERM, listening(job, "true", seconds=1))
     assert (status, job.goes_on) == (75, False)
