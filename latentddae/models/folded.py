@@ -88,6 +88,8 @@ class Output:
     sum: Tensor
     layer: Layer | None = None
     hidden: Tensor | None = None
+    prefix: Tensor | None = None
+    """Tokens that stand for no place, (N, P, D): the class token first."""
 
     def tokens(self) -> Tensor:
         """The block's output (N, T, D) float32."""

@@ -5,11 +5,13 @@ Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; th
 untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
 embedding of the noisy latent) and with random gates. Networks appear once per pooling with their
 widths, and the pooling of each is the one with the higher held-out accuracy. An untrained network
-has its cell chosen by a grid of its own. Finished rows are not computed again.
+has its cell chosen by a grid of its own, and so has a timm backbone (`--timm NAME@WEIGHTS`), which
+reads the clean pixels. Finished rows are not computed again.
 """
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from latentddae.data.shards import ShardSet
-from latentddae.errors import DataError, run_command
+from latentddae.errors import ConfigError, run_command
 from latentddae.files import exclusive, read_json_lines, text_hash, write_json
 from latentddae.models import zoo
+from latentddae.models.backbone import PREFIX
 from latentddae.models.dit import randomize_gates
 from latentddae.transfer import grid as grids
 from latentddae.transfer import inputs, knn, linear
+from latentddae.transfer.aligned import Aligned, same_samples
 from latentddae.transfer.cell import (
     Arrays,
     CellChoice,
@@ -44,7 +48,7 @@ LABELS = {  # group -> how tables name it
     "pixels": "raw pixels",
     "untrained": "untrained, as initialised",
     "random_gates": "untrained, random gates",
-}
+}  # a timm backbone is called by its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,8 @@ class CompareConfig:
     """Noise levels at which the untrained networks are judged; None: those of the grid."""
     control_seed: int = 0
     """Of the untrained networks' weights."""
+    timm: tuple[str, ...] = ()
+    """Backbones NAME@WEIGHTS to set beside, on the same images."""
     limit: int | None = None
     """At most this many training samples for the probes, chosen by key; the grids have their own."""
     batch: int = BATCH
@@ -81,8 +87,8 @@ class Entry:
     none."""
 
     group: str
-    train: ShardSet
-    test: ShardSet
+    train: Any  # a ShardSet, or one seen through Aligned
+    test: Any
     network: Any = None
     cell: CellChoice | None = None
 
@@ -128,6 +134,33 @@ def entries(subject: Subject, out: Path, config: CompareConfig, progress: bool) 
         for pool in pools:
             cell = chosen_cell(own, pool)
             yield Entry(group=group, train=train, test=test, network=network, cell=cell)
+    yield from backbone_entries(subject, out, config, progress)
+
+
+def backbone_entries(
+    subject: Subject, out: Path, config: CompareConfig, progress: bool
+) -> Iterator[Entry]:
+    """The rows of timm backbones: each block on clean pixels, by the grid that judges all networks.
+
+    Raises ConfigError where there are no pixels.
+    """
+    if config.timm and (subject.pixel_train is None or subject.pixel_test is None):
+        raise ConfigError("--timm backbones read images: give --pixels")
+    for name in config.timm:
+        assert subject.pixel_train is not None and subject.pixel_test is not None
+        train: Any = Aligned(subject.pixel_train, subject.train)
+        test: Any = Aligned(subject.pixel_test, subject.test)
+        network = inputs.open_checkpoint(PREFIX + name)
+        pools = (*subject.grid["pools"], *(["cls"] if network.model.has_class_token else []))
+        settings = grids.GridConfig(
+            levels=(0.0,), pools=pools, batch=config.batch,
+            **{key: subject.grid[key] for key in ("holdout", "seed", "limit", "shortlist")},
+        )  # fmt: skip
+        folder = out / "grids" / re.sub(r"[^A-Za-z0-9.]+", "-", PREFIX + name)
+        own = grids.run(network, train, folder, settings, source=PREFIX + name, progress=progress)
+        for pool in pools:
+            cell = chosen_cell(own, pool)
+            yield Entry(group=PREFIX + name, train=train, test=test, network=network, cell=cell)
 
 
 def untrained(checkpoint: Any, seed: int, random_gates: bool) -> Any:
@@ -175,7 +208,8 @@ def measure(
     line."""
     cell = entry.cell
     if entry.network is not None and entry.group != "ddae":
-        described = {**inputs.describe_checkpoint(entry.network, entry.group), "weights": "initial"}
+        weights = entry.network.info.get("weights", "initial")
+        described = inputs.describe_checkpoint(entry.network, entry.group, weights)
     facts = {
         "kind": "compare",
         "group": entry.group,
@@ -232,22 +266,6 @@ def _arrays(
     return arrays_of(train_x, test_x, subject.train, subject.test, split)
 
 
-def same_samples(reference: ShardSet, indices: np.ndarray, other: ShardSet) -> np.ndarray:
-    """Where the samples of `reference` lie in another encoding of the same images, found by key:
-    (N,) int64."""
-    if other is reference:
-        return indices
-    places = {key: place for place, key in enumerate(other.keys(np.arange(len(other))))}
-    keys = reference.keys(indices)
-    missing = [key for key in keys if key not in places]
-    if missing:
-        raise DataError(
-            f"{other.root} ({other.split}) lacks {len(missing)} of the {len(keys)} samples of "
-            f"{reference.root}, first {missing[0]!r}: encode the same source with --autoencoder none"
-        )
-    return np.array([places[key] for key in keys], dtype=np.int64)
-
-
 def mark_chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add `chosen`: of each group's poolings the one with the best held-out linear accuracy, then
     the narrowest."""
@@ -265,7 +283,9 @@ def _rank(row: dict[str, Any]) -> tuple[float, int]:
 
 def name_of(row: dict[str, Any]) -> str:
     """A row's name in tables."""
-    return LABELS[row["group"]] + (f", {row['cell']['pool']}" if row["cell"] else "")
+    return LABELS.get(row["group"], row["group"]) + (
+        f", {row['cell']['pool']}" if row["cell"] else ""
+    )
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -294,6 +314,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--grid", required=True, type=Path, help="grid.json of this checkpoint")
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument("--pixels", type=Path, help="same images encoded with --autoencoder none")
+    parser.add_argument(
+        "--timm", action="append", default=[], metavar="NAME@WEIGHTS",
+        help="a timm backbone on the pixels; weights: a file, download or random; repeatable",
+    )  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--test-split", help="default: test, else val")
     parser.add_argument("--limit", type=int, help="use at most this many training samples")
@@ -318,6 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     config = CompareConfig(
         control_levels=inputs.numbers(levels, float, "--control-levels") if levels else None,
         control_seed=args.control_seed,
+        timm=tuple(args.timm),
         limit=args.limit,
         batch=args.batch,
     )

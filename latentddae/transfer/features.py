@@ -21,6 +21,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.draws import key_positions, normal, uniform
 from latentddae.errors import ConfigError, UsageError
+from latentddae.models.backbone import Backbone, BackboneTrunk
 from latentddae.models.folded import Output, fold, foldable
 from latentddae.training.settings import resolve_precision
 from latentddae.transfer.pools import POOLS, check_pools, pool_of
@@ -76,7 +77,7 @@ class PlainTrunk:
 def extract(
     model: Any,
     objective: Any,
-    spec: LatentSpec,
+    spec: LatentSpec | None,
     shards: ShardSet,
     indices: np.ndarray,
     *,
@@ -93,7 +94,7 @@ def extract(
 
     `level` is s = sigma / (alpha + sigma) in [0, 1]; at 0 the input is the clean latent. Block k is
     the output of the k-th block, 1 <= k <= depth; "3+4" joins two. `spec` says how stored moments
-    become training latents (the checkpoint's). `draws` > 1 averages the features of that many
+    become training latents (the checkpoint's; None: the set's own). `draws` > 1 averages the features of that many
     noises. `noisy_input=False` shows the network the clean latent and the time of `level`. `dtype`
     is what matrix products compute in; auto is bf16 where the hardware has it.
     """
@@ -105,7 +106,7 @@ def extract(
     trunk = trunk_at(model, objective, level, max(members), dtype)
     for start in range(0, len(indices), batch):
         index = indices[start : start + batch]
-        x0 = clean_latents(spec, shards, index).to(device)
+        x0 = clean_latents(spec or shards.spec, shards, index).to(device)
         positions = key_positions(shards.keys(index)).to(device)
         sums: dict[Cell, Tensor] = {}
         for draw in range(draws):
@@ -123,9 +124,11 @@ def trunk_at(model: Any, objective: Any, level: float, depth: int, dtype: Precis
     t = own_time(objective, level).to(device)
     network_t = objective.network_input(torch.zeros(1, 1, 1, 1, device=device), t)[1]
     null_labels(model, 1)  # refuses a network that has none
+    resolved = DTYPES[resolve_precision(dtype, device)]
     if foldable(model):
-        resolved = resolve_precision(dtype, device)
-        return fold(model, network_t, depth=depth, dtype=DTYPES[resolved])
+        return fold(model, network_t, depth=depth, dtype=resolved)
+    if isinstance(model, Backbone):
+        return BackboneTrunk(model, depth, resolved)
     if dtype == "bf16":
         raise ConfigError("bf16 features need a network that folds; use --dtype fp32")
     return PlainTrunk(model, network_t)
@@ -178,9 +181,12 @@ def pooled_blocks(
 def pooled(trunk: Trunk, block: int, output: Output, name: str) -> Tensor:
     """One pool of one block: (N, width) float32."""
     pool = pool_of(name)
-    if pool.normalises:
-        return pool.function(trunk.normalised(block, output.tokens()))
-    return output.averaged(pool.function) if pool.averages else pool.function(output.tokens())
+    if pool.of_prefix and output.prefix is None:
+        raise ConfigError(f"pool {name}: this network has no class token")
+    if pool.averages and not pool.normalises:
+        return output.averaged(pool.function)
+    tokens = output.prefix if pool.of_prefix and output.prefix is not None else output.tokens()
+    return pool.function(trunk.normalised(block, tokens) if pool.normalises else tokens)
 
 
 def joined(values: dict[Cell, Tensor], block: Block, pool: str) -> Tensor:
@@ -296,9 +302,16 @@ def check_level(level: float) -> float:
     return level
 
 
-def check_data(spec: LatentSpec, shards: ShardSet) -> None:
+def check_data(spec: LatentSpec | None, shards: ShardSet) -> None:
     """Refuse shards that were not made by the autoencoder, at the scale and shape the network was
-    trained on."""
+    trained on. A network without a spec takes images of any size."""
+    if spec is None:
+        if shards.spec.kind != "image" or shards.spec.channels != 3:
+            raise ConfigError(
+                f"{shards.root} holds latents, the network reads images: encode the source with "
+                "--autoencoder none"
+            )
+        return
     if shards.spec.codec_fingerprint != spec.codec_fingerprint:
         raise ConfigError(
             f"the shards were encoded by {shards.spec.autoencoder} {shards.spec.shape} "

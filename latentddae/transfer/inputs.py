@@ -20,6 +20,7 @@ from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.errors import DataError, UsageError
 from latentddae.files import append_json_line, read_json_lines, text_hash
 from latentddae.models import zoo
+from latentddae.models.backbone import PREFIX, open_backbone
 from latentddae.transfer.features import check_data, check_level, held_out, subset
 
 RESULTS = "results.jsonl"
@@ -94,6 +95,8 @@ def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any
 def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Any:
     """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features."""
     device = dist.device_for(dist.world_from_environment())
+    if source.startswith(PREFIX):
+        return open_backbone(source, device)
     return zoo.load(source, weights=weights, device=device)
 
 

@@ -44,7 +44,7 @@ def pool_grid(tokens: Tensor, cells: int) -> Tensor:
 
 POOLS: tuple[str, ...] = ("mean", "grid2")
 """Those that a search looks at unless told otherwise."""
-KNOWN_POOLS = "mean, max, grid2, grid3, ..., and each with norm- before it (norm-mean)"
+KNOWN_POOLS = "mean, max, grid2, grid3, ..., cls, and each with norm- before it (norm-mean)"
 NORM = "norm-"  # the block's own adaLN first
 
 
@@ -55,6 +55,7 @@ class Pool:
     function: Callable[[Tensor], Tensor]  # (N, T, D) -> (N, width) float32
     averages: bool  # its weights sum to one over tokens
     normalises: bool  # tokens pass the block's own adaLN first
+    of_prefix: bool = False  # of the tokens that stand for no place
 
 
 def pool_of(name: str) -> Pool:
@@ -68,6 +69,8 @@ def pool_of(name: str) -> Pool:
         return Pool(pool_mean, True, plain != name)
     if plain == "max":
         return Pool(pool_max, False, plain != name)
+    if plain == "cls":
+        return Pool(lambda tokens: tokens[:, 0].float(), False, plain != name, of_prefix=True)
     raise UsageError(f"unknown pool {name!r}; known: {KNOWN_POOLS}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,8 +131,6 @@ def test_other_control_weights_make_other_rows(finished, subject, tmp_path):
 def test_choices_do_not_see_test(finished, subject, tmp_path, monkeypatch):
     wrong = ShardSet(subject.test.root, "test")
     wrong.labels = np.roll(wrong.labels, 1)
-    from dataclasses import replace
-
     rows = compare(replace(subject, test=wrong), tmp_path, CONFIG, progress=False)
     for old, new in zip(finished[1], rows, strict=True):
         for probe, key in (("linear", "strength"), ("knn", "k")):
@@ -171,8 +170,6 @@ def test_pixels_of_other_images_are_refused(subject, train):
 
 
 def test_a_grid_of_other_weights_or_data_is_refused(subject, tmp_path):
-    from dataclasses import replace
-
     other = comparison.untrained(subject.checkpoint, 0, True)
     with pytest.raises(ConfigError, match="the grid was computed with weights"):
         compare(replace(subject, checkpoint=other), tmp_path, CONFIG, progress=False)
@@ -189,3 +186,19 @@ def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp
     assert len(lines) == 7
     assert lines[0].startswith("DDAE features, mean")
     assert sum("<- chosen" in line for line in lines) == 3
+
+
+def test_timm_backbones_stand_in_the_same_table(subject, tmp_path, monkeypatch):
+    """On the pixels of the same samples, in the order and with the labels of the latents."""
+    monkeypatch.setattr(comparison, "entries", comparison.backbone_entries)
+    config = replace(CONFIG, timm=("test_vit@random",))
+    rows = compare(subject, tmp_path, config, progress=False)
+    assert [row["cell"]["pool"] for row in rows] == ["mean", "grid2", "cls"]
+    assert {row["group"] for row in rows} == {"timm:test_vit@random"}
+    assert {row["checkpoint"]["weights"] for row in rows} == {"random"}
+    assert sum(row["chosen"] for row in rows) == 1
+    assert rows[1]["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
+    assert rows[1]["linear"]["accuracy"] > 0.9  # bars in another order: only the keys match them
+    assert "timm:test_vit@random, grid2" in comparison.table(rows)
+    with pytest.raises(ConfigError, match="--pixels"):
+        compare(replace(subject, pixel_train=None), tmp_path / "b", config, progress=False)

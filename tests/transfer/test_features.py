@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import ShardSet, write_split
 from latentddae.draws import key_positions
 from latentddae.errors import ConfigError, UsageError
-from latentddae.models.dit import DiT
+from latentddae.models.backbone import open_backbone
+from latentddae.models.dit import DiT, modulate
 from latentddae.models.folded import FoldedTrunk
 from latentddae.transfer import features
 from latentddae.transfer.features import collect, extract, held_out, subset
@@ -184,3 +187,73 @@ def test_subset_is_of_the_right_size_and_follows_the_keys():
     backwards = subset(keys[::-1], 30, seed=0)
     assert {keys[i] for i in chosen} == {keys[::-1][i] for i in backwards}
     assert (subset(keys, None, seed=0) == np.arange(100)).all()
+
+
+def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
+    """The same call, on pixels; early exit and pools included."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 3, 16, 16), dtype=np.uint8)
+    spec = LatentSpec(kind="image", channels=3, size=16)
+    write_split(tmp_path, "train", spec, images, [0] * 5, list("abcde"), classes=("x",))
+    pixels = ShardSet(tmp_path, "train")
+    control = open_backbone("timm:test_vit@random")
+    features.check_data(control.latents, pixels)
+    pools = ("mean", "cls", "norm-cls", "max")
+    found = collected(control, pixels, np.arange(5), level=0.0, blocks=(2, "1+2"), pools=pools)
+    again = collected(control, pixels, np.array([3]), level=0.0, blocks=(2,), pools=pools)
+    assert found["1+2", "cls"].shape == (5, 128)
+    np.testing.assert_allclose(found[2, "cls"][3:4], again[2, "cls"], atol=1e-5)
+    mean, std = found[2, "norm-cls"].mean(axis=1), found[2, "norm-cls"].std(axis=1)
+    np.testing.assert_allclose(mean, 0, atol=1e-4)
+    np.testing.assert_allclose(std, 1, atol=1e-2)
+    with pytest.raises(ConfigError, match="--autoencoder"):
+        features.check_data(control.latents, train)
+
+
+def test_only_backbones_have_a_class_token(checkpoint, train):
+    with pytest.raises(ConfigError, match="no class token"):
+        collected(checkpoint, train, np.arange(2), pools=("cls",))
+
+
+def test_bfloat16_features_are_bit_equal_in_any_batch_and_order(checkpoint, train):
+    """Bfloat16 would turn another summation order into other features."""
+    order = np.random.default_rng(0).permutation(50)
+    straight = collected(checkpoint, train, np.arange(50), batch=50, dtype="bf16")
+    shuffled = collected(checkpoint, train, order, batch=7, dtype="bf16")
+    exact = collected(checkpoint, train, np.arange(50))
+    for cell in straight:
+        assert (straight[cell][order] == shuffled[cell]).all()
+        gap = np.linalg.norm(straight[cell] - exact[cell]) / np.linalg.norm(exact[cell])
+        assert 0 < gap < 1e-2
+
+
+def test_joined_blocks_stand_side_by_side(checkpoint, train):
+    found = collected(checkpoint, train, np.arange(4), blocks=("3+1", 1, 3))
+    assert list(found) == [
+        (1, "mean"),
+        (1, "grid2"),
+        (3, "mean"),
+        (3, "grid2"),
+        ("3+1", "mean"),
+        ("3+1", "grid2"),
+    ]
+    both = np.concatenate([found[3, "mean"], found[1, "mean"]], axis=1)
+    assert (found["3+1", "mean"] == both).all()
+    for wrong in ("3+4", "3+", "x", "0+1"):
+        with pytest.raises(UsageError):
+            collected(checkpoint, train, np.arange(2), blocks=(wrong,))
+
+
+def test_adaln_normalised_tokens_pooled(checkpoint, train):
+    """The slow way: taps, the block's own modulated LayerNorm, the mean."""
+    index = np.arange(3)
+    found = collected(checkpoint, train, index, blocks=(2,), pools=("norm-mean", "norm-max"))
+    x0 = features.clean_latents(checkpoint.latents, train, index)
+    noise = features.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    t = torch.full((3,), 0.3)
+    model = checkpoint.model
+    with torch.no_grad():
+        tokens = model.taps(0.7 * x0 + 0.3 * noise, t, None, [2])[2]
+        shift, scale = model.blocks[1].adaLN_modulation(model.condition(t)).chunk(6, dim=1)[:2]
+        normed = modulate(tokens, shift, scale)
+    np.testing.assert_allclose(found[2, "norm-mean"], normed.mean(dim=1), atol=1e-5)
+    np.testing.assert_allclose(found[2, "norm-max"], normed.amax(dim=1), atol=2e-5)
