@@ -4,6 +4,7 @@ Two `slurmd` under different node names share the host; munge has a key of its o
 and is stopped by its pid files. Needs Debian's packages slurm-wlm and munge, which CI installs.
 """
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -111,10 +112,11 @@ class LocalSlurm:
             for more in (["--signal=KILL"], ["--signal=KILL", "--batch"], []):
                 self.command("scancel", "--quiet", *more, "--user", getpass.getuser(), check=False)
             self.until(lambda: not self.command("squeue", "-h"), 60)
+        pids = []
         for name in ("slurmd.node0", "slurmd.node1", "slurmctld", "munged"):
             file = self.folder / f"{name}.pid"
-            if file.exists():
-                stop_process(int(file.read_text()))
+            pids += [int(file.read_text())] if file.exists() else []
+        stop_processes(pids)
 
     def command(self, *words: str, check: bool = True) -> str:
         """Run a command against this Slurm, from the repository's root, and return its output."""
@@ -146,16 +148,16 @@ class LocalSlurm:
         self.until(reached, seconds)
 
 
-def stop_process(pid: int) -> None:
-    """Ask, wait a little, and kill."""
+def stop_processes(pids: list[int]) -> None:
+    """Ask all, wait a little, and kill those that stay."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.kill(pid, number)
-            for _ in range(50):
-                os.kill(pid, 0)
-                time.sleep(0.1)
-        except ProcessLookupError:
-            return
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + 10
+        while pids and time.monotonic() < deadline:
+            pids = [pid for pid in pids if Path(f"/proc/{pid}/status").exists()]
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

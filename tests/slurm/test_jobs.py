@@ -20,7 +20,7 @@ from latentddae.models import zoo
 TINY = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "engine.precision=fp32"]
 TINY += ["global_batch=16", "log_every_images=16", "save.every_images=100000"]
 HERE = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10"]
-STEPS = 150
+STEPS = 100
 LONG = 400  # long enough to be disturbed three times
 
 Submit = Callable[..., str]
