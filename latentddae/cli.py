@@ -29,6 +29,8 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "suite": ("latentddae.transfer.suites", "grid and probes on several transfer sets"),
     "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
     "noise-classifier": ("latentddae.transfer.noise_classifier", "accuracy over all noise levels"),
+    "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),
+    "correspond": ("latentddae.transfer.correspond", "nearest-neighbour correspondence (PCK)"),
     "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
     "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
     "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),

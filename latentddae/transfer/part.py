@@ -24,6 +24,11 @@ class Part:
         return self.shards.spec
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the whole set."""
+        return self.shards.fingerprints
+
+    @property
     def shard_names(self) -> list[str]:
         return self.shards.shard_names
 
