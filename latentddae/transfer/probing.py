@@ -30,6 +30,7 @@ from latentddae.transfer import few_shot, inputs, joined, shares
 from latentddae.transfer.cell import Arrays, CellChoice
 from latentddae.transfer.features import collect
 from latentddae.transfer.scores import METRICS, confusion
+from latentddae.transfer.store import Stored
 
 Probe = Callable[..., Any]  # (train_x, train_y, test_x, test_y, heldout, *, classes, ...) -> result
 
@@ -51,12 +52,16 @@ class Opened:
     batch: int
     out: Path
     published: float | None = None
+    stored: Stored | None = None
+    """Features on disk, read in place of running the network."""
 
     def features(
         self, shards: Any, indices: np.ndarray, seed: int, name: str, spec: LatentSpec | None = None
     ) -> np.ndarray:
         """The cell's features of these samples, (N, D) float32 on every rank; each extracts a
         share. `spec` stands in for the checkpoint's."""
+        if self.stored is not None:
+            return self._read(self.stored, shards, indices, seed)
         mine = indices[shares.own_part(len(indices))]
         with tqdm(
             total=len(mine), unit="img", unit_scale=True, mininterval=0.5, desc=name,
@@ -69,6 +74,17 @@ class Opened:
                 noisy_input=self.cell.noisy_input, progress=bar.update,
             )  # fmt: skip
         return shares.joined(next(iter(found.values())))
+
+    def _read(self, stored: Stored, shards: Any, indices: np.ndarray, seed: int) -> np.ndarray:
+        """Rows of the folder, (N, D) float16; the map itself where all rows are wanted."""
+        weights = self.described["model_hash"]
+        stored.check(weights, shards.split, shards.fingerprints, self.cell)
+        if seed != stored.meta["seed"]:
+            raise ConfigError(
+                f"{stored.folder} holds the noise of seed {stored.meta['seed']}, not of {seed}"
+            )
+        rows = stored.features(shards.split, self.cell)
+        return rows if np.array_equal(indices, np.arange(len(rows))) else rows[indices]
 
     def arrays(self, noise_seed: int) -> Arrays:
         """What a probe takes, with one seed of the noise."""
@@ -92,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clean-input", action="store_true", help="clean latent, time of the level (l-DAE)"
     )
+    parser.add_argument("--features", type=Path, help="folder of `latentddae features` to read")
     joined.add_argument(parser)
     parser.add_argument("--config", type=Path, help="YAML file of these options by their names")
     parser.add_argument(
@@ -174,6 +191,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
         batch=args.batch,
         out=args.out,
         published=args.published,
+        stored=Stored.open(args.features) if args.features else None,
     )
 
 
@@ -221,6 +239,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
         "seed": opened.settings["seed"],
         "noise_seeds": list(opened.noise_seeds),
         "metric": opened.metric,
+        **({} if opened.stored is None else {"features": "float16 on disk"}),
         **({} if opened.published is None else {"published": opened.published / 100}),
     }
 

@@ -132,6 +132,11 @@ def run(opened: probing.Opened, args: argparse.Namespace) -> dict[str, Any]:
     """The result line of a recipe on the opened cell."""
     if args.few_shot:
         raise UsageError(f"--few-shot goes with --recipe {LBFGS}, not with {args.recipe}")
+    if opened.stored is not None:
+        raise UsageError(
+            f"--features holds one noise, which {args.recipe} would learn; use --draws-cached K, or "
+            f"--recipe {LBFGS}"
+        )
     if args.draws_cached is not None and args.draws_cached < 1:
         raise UsageError(f"--draws-cached must be 1 or more, got {args.draws_cached}")
     recipe = recipe_of(args)

@@ -11,7 +11,7 @@ from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines
-from latentddae.transfer import grid, inputs, knn, linear
+from latentddae.transfer import grid, inputs, knn, linear, probing, store
 from latentddae.transfer.scores import mean_per_class, top1
 
 from .conftest import CONFIG, write_checkpoint
@@ -202,6 +202,26 @@ def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, t
     )
     assert (clean["cell"]["noisy_input"], clean["accuracy_sd"]) == (False, 0)
     assert (noisy["cell"]["draws"], noisy["cell"]["noisy_input"]) == (4, True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_features_on_disk_stand_in_for_the_network(
+    name, checkpoint_folder, tiny_shards, tmp_path, monkeypatch
+):
+    common = (checkpoint_folder, tiny_shards)
+    folder = tmp_path / "features"
+    store.main(arguments(*common, folder, "--level", 0.3, "--blocks", 2, "--seed", 4))
+    rest = (*HERE, "--seed", 4)
+    (fresh,) = lines_of(COMMANDS[name], *common, tmp_path / "fresh", *rest)
+    monkeypatch.setattr(probing, "collect", lambda *_: pytest.fail("the network was run"))
+    held = ("--features", folder)
+    (read,) = lines_of(COMMANDS[name], *common, tmp_path / "read", *rest, *held)
+    assert abs(read["accuracy"] - fresh["accuracy"]) <= 1 / 32  # float16
+    assert read["n_seen"] == fresh["n_seen"]
+    with pytest.raises(ConfigError, match="the noise of seed 4, not of 5"):
+        lines_of(COMMANDS[name], *common, tmp_path, *HERE, "--seed", 5, *held)
+    with pytest.raises(UsageError, match="holds one noise"):
+        lines_of(linear, *common, tmp_path, *rest, *held, "--recipe", "ddae")
 
 
 @pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])
