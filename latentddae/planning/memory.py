@@ -1,0 +1,50 @@
+"""How many bytes a rank holds while it trains, apart from activations.
+
+The formula counts what DeepSpeed 0.19 really keeps (tests/training/test_memory.py counts the tensors); the usual
+table forgets the fp32 gradients beside the bf16 ones (stage 1) and the masters beside fp32 weights (1 to 3).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FP32 = 4
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of one weight that the model computes with."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes per rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """fp32 masters, where they are not the weights themselves, and both moments."""
+    averages: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+
+def state_bytes(
+    parameters: int,
+    ranks: int,
+    zero_stage: Literal[0, 1, 2, 3],
+    precision: Literal["bf16", "fp32"],
+    averages: int = 1,
+) -> StateBytes:
+    """What `parameters` trained weights cost each rank at the end of a backward pass.
+
+    Not counted: activations, DeepSpeed's communication buffers (`reduce_bucket_size` elements of 4 bytes from
+    stage 2 on), the blocks that stage 3 has fetched, padding to a multiple of the ranks, and under stage 2 in fp32
+    the other ranks' part of the one gradient through which the cut goes.
+    """
+    share = parameters / ranks
+    weights = BYTES[precision] * (share if zero_stage == 3 else parameters)
+    if zero_stage >= 2:
+        gradients = FP32 * share
+    else:  # summed in fp32 over micro-batches; a backward pass leaves bf16 ones beside these
+        gradients = (FP32 + (BYTES["bf16"] if precision == "bf16" else 0)) * parameters
+    optimizer = 2 * FP32 * parameters if zero_stage == 0 else 3 * FP32 * share
+    return StateBytes(weights, gradients, optimizer, averages * FP32 * share)

@@ -1,0 +1,76 @@
+"""The bytes a rank really holds under every ZeRO stage, tensor by tensor, against the formula."""
+
+import gc
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from latentddae.models import DiTConfig, zoo
+from latentddae.planning.memory import state_bytes
+
+MODEL = DiTConfig(input_size=8, hidden_size=128, depth=5, num_heads=2, num_classes=0)
+NO_BUFFERS = {  # of DeepSpeed's own, which depend on no parameter
+    "reduce_bucket_size": 1000,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 0,
+}
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes by address: views of one storage count once."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def alive() -> dict[int, int]:
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return storages([*found, *(t.grad for t in found if t.is_leaf and t.grad is not None)])
+
+
+def count(toy, stage: int, precision: str) -> dict[str, int]:
+    """Bytes by what they hold, at their highest: after a backward pass of an accumulated step."""
+    before = alive()
+    model = zoo.build(MODEL, seed=1)
+    overlay = {"zero_optimization": NO_BUFFERS}
+    run = toy.start(stage, precision, model, micro_batch=3, deepspeed=overlay).train(2)
+    engine = run.engine
+    x = torch.zeros(6, 4, 8, 8)
+    now: dict[int, int] = {}
+    for part, _ in engine.micro_batches(x, x):
+        engine.backward(engine.model(part, part[:, 0, 0, 0]).square().mean())
+        seen = {address: n for address, n in alive().items() if address not in before}
+        now = max(now, seen, key=lambda tensors: sum(tensors.values()))
+    # What is not under one of the first three names is a gradient or belongs to nobody.
+    cut = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
+    averages = storages(t for average in run.ema.averages.values() for t in average)
+    weights = storages([*model.parameters(), *cut])
+    moments = (engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq"))
+    optimizer = storages([*engine.masters, *(t for flat in moments for t in flat)])
+    if stage == 0:  # a rank also holds the moments of others' shares
+        optimizer = storages(t for s in engine._adam.state.values() for t in s.values() if t.ndim)
+    rest = now.keys() - averages.keys() - weights.keys() - optimizer.keys()
+    return {
+        "weights": sum(weights.values()),
+        "optimizer": sum(n for a, n in optimizer.items() if a not in weights),
+        "averages": sum(averages.values()),
+        "gradients": sum(now[a] for a in rest) - sum(b.nbytes for b in model.buffers()),
+        "parameters": sum(torch.Size(shape).numel() for shape in engine.shapes.values()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp32"), (2, "fp32"), (3, "fp32")],
+)
+def test_bytes_per_rank_follow_the_formula(stage, precision, in_ranks, toy) -> None:
+    largest = 6 * MODEL.hidden_size**2  # see state_bytes
+    for found in in_ranks(2, lambda: count(toy, stage, precision)):
+        expected = state_bytes(found.pop("parameters"), 2, stage, precision, averages=2)
+        print(stage, precision, {k: round(n / getattr(expected, k), 4) for k, n in found.items()})
+        assert sum(found.values()) == pytest.approx(expected.total, rel=0.03)
+        cut = 4 * largest if (stage, precision) == (2, "fp32") else 0
+        assert 0 <= found["gradients"] - expected.gradients <= 0.03 * expected.gradients + cut
+        for what in ("weights", "optimizer", "averages"):
+            assert found[what] == pytest.approx(getattr(expected, what), rel=0.03), what
