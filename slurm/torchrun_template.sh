@@ -8,12 +8,12 @@
 # comes back after a warning or a lost node, but not after a hang (75). docs/cluster.md
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
+cpus=$((${SLURM_CPUS_PER_TASK:-1} / gpus))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus > 1 ? cpus : 1))}"
 source slurm/env.sh
 [ $# -ge 1 ] || usage
 
-gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
-cpus=$((${SLURM_CPUS_PER_TASK:-1} / gpus))
-export OMP_NUM_THREADS=$((cpus > 1 ? cpus : 1))
 workers=$((cpus > 1 ? cpus - 1 : 1))
 port=$((10000 + (100 * SLURM_JOB_ID + 10 * ${SLURM_RESTART_COUNT:-0}) % 22000))
 
