@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,23 @@ def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> An
     device = dist.device_for(dist.world_from_environment())
     if source.startswith(PREFIX):
         return open_backbone(source, device)
-    return zoo.load(source, weights=weights, device=device)
+    checkpoint = zoo.load(source, weights=weights, device=device)
+    if weights == "ema" and is_young(checkpoint.info):
+        print(
+            f"{source}: the average is still mostly initial weights after "
+            f"{checkpoint.info['images_seen']} images; --weights model takes the raw ones",
+            file=sys.stderr,
+        )
+    return checkpoint
+
+
+def is_young(info: dict[str, Any]) -> bool:
+    """Whether a weight average has forgotten less than one part in e of its start: steps x (1 -
+    decay) < 1. Averages that ramp up are never young."""
+    ema = info.get("ema") or {}
+    if ema.get("rampup") is not None or not ema.get("halflife_images"):
+        return False
+    return float(info["images_seen"]) * math.log(2) < ema["halflife_images"]
 
 
 def open_shards(root: Path, split: str, checkpoint: Any) -> ShardSet:
@@ -132,7 +149,7 @@ def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> d
     info = checkpoint.info
     return {
         "source": source,
-        "weights": weights,
+        "weights": info.get("weights", weights),  # of a control: its file, download or random
         "model_hash": model_hash(checkpoint.model),
         "images_seen": info.get("images_seen"),
     }

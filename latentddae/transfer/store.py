@@ -140,7 +140,10 @@ def plan_of(
     return {
         "kind": "features",
         "format": FORMAT,
-        "checkpoint": inputs.describe_checkpoint(checkpoint, source, weights),
+        "checkpoint": {
+            **inputs.describe_checkpoint(checkpoint, source, weights),
+            "ema": checkpoint.info.get("ema") if weights == "ema" else None,
+        },
         "levels": [
             inputs.describe_level(checkpoint.objective, s) for s in sorted(set(config.levels))
         ],

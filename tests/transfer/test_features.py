@@ -155,6 +155,26 @@ def test_clean_input_does_not_depend_on_the_seed_but_on_the_level(checkpoint, tr
     assert np.abs(clean(level=0.1) - clean(level=0.5)).max() > 1e-4  # fresh time weights are small
 
 
+def test_block_k_is_what_a_forward_hook_on_block_k_sees(checkpoint, train):
+    """USER_PAINS #26: counted from 1, depth included."""
+    index, seen = np.arange(4), {}
+    found = collected(checkpoint, train, index)
+    x0 = features.clean_latents(checkpoint.latents, train, index)
+    noise = features.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, y, k=k: seen.update({k: y.mean(dim=1)}))
+        for k, block in enumerate(checkpoint.model.blocks, start=1)
+    ]
+    try:
+        with torch.no_grad():
+            checkpoint.model(0.7 * x0 + 0.3 * noise, torch.full((4,), 0.3))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen.keys() == set(BLOCKS)
+    assert all(np.abs(found[k, "mean"] - seen[k].numpy()).max() < 1e-5 for k in seen)
+
+
 def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
     for wrong in ({"blocks": (4,)}, {"blocks": (0,)}, {"blocks": ()}, {"pools": ("mode",)}):
         with pytest.raises(UsageError):
