@@ -140,6 +140,15 @@ def test_a_target_of_shares_is_the_loss_of_every_pixel() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_answers_are_as_large_as_their_tokens() -> None:
+    """Three tokens in a row over twelve pixels: four each."""
+    layer = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.eye_(layer.weight)
+    tokens = 20 * torch.eye(2)[torch.tensor([0, 1, 0])].expand(3, 3, 2)
+    answer = segment.predict(layer, tokens, 6, 12)
+    assert answer.shape == (6, 12) and (answer == [0] * 4 + [1] * 4 + [0] * 4).all()
+
+
 def test_the_folded_layer_reads_tokens_as_they_are() -> None:
     """Standardisation is inside the weights: tokens with an offset and a scale of their own."""
     random = np.random.default_rng(0)
