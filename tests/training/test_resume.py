@@ -1,7 +1,15 @@
 """A saved run goes on as if it had never stopped, on any number of ranks and under any ZeRO stage."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from latentddae import files
+from latentddae.models import zoo
+from latentddae.training import checkpoint
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 LEGS = [(2, 1), (1, 3), (3, 2)]  # (ranks, ZeRO stage)
@@ -75,3 +83,72 @@ def test_two_one_four_two_ranks(stage, precision, in_ranks, toy, tmp_path) -> No
 def test_every_stage_reads_every_other(in_ranks, toy, tmp_path) -> None:
     legs = [(2, stage) for stage in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)]
     walk(legs, "fp32", 1e-6, in_ranks, toy, tmp_path)
+
+
+def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
+    """Every parameter, moment, average and constant of a state, whole."""
+    reader = checkpoint.StateReader(checkpoint.find(run / "state", images))
+    kinds = (*checkpoint.KINDS, "ema-500")
+    values = {f"{kind} {name}": v for kind in kinds for name, v in reader.tensors(kind)}
+    return values | reader.constants()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), EXACT)
+def test_resume_is_exact_from_every_kind_of_save_point(
+    stage, precision, ranks, start, tmp_path
+) -> None:
+    """RELIABILITY G2 with the real command: inside an epoch, on its edge (96 samples), at the end of a run."""
+    options = (
+        f"engine={{zero_stage: {stage}, precision: {precision}, micro_batch: 4}}",
+        "optim={lr: 1e-3, warmup_images: 48, schedule: inverse_sqrt, decay_images: 64}",
+        "ema={halflife_images: 100, extra_halflives_images: [500]}",
+        "save={every_images: 16, keep_last: 99}",
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    points = [16 * steps for steps in (4, 6, 10, 14)]
+    assert ranks(partial(start, whole, *options, "total_images=224"), 2) == [0, 0]
+    for images in points:
+        assert ranks(partial(start, parts, *options, f"total_images={images}"), 2) == [0, 0]
+        assert equal(state_at(parts, images), state_at(whole, images))
+    rows = [
+        {row["images"]: (row["loss"], row["lr"]) for row in files.read_json_lines(file)}
+        for file in (run / "metrics.jsonl" for run in (whole, parts))
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 14
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "compile"),
+    [
+        (3, "bf16", False),
+        (2, "fp32", True),
+        *(pytest.param(*zero, False, marks=SLOW) for zero in EXACT if zero != (3, "bf16")),
+        *(
+            pytest.param(*zero, True, marks=SLOW)
+            for zero in EXACT
+            if zero[0] != 3 and zero != (2, "fp32")
+        ),
+    ],
+)
+def test_export_has_the_models_keys_and_the_masters_values(
+    stage, precision, compile, ranks, start, tmp_path, monkeypatch
+) -> None:
+    """USER_PAINS 15: one file from every stage, compiled (here without machine code) or not."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: real(m, backend="aot_eager"))
+    engine = f"engine={{zero_stage: {stage}, precision: {precision}, compile: {compile}}}"
+    run = tmp_path / "run"
+    assert ranks(partial(start, run, engine, "total_images=48"), 2) == [0, 0]
+    reader = checkpoint.StateReader(checkpoint.find(run / "state"))
+    built = zoo.load(run).model
+    for name, kind in (("model", "master"), ("ema", "ema")):
+        exported = load_file(run / "export" / f"{name}.safetensors")
+        assert exported.keys() == built.state_dict().keys()
+        assert torch.equal(exported.pop("pos_embed"), built.pos_embed)
+        assert all(torch.equal(exported[key], reader.whole(kind, key)) for key in exported)
+        assert {value.dtype for value in exported.values()} == {torch.float32}
