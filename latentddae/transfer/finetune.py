@@ -25,7 +25,7 @@ from latentddae import config as configuration
 from latentddae import dist, draws, files
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import run_command
+from latentddae.errors import ConfigError, run_command
 from latentddae.models import zoo
 from latentddae.training.checkpoint import State, StateReader
 from latentddae.training.config import DataConfig, RunConfig, contract
@@ -133,11 +133,13 @@ class Task:
         self.classifier = self._classifier()
 
     def _open(self) -> tuple[ShardSet, ShardSet]:
-        """Train and test, both with labels."""
-        root, null = Path(self.config.data.path), self.checkpoint
-        null_labels(null.model, 1)
-        train = inputs.open_shards(root, self.config.data.split, self.checkpoint)
-        test = cell.open_test(root, self.config.test_split, self.checkpoint)
+        """Train and test with the same classes, every sample labelled."""
+        data = self.config.data
+        null_labels(self.checkpoint.model, 1)  # refuses a network that has none
+        train = inputs.open_shards(Path(data.path), data.split, self.checkpoint)
+        test = cell.open_test(Path(data.path), self.config.test_split, self.checkpoint)
+        if test.split == train.split:
+            raise ConfigError(f"data.split and test_split are both {test.split!r}")
         for shards in (train, test):
             inputs.labels_of(shards, np.arange(len(shards)))
         return train, test

@@ -8,6 +8,7 @@ import timm.data.mixup
 import torch
 from safetensors.torch import load_file
 
+from latentddae import config as configuration
 from latentddae import files
 from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
@@ -238,6 +239,18 @@ def test_mixing_is_keyed_by_the_batch_and_has_the_right_spread() -> None:
     assert abs(plain.mean() - 0.5) < 0.04 and abs(plain.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01
 
 
+@pytest.mark.parametrize("name", ["plain", "cifar10", "ldae", "mae"])
+def test_shipped_recipes_are_complete(name) -> None:
+    path = Path(__file__).parents[2] / "configs" / "transfer" / f"finetune_{name}.yaml"
+    told = ["checkpoint=c", "data.path=d", "run=r"]
+    config = configuration.load(finetune.FinetuneConfig, path, told)
+    if name in ("ldae", "mae"):  # FACTS: both papers' tables
+        assert config.global_batch == 1024 and config.optim.weight_decay == 0.05
+        assert (config.mix.mixup, config.mix.cutmix, config.mix.smoothing) == (0.8, 1.0, 0.1)
+        assert config.ema.decay(10**9, 1024) == pytest.approx(0.9999, abs=1e-8)
+        assert config.drop_path == 0.1 and config.layer_decay == 0.65 and not config.noisy_input
+
+
 def test_refusals(start, tmp_path, ranks, capfd) -> None:
     for override, said in (
         ("block=9", "blocks [9]"),
@@ -245,6 +258,7 @@ def test_refusals(start, tmp_path, ranks, capfd) -> None:
         ("level=2", "noise level"),
         ("mix.smoothing=1", "smoothing"),
         ("checkpoint=/nowhere", "/nowhere"),
+        ("test_split=train", "both 'train'"),
     ):
         assert start(tmp_path / "run", override) in (2, 78)
         assert said in capfd.readouterr().err
