@@ -32,3 +32,23 @@ def test_losses_do_not_depend_on_stage_and_ranks(precision, losses) -> None:
         found = gap(losses(stage, precision, 2), expected)
         print(f"stage {stage} {precision} 2 ranks: {found:.2g}")
         assert found <= TOLERANCE[precision], stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")]
+)
+def test_losses_of_one_rank_do_not_depend_on_the_stage(stage, precision, losses) -> None:
+    found = gap(losses(stage, precision, 1), losses(*reference(precision)))
+    print(f"stage {stage} {precision} 1 rank: {found:.2g}")
+    assert found <= TOLERANCE[precision]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulation_and_buckets_change_nothing(stage, losses) -> None:
+    """USER_PAINS 14: gradients are summed in fp32 over micro-batches and ranks, whatever the buffers."""
+    whole, parts = losses(stage, "bf16", 2), losses(stage, "bf16", 2, micro_batch=2)
+    assert gap(parts, whole) <= TOLERANCE["bf16"]
+    small = {"zero_optimization": {"reduce_bucket_size": 700}}
+    assert losses(stage, "bf16", 2, micro_batch=2, deepspeed=small) == parts
