@@ -263,7 +263,7 @@ def test_ddaes_times_are_the_levels_that_the_facts_give():
     assert inputs.describe_level(ddpm, inputs.level_of("t=121", ddpm))["t"] == pytest.approx(121)
 
 
-@pytest.mark.parametrize("text", ["x", "2", "u=1", "t=", "-0.1", "sigma=0.2"])
+@pytest.mark.parametrize("text", ["x", "2", "u=1", "t=", "-0.1", "alpha=0.2"])
 def test_what_is_no_level_is_refused(text):
     with pytest.raises(UsageError, match="noise level"):
         inputs.level_of(text, Flow())
