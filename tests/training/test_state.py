@@ -1,4 +1,4 @@
-"""A state is what was saved, to the bit, or it is not used: checksums, 34 kinds of damage, the contract, the lock."""
+"""A state is what was saved, to the bit, or it is not used: checksums, 38 kinds of damage, the contract, the lock."""
 
 import itertools
 import json
