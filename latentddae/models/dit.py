@@ -379,7 +379,9 @@ class DiT(nn.Module):
         (N, D) float32."""
         c = self.t_embedder(t)
         if self.y_embedder is not None:
-            labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
+            labels = (
+                torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
+            )
             c = c + self.y_embedder(labels).to(c.dtype)
         return c
 
