@@ -183,6 +183,11 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss."""
+        # DeepSpeed opens a micro-batch when the network is called through it; ours is called by its own name.
+        # Left out, ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
+        if self.config.zero_stage:
+            self._engine.optimizer.clear_backward_seen_flag()
+        loss.register_hook(lambda _: self._engine._backward_prologue())
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer waits for the boundary

@@ -1,6 +1,7 @@
 """Every ZeRO stage on any number of ranks is the same training."""
 
 import pytest
+import torch
 
 STEPS = 50
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}  # relative
@@ -42,6 +43,24 @@ def test_losses_of_one_rank_do_not_depend_on_the_stage(stage, precision, losses)
     found = gap(losses(stage, precision, 1), losses(*reference(precision)))
     print(f"stage {stage} {precision} 1 rank: {found:.2g}")
     assert found <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_micro_batches_sum_to_the_gradient_of_the_whole(stage, precision, in_ranks, toy) -> None:
+    """USER_PAINS 14, in one number: the first moment after two steps holds both gradients."""
+
+    def moments(*setup: str | int, **settings: int) -> torch.Tensor:
+        def action() -> list[torch.Tensor]:
+            whole = toy.start(*setup, **settings).train(2).whole()
+            return [value.flatten() for key, value in whole.items() if key.startswith("exp_avg ")]
+
+        return torch.cat(in_ranks(1, action)[0])
+
+    expected = moments(0, "fp32")
+    found = moments(stage, precision, micro_batch=1)  # twelve of them
+    assert (found - expected).norm() <= {"fp32": 1e-5, "bf16": 1e-2}[precision] * expected.norm()
 
 
 @pytest.mark.slow
