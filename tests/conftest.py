@@ -80,6 +80,8 @@ def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 
         if pid == 0:
             status = 1
             try:
+                # torch mends its thread pool at its first use after a fork; two threads must not race to it.
+                torch.set_num_threads(1)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 status = action() or 0
