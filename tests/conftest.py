@@ -69,7 +69,7 @@ def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 
     """
     # Imported before forking, see above; what follows deepspeed itself is loaded by its first engine.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     port = _free_port()
     children = []

@@ -154,9 +154,13 @@ def open_autoencoder(
 def open_matching(
     spec: LatentSpec, source: str | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder that a spec was made with; another one, by its hash, is a ConfigError."""
+    """The autoencoder that a spec was made with; another one, by its hash, is a ConfigError.
+
+    The moments of a published checkpoint come without a hash: there the name has to do.
+    """
     found = open_autoencoder(source or spec.autoencoder, device)
-    if found.sha256 != spec.autoencoder_sha256:
+    named_only = spec.kind == "moments" and not spec.autoencoder_sha256
+    if found.sha256 != spec.autoencoder_sha256 and not named_only:
         raise ConfigError(
             f"autoencoder {found.source} has weights {found.sha256[:12] or 'none'}, the latents "
             f"were made with {spec.autoencoder} {spec.autoencoder_sha256[:12] or 'none'}"

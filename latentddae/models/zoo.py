@@ -25,6 +25,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
 from latentddae.errors import ConfigError, DataError, WriteError
 from latentddae.files import sha256, sync_folder, write_json
+from latentddae.models import published
 from latentddae.models.dit import DiT, DiTConfig
 from latentddae.tensorfile import Entry
 
@@ -148,18 +149,21 @@ def load(
     weights: Literal["ema", "model"] = "ema",
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """Read a portable checkpoint; the model is in eval mode, in float32, on `device`.
+    """Read a portable checkpoint, or a `.pt` file of facebookresearch/DiT; the model is in eval
+    mode, in float32, on `device`.
 
     Raises ConfigError for a missing folder, missing weights or a config that does not fit them,
     DataError for unreadable files.
     """
     folder = Path(path)
+    if weights not in WEIGHT_FILES:
+        raise ConfigError(f"weights are {' or '.join(WEIGHT_FILES)}, got {weights!r}")
+    if folder.suffix == ".pt" and folder.is_file():
+        return _load_published(folder, weights, device)
     if (folder / "export" / "config.json").is_file():  # a run folder
         folder = folder / "export"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a checkpoint: it has no config.json")
-    if weights not in WEIGHT_FILES:
-        raise ConfigError(f"weights are {' or '.join(WEIGHT_FILES)}, got {weights!r}")
     facts = _read_facts(folder)
     file = folder / WEIGHT_FILES[weights]
     if not file.is_file():
@@ -170,16 +174,47 @@ def load(
     model_config = config.build_choice(REGISTRY, facts.pop("model"), "model")
     objective = config.build_choice(OBJECTIVES, facts.pop("objective"), "objective")
     latents = LatentSpec.from_dict(facts.pop("latents"))
+    try:
+        state = {k: v.to(torch.float32) for k, v in load_file(file).items()}
+    except SafetensorError as error:
+        raise DataError(f"{file}: {error}") from error
+    model = _ready(model_config, state, file, device)
+    info = {**facts, "weights": weights, "sha256": sha256(file), "path": str(folder)}
+    return Checkpoint(model, objective, latents, info)
+
+
+def _ready(
+    model_config: Any, state: dict[str, Tensor], file: Path, device: torch.device | str
+) -> Any:
+    """The network with these weights, to look at and not to train."""
     with torch.device("meta"):
         model = build(model_config)
     try:
-        state = {k: v.to(torch.float32) for k, v in load_file(file).items()}
         model.load_state_dict(state, strict=True, assign=True)
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise DataError(f"{file}: {error}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    info = {**facts, "weights": weights, "sha256": sha256(file), "path": str(folder)}
-    return Checkpoint(model, objective, latents, info)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_published(
+    file: Path, weights: Literal["ema", "model"], device: torch.device | str
+) -> Checkpoint:
+    """DiT's own recipe is taken for granted: its DDPM, SD-VAE latents of one scale, no autoencoder hash."""
+    state = published.read(file, weights)
+    model_config = published.config_of(state, file)
+    if not model_config.learn_sigma:
+        raise ConfigError(f"{file} predicts no variance: it is not one of DiT's own")
+    latents = LatentSpec(
+        kind="moments",
+        channels=model_config.in_channels,
+        size=model_config.input_size,
+        scaling_factor=0.18215,
+        autoencoder="stabilityai/sd-vae-ft-ema",
+        autoencoder_class="AutoencoderKL",
+    )
+    model = _ready(model_config, state, file, device)
+    info = {"weights": weights, "sha256": sha256(file), "path": str(file)}
+    return Checkpoint(model, OBJECTIVES["ddpm"](), latents, info)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentddae.data.autoencoder import PROBE_PIXELS, Autoencoder, open_autoencoder
+from latentddae.data.autoencoder import PROBE_PIXELS, Autoencoder, open_matching
 from latentddae.data.pixels import BadImageError, decode
 from latentddae.draws import key_positions
 from latentddae.errors import ConfigError, DataError, UsageError
@@ -157,11 +157,6 @@ def open_maps(args: argparse.Namespace) -> TokenMaps:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     check_blocks([args.block], checkpoint.model.config.depth)
     device = next(checkpoint.model.parameters()).device
-    autoencoder = open_autoencoder(args.autoencoder or checkpoint.latents.autoencoder, device)
-    if autoencoder.sha256 != checkpoint.latents.autoencoder_sha256:
-        raise ConfigError(
-            f"autoencoder {autoencoder.source} has other weights than {checkpoint.latents.autoencoder}, "
-            "which made the checkpoint's latents"
-        )
+    autoencoder = open_matching(checkpoint.latents, args.autoencoder, device)
     level = inputs.level_of(args.level, checkpoint.objective)
     return TokenMaps(checkpoint, autoencoder, args.block, level, args.draws, args.norm, args.seed)

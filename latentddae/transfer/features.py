@@ -10,7 +10,7 @@ and all levels see the same noise.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -312,7 +312,10 @@ def check_data(spec: LatentSpec | None, shards: ShardSet) -> None:
                 "--autoencoder none"
             )
         return
-    if shards.spec.codec_fingerprint != spec.codec_fingerprint:
+    theirs = shards.spec
+    if not spec.autoencoder_sha256:  # a published file says which autoencoder, not which bytes
+        theirs = replace(theirs, autoencoder_sha256="")
+    if theirs.codec_fingerprint != spec.codec_fingerprint:
         raise ConfigError(
             f"the shards were encoded by {shards.spec.autoencoder} {shards.spec.shape} "
             f"(codec {shards.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "

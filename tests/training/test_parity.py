@@ -29,7 +29,7 @@ def gap(ours: list[float], theirs: list[float]) -> float:
 def test_losses_do_not_depend_on_stage_and_ranks(precision, losses) -> None:
     expected = losses(*reference(precision))
     assert expected[-1] < 0.8 * expected[0]
-    for stage in (0, 1, 2, 3) if precision == "fp32" else (2, 3):
+    for stage in (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3):
         found = gap(losses(stage, precision, 2), expected)
         print(f"stage {stage} {precision} 2 ranks: {found:.2g}")
         assert found <= TOLERANCE[precision], stage
