@@ -51,7 +51,9 @@ def run_command(
         main(None if argv is None else list(argv))
     except LatentddaeError as error:
         message = " ".join(str(error).split())
-        print(f"latentddae {name}: error: {message}", file=sys.stderr, flush=True)
+        # One write: the lines of ranks that fail together stay apart.
+        sys.stderr.write(f"latentddae {name}: error: {message}\n")
+        sys.stderr.flush()
         return error.exit_code
     except BrokenPipeError:  # `latentddae info DIR | head`
         sys.stderr.close()

@@ -74,16 +74,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll, seen = min(POLL_S, self.limit_s / 10), time.monotonic()
+        self._wind_up()
         while not self._stopped.wait(poll):
             gap, seen = time.monotonic() - seen, time.monotonic()
             if gap > poll + SUSPENDED_S:
                 self._since += gap
-            # Counts on without the interpreter, from the last moment it was seen to run.
-            faulthandler.dump_traceback_later(self.limit_s + LOCKED_S, file=STDERR)
+            self._wind_up()
             if seen - self._since > self.limit_s:
                 faulthandler.cancel_dump_traceback_later()
                 self._report()
                 os._exit(RequeueError.exit_code)
+
+    def _wind_up(self) -> None:
+        """A clock that counts on without the interpreter, from the last moment it was seen to run."""
+        faulthandler.dump_traceback_later(self.limit_s + LOCKED_S, file=STDERR)
 
     def _report(self) -> None:
         print(
@@ -95,6 +99,7 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         if self._peers is not None:
+            time.sleep(LOCKED_S)  # a locked interpreter's stacks come first
             self._peers.kill_silent()
 
 
