@@ -47,8 +47,12 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "size"),
+    [("fp32", 1), ("bf16", 2)]
+    + [pytest.param("fp32", 2, marks=pytest.mark.slow)]
+    + [pytest.param("bf16", 1, marks=pytest.mark.slow)],
+)
 def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path, ranks) -> None:
     """10 steps + restart + 10 equal 20 steps bit for bit: weights, moments, average, metrics, next keys."""
     options = (f"engine.precision={precision}", "engine.micro_batch=4")
