@@ -22,15 +22,22 @@ STEP = 16
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def after(delay: float, number: int, again_every: float = 0.0) -> None:
-    """Send this process a signal after a while, and again and again if asked to."""
+def after(delay: float, number: int) -> None:
+    """Send this process a signal after a while."""
+    timer = threading.Timer(delay, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
+def hail_when(condition: Callable[[], bool]) -> None:
+    """Signals from the moment on when something is so, without end."""
 
     def send() -> None:
-        time.sleep(delay)
-        os.kill(os.getpid(), number)
-        while again_every:
-            time.sleep(again_every)
+        while not condition():
+            time.sleep(0.002)
+        while True:
             os.kill(os.getpid(), SIGNALS[int(time.monotonic() * 1000) % 2])
+            time.sleep(0.01)
 
     threading.Thread(target=send, daemon=True).start()
 
@@ -117,7 +124,7 @@ def test_more_signals_change_nothing(tmp_path, ranks, start, monkeypatch) -> Non
     monkeypatch.setattr(tensorfile, "write", slow)
 
     def hailed() -> int:
-        after(1.0, signal.SIGTERM, again_every=0.01)
+        hail_when(lambda: bool(files.read_json_lines(run / "metrics.jsonl")))
         return start(run, "total_images=160000")
 
     assert ranks(hailed, 2, timeout=60) == [75, 75]
