@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     given = {"checkpoint": args.checkpoint, "data.path": args.data, "run": args.out}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += ["from_scratch=true"] * args.from_scratch
