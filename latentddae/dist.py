@@ -266,6 +266,30 @@ def max_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Mirror:
+    """One number of the device (`value`, (1,) int32), copied to the host while both go on working."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.zeros(1, dtype=torch.int32, device=device)
+        on_cuda = device.type == "cuda"
+        self._copy = torch.zeros(1, dtype=torch.int32, pin_memory=True) if on_cuda else self.value
+        self._result = self._copy.numpy()  # the host reads memory that the device has written
+        self._copied: Callable[[], Any] = lambda: None
+
+    def copy(self) -> None:
+        """Send `value` as it is at this point of the device's queue."""
+        if self.value.is_cuda:
+            self._copy.copy_(self.value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._copied = event.synchronize
+
+    def read(self) -> int:
+        """What was sent last; waits until the device has come to that point, not for what was queued after it."""
+        self._copied()
+        return int(self._result[0])
+
+
 class Agreement:
     """Whether any rank wishes for something, agreed one call later, so that no step waits for it.
 
@@ -274,26 +298,21 @@ class Agreement:
 
     def __init__(self, device: torch.device) -> None:
         self._alone = not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
-        self._wish = torch.zeros(1, dtype=torch.int32, device=device)
-        on_cuda = device.type == "cuda"
-        self._copy = torch.zeros(1, dtype=torch.int32, pin_memory=True) if on_cuda else self._wish
-        self._result = self._copy.numpy()  # the host reads memory that the device has written
-        self._finished: Callable[[], Any] = lambda: None
+        self._wish = Mirror(device)
+        self._reduced: Callable[[], Any] = lambda: None
 
     def ask(self, wish: bool) -> bool:
         """True on every rank if any rank's wish was true at the call before (a collective); alone,
         the wish itself."""
         if self._alone:
             return wish
-        self._finished()  # of a whole step ago
-        agreed = bool(self._result[0])
-        self._wish.fill_(int(wish))
-        work = torch_dist.all_reduce(self._wish, op=torch_dist.ReduceOp.MAX, async_op=True)
-        self._finished = work.wait
-        if self._wish.is_cuda:
+        self._reduced()  # a whole step ago
+        agreed = bool(self._wish.read())
+        self._wish.value.fill_(int(wish))
+        work = torch_dist.all_reduce(self._wish.value, op=torch_dist.ReduceOp.MAX, async_op=True)
+        if self._wish.value.is_cuda:
             work.wait()  # makes the stream wait, not the host
-            self._copy.copy_(self._wish, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._finished = event.synchronize
+            self._wish.copy()
+        else:
+            self._reduced = work.wait
         return agreed

@@ -3,7 +3,8 @@
     engine = Engine(model, EngineConfig(), OptimConfig(), world, device, global_batch=256)
     for micro_batch in ...:
         engine.backward(loss)
-    result = engine.step(learning_rate)
+    grad_norm = engine.step(learning_rate)
+    if engine.applied(): ...  # best asked when the next step is on its way
 
 The surface is the same under every ZeRO stage: `fragments`, `masters` and `moments` are what this rank keeps
 (training/fragments.py), `publish_masters` tells the other ranks.
@@ -28,16 +29,6 @@ from latentddae.models import attention
 from latentddae.training.fragments import MOMENTS, Fragment, layout_of
 from latentddae.training.optim import OptimConfig, OptionsOf, parameter_groups
 from latentddae.training.settings import DTYPES, BatchPlan, EngineConfig, derive
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    applied: bool
-    """False when the gradient was not finite; every rank then skipped the step together."""
-    grad_norm: Tensor
-    """Before clipping: () on the device, not read back."""
 
 
 @dataclass
@@ -91,6 +82,7 @@ class Engine:
         )
         self.masters = [part.of(part.owner) for part in self._layout.partitions]
         self._start_moments(list(trainable.values()))
+        self._finite, self._zero_applied = dist.Mirror(self.device), False
         for fragment in self.fragments if initial else ():
             piece = initial[fragment.name].narrow(0, fragment.start, fragment.numel)
             fragment.of(self.masters).copy_(piece)
@@ -192,27 +184,42 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch; the optimizer waits for the boundary
 
-    def step(self, lr: float) -> StepResult:
-        """Apply the accumulated gradient. All ranks skip together if it is not finite."""
+    def step(self, lr: float) -> Tensor:
+        """Apply the accumulated gradient; all ranks skip together if it is not finite (see `applied`).
+
+        Returns the gradient's norm before clipping: () on the device, not read back.
+        """
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.config.zero_stage == 0:
             return self._step_replicated()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(self._engine.was_step_applied(), torch.as_tensor(norm))
+        self._zero_applied = bool(self._engine.was_step_applied())
+        return torch.as_tensor(self._engine.get_global_grad_norm())
 
-    def _step_replicated(self) -> StepResult:
-        """Without ZeRO DeepSpeed clips, but would apply a non-finite gradient."""
+    def applied(self) -> bool:
+        """Whether the last step was applied.
+
+        ZeRO knows at once. Without it the device decides, and the answer waits until it has: ask when more work
+        is queued behind the step.
+        """
+        if self.config.zero_stage == 0:
+            return bool(self._finite.read())
+        return self._zero_applied
+
+    def _step_replicated(self) -> Tensor:
+        """Without ZeRO DeepSpeed clips, but would apply a non-finite gradient: AdamW itself passes over it."""
         parameters = [p for group in self._adam.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        applied = bool(norm.isfinite())
-        if not applied:
-            self._engine.zero_grad()  # AdamW passes over parameters without a gradient
-        elif self.config.clip_grad_norm:
+        self._finite.value.copy_(norm.isfinite())
+        self._finite.copy()
+        self._adam.found_inf = (
+            1.0 - self._finite.value[0].float()
+        )  # torch's name; read on the device
+        if self.config.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
         self._engine.step()
-        return StepResult(applied, norm)
+        return norm
 
 
 def _import_deepspeed(device: torch.device) -> Any:

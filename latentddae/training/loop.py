@@ -29,7 +29,7 @@ from latentddae.training import checkpoint, starts
 from latentddae.training.checkpoint import State
 from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
 from latentddae.training.ema import Ema
-from latentddae.training.engine import Engine, StepResult
+from latentddae.training.engine import Engine
 from latentddae.training.metrics import Window, memory_bytes, sampled, speed, update_ratio
 from latentddae.training.optim import OptionsOf, lr_at
 from latentddae.training.ranks import Here
@@ -72,11 +72,15 @@ class Job:
 class Step(NamedTuple):
     """What a step computed on this rank's samples, still on the device."""
 
+    images: int
+    """Seen at its end."""
+    batch: Batch
     loss: Tensor
     """(N,)"""
     level: Tensor
     """(N,) on the noise axis"""
-    result: StepResult
+    grad_norm: Tensor
+    """()"""
 
 
 class Loop:
@@ -135,6 +139,7 @@ class Loop:
             group_shards=job.data.group_shards,
         )
         self.bad_steps = 0
+        self.unsettled: Step | None = None
         self.stops = dist.Agreement(here.device)
         self.window = Window()
         self.watch = LossWatch(() if state is None else state.info.get("recent_losses", ()))
@@ -191,15 +196,13 @@ class Loop:
                 logging = self._reaches(config.log_every_images)
                 looking = self._reaches(self.job.look_every_images)
                 before = [w.clone() for w in sampled(self.engine.masters)] if logging else []
-                step = self.step(batch)
-                self.images += config.global_batch
+                self.step(batch)
                 progress.update(config.global_batch)
-                self.window.add(self.images, *step)
-                self._guard(step, batch)
                 stopping = self.stops.ask(here.wants_to_stop())
                 done = self.images >= config.total_images
                 saving = self.saver.due(self.images) or looking or done or stopping
                 if logging or saving:  # whatever a state has behind it is on disk before it
+                    self.settle()
                     row = self._write_line(self._measure(before, batch) if logging else {})
                     progress.set_postfix(loss=row["loss"], refresh=False)
                     self.saver.poll()
@@ -237,7 +240,7 @@ class Loop:
             return False
         return after // every > self.images // every or after >= self.config.total_images
 
-    def step(self, batch: Batch) -> Step:
+    def step(self, batch: Batch) -> None:
         """One optimizer step on this rank's share of a global batch."""
         device, time_for = self.here.device, self.stopwatch.start
         losses, levels = [], []
@@ -250,30 +253,45 @@ class Loop:
             self.engine.backward(mean * torch.where(mean.isfinite(), 1.0, torch.nan))
             losses.append(loss.detach())
             levels.append(level)
+        self.settle()
         time_for("optimizer")
-        result = self.engine.step(lr_at(self.config.optim, self.images, self.config.total_images))
-        if result.applied:
-            time_for("ema")
-            after = self.images + self.config.global_batch
-            self.ema.update(self.engine.masters, after, self.config.global_batch)
+        norm = self.engine.step(lr_at(self.config.optim, self.images, self.config.total_images))
+        self.images += self.config.global_batch
+        self.unsettled = Step(self.images, batch, torch.cat(losses), torch.cat(levels), norm)
         time_for("other")
-        return Step(torch.cat(losses), torch.cat(levels), result)
 
-    def _guard(self, step: Step, batch: Batch) -> None:
-        """Count and report a skipped step (a collective then); stop when they do not end."""
-        self.bad_steps = 0 if step.result.applied else self.bad_steps + 1
-        if step.result.applied:
+    def settle(self) -> None:
+        """Take the last step into the averages and the log, or report that it was skipped (a collective then).
+
+        Whether it was skipped the device decides: the host asks when the work of the next step is queued behind
+        it, and before anything is saved.
+        """
+        if self.unsettled is None:
             return
+        step, self.unsettled = self.unsettled, None
+        if not self.engine.applied():
+            self.window.skip()
+            self._report_skipped(step)
+            return
+        self.stopwatch.start("ema")
+        self.ema.update(self.engine.masters, step.images, self.config.global_batch)
+        self.stopwatch.start("other")
+        self.window.add(step.images, step.loss, step.level, step.grad_norm)
+        self.bad_steps = 0
+
+    def _report_skipped(self, step: Step) -> None:
+        """Name the samples of a skipped step; stop when they do not end."""
+        self.bad_steps += 1
         bad = (~step.loss.isfinite()).nonzero()[:, 0].cpu()
-        keys = self.job.shards.keys(batch.index[bad].numpy())
+        keys = self.job.shards.keys(step.batch.index[bad].numpy())
         levels = step.level.cpu()[bad].tolist()
         mine = list(zip(keys, levels, strict=True))[:KEYS_NAMED]
         named = [pair for pairs in dist.gather_objects(mine) for pair in pairs][:KEYS_NAMED]
-        event = {"images": self.images, "event": "skipped step", "cause": "loss"}
+        event = {"images": step.images, "event": "skipped step", "cause": "loss"}
         event |= {"keys": [key for key, _ in named], "levels": [level for _, level in named]}
         if not named:  # nothing but their sum went wrong
-            event |= {"cause": "gradient", "keys": self._keys_before(self.images), "levels": []}
-        what = f"{event['cause']} not finite at {self.images:,} images"
+            event |= {"cause": "gradient", "keys": self._keys_before(step.images), "levels": []}
+        what = f"{event['cause']} not finite at {step.images:,} images"
         self.here.say(f"warning: {what}, step skipped; keys: {event['keys']}")
         self._note(event)
         if self.bad_steps >= self.config.max_bad_steps:

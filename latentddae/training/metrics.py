@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from latentddae import dist
-from latentddae.training.engine import StepResult
 
 LEVEL_BINS = 4  # the loss is also logged by quarters of the noise axis s in [0, 1]
 SAMPLED = 2**22  # weights of a rank, spread over all of them, that the size of an update is seen on
@@ -26,18 +25,17 @@ class Window:
         self._losses: list[Tensor] = []  # by_level of each of them
         self._norms: list[Tensor] = []
 
-    def add(self, images: int, loss: Tensor, level: Tensor, result: StepResult) -> None:
-        """One step that ended at `images`: losses and noise levels of this rank's samples, (N,).
-
-        A skipped step is only counted: what it computed is not a loss.
-        """
+    def skip(self) -> None:
+        """A skipped step is only counted: what it computed is not a loss."""
         self.steps += 1
-        if not result.applied:
-            self.skipped += 1
-            return
+        self.skipped += 1
+
+    def add(self, images: int, loss: Tensor, level: Tensor, grad_norm: Tensor) -> None:
+        """A step that ended at `images`: losses and noise levels of this rank's samples, (N,); the norm, ()."""
+        self.steps += 1
         self.images.append(images)
         self._losses.append(by_level(loss, level))
-        self._norms.append(result.grad_norm)
+        self._norms.append(grad_norm)
 
     def read(self, device: torch.device) -> tuple[dict[str, Any], list[float]]:
         """The row's losses and gradient norm, and the loss of each applied step, over all ranks (a

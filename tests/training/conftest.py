@@ -62,7 +62,8 @@ class Toy:
                 loss = ((self.engine.model(x_part, t_part) - x_part) ** 2).mean(dim=(1, 2, 3))
                 self.engine.backward(loss.mean())
                 sums += torch.stack([loss.detach().double().sum(), x_part.double().sum()])
-            assert self.engine.step(lr_at(OPTIM, self.images, TOTAL)).applied
+            self.engine.step(lr_at(OPTIM, self.images, TOTAL))
+            assert self.engine.applied()
             self.images += BATCH
             self.ema.update(self.engine.masters, self.images, BATCH)
             loss, batch = (dist.sum_tensor(sums) / BATCH).tolist()

@@ -55,7 +55,8 @@ def train_and_compare(stage: int, precision: str, micro: int) -> None:
         t = torch.rand(share, generator=generator)
         for x_part, t_part in engine.micro_batches(x, t):
             engine.backward(((model(x_part, t_part) - x_part) ** 2).mean())
-        assert engine.step(1e-3).applied
+        engine.step(1e-3)
+        assert engine.applied()
         ema.update(engine.masters, step * BATCH, BATCH)
         decay = ema.config.decay(step * BATCH, BATCH)
         reference.lerp_(gathered(engine.masters), 1 - decay)

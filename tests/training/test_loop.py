@@ -94,7 +94,8 @@ def count_reads(counts: list[str]) -> None:
         setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
 
 
-def test_no_value_is_read_between_two_lines(tiny_shards, tmp_path, ranks) -> None:
+@pytest.mark.parametrize("stage", [0, 1])
+def test_no_value_is_read_between_two_lines(stage, tiny_shards, tmp_path, ranks) -> None:
     """Ten more steps read nothing more: what is read belongs to the start and to the one line at the end."""
 
     def reads(steps: int) -> list[list[str]]:
@@ -102,6 +103,7 @@ def test_no_value_is_read_between_two_lines(tiny_shards, tmp_path, ranks) -> Non
             counts: list[str] = []
             count_reads(counts)
             options = (f"total_images={steps * STEP}", "log_every_images=100000")
+            options += (f"engine.zero_stage={stage}", "engine.precision=fp32")
             run = tmp_path / str(steps)
             status = start(run, tiny_shards, *options, "engine.micro_batch=4", "conditional=true")
             files.append_json_line(tmp_path / f"{steps}.jsonl", counts)

@@ -1,12 +1,10 @@
 """What a line of metrics.jsonl says about a window of steps, against the plain definitions."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from latentddae.training.engine import StepResult
 from latentddae.training.metrics import (
     LEVEL_BINS,
     SAMPLED,
@@ -40,8 +38,7 @@ def test_a_window_is_the_mean_over_its_samples() -> None:
     loss, level = steps(5)
     window = Window()
     for i in range(5):
-        result = StepResult(True, torch.tensor(float(i)))
-        window.add(64 * (i + 1), loss[i], level[i], result)
+        window.add(64 * (i + 1), loss[i], level[i], torch.tensor(float(i)))
     row, each = window.read(CPU)
     assert row["loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
     assert each == pytest.approx(loss.mean(dim=1).tolist(), rel=1e-6)
@@ -53,10 +50,12 @@ def test_a_window_is_the_mean_over_its_samples() -> None:
 
 def test_skipped_steps_are_counted_and_leave_no_loss() -> None:
     loss, level = steps(3)
-    loss[1] = math.nan
     window = Window()
     for i in range(3):
-        window.add(64 * (i + 1), loss[i], level[i], StepResult(i != 1, torch.tensor(1.0)))
+        if i == 1:
+            window.skip()
+        else:
+            window.add(64 * (i + 1), loss[i], level[i], torch.tensor(1.0))
     row, each = window.read(CPU)
     assert (window.steps, window.skipped, window.images) == (3, 1, [64, 192])
     assert row["loss"] == pytest.approx(loss[[0, 2]].mean().item(), rel=1e-6)
@@ -65,14 +64,14 @@ def test_skipped_steps_are_counted_and_leave_no_loss() -> None:
 
 def test_a_window_of_skipped_steps_has_no_loss() -> None:
     window = Window()
-    window.add(64, *(t[0] for t in steps(1)), StepResult(False, torch.tensor(math.inf)))
+    window.skip()
     row, each = window.read(CPU)
     assert row == {"loss": None, "loss_by_level": None, "grad_norm": None} and each == []
 
 
 def test_a_level_nobody_drew_is_null() -> None:
     window = Window()
-    window.add(2, torch.ones(2), torch.tensor([0.1, 0.2]), StepResult(True, torch.tensor(1.0)))
+    window.add(2, torch.ones(2), torch.tensor([0.1, 0.2]), torch.tensor(1.0))
     assert window.read(CPU)[0]["loss_by_level"] == [1.0, None, None, None]
 
 
