@@ -213,9 +213,8 @@ class Engine:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._finite.value.copy_(norm.isfinite())
         self._finite.copy()
-        self._adam.found_inf = (
-            1.0 - self._finite.value[0].float()
-        )  # torch's name; read on the device
+        skip = 1.0 - self._finite.value[0].float()
+        self._adam.found_inf = skip  # type: ignore[attr-defined]  # torch reads it on the device
         if self.config.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
         self._engine.step()
