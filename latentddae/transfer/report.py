@@ -1,10 +1,10 @@
 """`latentddae report RUN... --out report.html`: what a run showed, on one self-contained page.
 
 Each RUN folder is searched for what the other commands leave there: metrics.jsonl (loss),
-grid.json (heat maps), compare.json (the table), results.jsonl (other probes) with their confusion,
-look.json (neighbours, token colours), environment.jsonl (commands and versions), pictures.json
-([{"file": ..., "caption": ...}]) and grid.png of `latentddae sample`. What is absent is left out.
-A CSV of all results is written beside the page.
+grid.json (heat maps), compare.json (the table), results.jsonl (other probes with their confusion, geometry,
+accuracy over noise, dense transfer), look.json (neighbours, token colours), environment.jsonl (commands and
+versions), pictures.json ([{"file": ..., "caption": ...}]) and grid.png of `latentddae sample`. What is absent is
+left out. A CSV of all results is written beside the page.
 """
 
 import argparse
@@ -44,6 +44,7 @@ ENVIRONMENT = "environment.jsonl"
 PICTURES = "pictures.json"
 LOOK = "look.json"
 PROBES = ("linear", "knn", "finetune")
+STUDIES = ("geometry", "noise_classifier", "segment", "correspond")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -56,6 +57,7 @@ class Found:
     grids: list[dict[str, Any]]
     rows: list[dict[str, Any]]  # of the comparison table
     probes: list[dict[str, Any]]  # other results with an accuracy
+    studies: list[dict[str, Any]]  # results of the commands named in STUDIES
     confusions: list[tuple[str, dict[str, Any]]]  # of the best probe: its name, classes and counts
     looks: list[dict[str, Any]]  # of look.json
     pictures: list[tuple[str, Path]]  # caption, PNG
@@ -84,6 +86,7 @@ def find(run: Path) -> Found:
         grids=[grid for grid in grids if grid.get("kind") == "grid"],
         rows=[row for rows in tables for row in rows],
         probes=probes,
+        studies=[line for line in lines if line.get("kind") in STUDIES],
         confusions=parts.best_confusion(run, probes, _read),
         looks=[_read(path) for path in sorted(run.rglob(LOOK))],
         pictures=_recorded_pictures(run),
@@ -157,12 +160,16 @@ def sections(
 ) -> list[Section]:
     """The page's parts in order; a part with nothing to say has an empty body."""
     named = [(f.name, [*f.probes, *table_lines(f)]) for f in found]
+    studies = [(f.name, f.studies) for f in found]
     near, tokens = parts.looks(entry for f in found for entry in f.looks)
     return [
         Section("Runs side by side", parts.side_by_side(named)),
         Section("Transfer results", "".join(result_table(f, len(found) > 1) for f in found)),
         Section("Which block, which noise level", curves(found) + "".join(map(heat_maps, found))),
         Section("Accuracy over pretraining", parts.progress(named)),
+        Section("One classifier for all noise levels", parts.noise_curves(studies)),
+        Section("Dense transfer", parts.dense(studies)),
+        Section("Geometry of the features", parts.geometries(studies)),
         Section(
             "What is confused",
             "".join(parts.confusion(*entry) for f in found for entry in f.confusions),

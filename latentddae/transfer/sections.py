@@ -1,5 +1,6 @@
 """The report's parts about probes: accuracy over pretraining, runs side by side, confusion, nearest
-neighbours, token colours. Each is HTML out of result lines; empty where there is nothing to say."""
+neighbours, token colours, geometry, dense transfer. Each is HTML out of result lines; empty where there is
+nothing to say."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from latentddae.transfer import plots
+from latentddae.transfer import geometry, noise_classifier, plots
 from latentddae.transfer.page import (
     Short,
     Thumb,
@@ -137,6 +138,67 @@ def _neighbours(query: dict[str, Any]) -> str:
 
 def _colours(query: dict[str, Any]) -> list[Thumb]:
     return [Thumb(query["image"], query["class"]), Thumb(query["tokens"], "tokens")]
+
+
+def newest(lines: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Lines of a kind, the last one of each weights, cell and protocol: a command given again adds a line."""
+    found = {
+        repr([(line["checkpoint"] or {}).get("model_hash"), line["cell"], line["protocol"]]): line
+        for line in lines
+        if line.get("kind") == kind
+    }
+    return list(found.values())
+
+
+def _at(line: dict[str, Any]) -> str:
+    """Block and level of a line, and how long its network was trained."""
+    cell = line["cell"]
+    block = f"block {cell['block']}" if "block" in cell else ""
+    level = f"s = {cell['s']:g}" if "s" in cell else ""
+    return ", ".join(part for part in (block, level, f"{_images(line):,} images") if part)
+
+
+def geometries(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Alignment, uniformity, effective rank and CKA of `latentddae geometry`, per level."""
+    shown = [
+        picture(geometry.pictures(line), f"{run}: {_at(line)}")
+        for run, lines in named
+        for line in newest(lines, "geometry")
+    ]
+    if not shown:
+        return ""
+    note = (
+        "Alignment: how far apart two noisy views of an image lie (0: no distance). Uniformity: how evenly features "
+        "cover the sphere (lower: more evenly). Effective rank: how many directions they use."
+    )
+    return paragraph(note, "note") + pictures(shown)
+
+
+def noise_curves(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Accuracy over noise of `latentddae noise-classifier`, per block."""
+    shown = [
+        picture(
+            noise_classifier.picture(line["curve"], line["cell"]["block"]), f"{run}: {_at(line)}"
+        )
+        for run, lines in named
+        for line in newest(lines, "noise_classifier")
+    ]
+    return pictures(shown) if shown else ""
+
+
+def dense(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """mIoU of `latentddae segment` and PCK of `latentddae correspond`."""
+    rows: list[list[Any]] = []
+    for run, lines in named:
+        for line in newest(lines, "segment"):
+            score = f"mIoU {100 * line['miou']:.2f} %, pixels {100 * line['pixel_accuracy']:.2f} %"
+            rows.append([run, "linear segmentation", Short(_at(line)), score])
+        for line in newest(lines, "correspond"):
+            scores = (
+                f"{score['alpha']:g}: {100 * score['per_point']:.2f} %" for score in line["pck"]
+            )
+            rows.append([run, "correspondence", Short(_at(line)), "PCK at " + ", ".join(scores)])
+    return table(["run", "task", "features", "test"], rows) if rows else ""
 
 
 def best_confusion(

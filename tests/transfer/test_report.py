@@ -67,6 +67,33 @@ def probe_line(name, kind, accuracy, images, **protocol):
     }  # fmt: skip
 
 
+def study(kind, cell, **found):
+    about = {"checkpoint": {"images_seen": 64000, "model_hash": "abc"}, "protocol": {"name": kind}}
+    return {"kind": kind, "cell": cell, **about, **found}
+
+
+def studies():
+    """What geometry, noise-classifier, segment and correspond record; geometry was run twice."""
+    blocks = [
+        {
+            "block": k, "alignment": 0.1 * k, "uniformity": -1.0 - k, "uniformity_full": -1.5 - k,
+            "effective_rank": 3.0 * k, "width": 24,
+        }
+        for k in (1, 2, 3)
+    ]  # fmt: skip
+    geometry = study("geometry", {"s": 0.1}, blocks=blocks, cka=np.eye(3).tolist())
+    curve = [{"s": s, "t": s, "accuracy": 0.9 - s} for s in (0.1, 0.5)]
+    pck = [{"alpha": 0.1, "per_point": 0.345, "per_pair": 0.3}]
+    cell = {"s": 0.1, "block": 2}
+    return [
+        geometry,
+        geometry,
+        study("noise_classifier", {"block": 2}, curve=curve),
+        study("segment", cell, miou=0.123, pixel_accuracy=0.5),
+        study("correspond", cell, pck=pck),
+    ]
+
+
 def look():
     """Two queries with three neighbours, as `latentddae look` writes them."""
     random = np.random.default_rng(0)
@@ -119,6 +146,7 @@ def run(tmp_path):
         probe_line("three", "knn", 0.85, 64000, few_shot="5"),
     ]  # fmt: skip
     lines[1] |= {"accuracy_sd": 0.004, "metric": "mean_per_class"}
+    lines += studies()
     (folder / "probes/results.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     counts = np.diag([40, 30, 20])
     counts[0, 2], counts[1, 0] = 7, 3
@@ -179,12 +207,14 @@ def test_page_shows_every_part(run, tmp_path):
     for expected in (
         "Transfer results", "95.70 %", "raw latents", "Single probes", "+3.0", "pool grid2",
         "block 3 at s = 0.02", "Accuracy over pretraining", "k-NN, 5 of each class",
-        "What is confused", "Nearest neighbours", "Tokens as colours", "Pretraining",
+        "What is confused", "One classifier for all noise levels", "Dense transfer",
+        "mIoU 12.30 %", "PCK at 0.1: 34.50 %", "Geometry of the features", "Nearest neighbours", "Tokens as colours", "Pretraining",
         "4,900", "latentddae train", "c0ffee", "seed",
     ):  # fmt: skip
         assert expected in reader.text, expected
     pictures = [a["src"] for tag, a in reader.tags if tag == "img"]
-    charts = 1 + 2 + 1 + 1 + 1 + 1  # curves, heat maps, progress, confusion, loss, the sheet
+    # Curves, heat maps, progress, confusion, noise classifier, geometry, loss, the sheet.
+    charts = 1 + 2 + 1 + 1 + 1 + 1 + 1 + 1
     assert len(pictures) == charts + 2 * (1 + 3) + 2 * 2  # neighbours and tokens of two queries
     for source in pictures:
         assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG")
@@ -218,7 +248,7 @@ def test_several_runs_share_a_page(run, tmp_path):
     text = report.write_report([run, other], tmp_path / "r.html").read_text()
     assert "latentddae: demo, other" in text
     # One picture of both for curves, pretraining and loss.
-    assert text.count("data:image/png") == 3 + 2 * (2 + 1 + 1 + 8 + 4)
+    assert text.count("data:image/png") == 3 + 2 * (2 + 1 + 1 + 2 + 8 + 4)
     assert "Runs side by side" in text
     assert "95.70 % (+0.00)" in text
 
