@@ -208,8 +208,8 @@ def test_page_shows_every_part(run, tmp_path):
         "Transfer results", "95.70 %", "raw latents", "Single probes", "+3.0", "pool grid2",
         "block 3 at s = 0.02", "Accuracy over pretraining", "k-NN, 5 of each class",
         "What is confused", "One classifier for all noise levels", "Dense transfer",
-        "mIoU 12.30 %", "PCK at 0.1: 34.50 %", "Geometry of the features", "Nearest neighbours", "Tokens as colours", "Pretraining",
-        "4,900", "latentddae train", "c0ffee", "seed",
+        "mIoU 12.30 %", "PCK at 0.1: 34.50 %", "Geometry of the features", "Nearest neighbours", "Tokens as colours",
+        "Pretraining", "4,900", "latentddae train", "c0ffee", "seed",
     ):  # fmt: skip
         assert expected in reader.text, expected
     pictures = [a["src"] for tag, a in reader.tags if tag == "img"]
