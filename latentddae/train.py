@@ -33,7 +33,13 @@ from latentddae.models import attention, zoo
 from latentddae.models.extremes import extremes
 from latentddae.planning.flops import training_flops
 from latentddae.training.checkpoint import State
-from latentddae.training.config import DataConfig, TrainConfig, contract, resolve
+from latentddae.training.config import (
+    DataConfig,
+    TrainConfig,
+    add_run_arguments,
+    contract,
+    resolve,
+)
 from latentddae.training.export import WEIGHTS, export
 from latentddae.training.loop import Job, Loop
 from latentddae.training.ranks import Here, ranks_of
@@ -48,13 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         "--print-config", action="store_true", help="print the complete configuration"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    parser.add_argument(
-        "--retry", action="store_true", help="start although the last starts got nowhere"
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
+    add_run_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     config = configuration.load(TrainConfig, args.config, args.overrides)
     if args.print_config:

@@ -1,5 +1,6 @@
 """What a run depends on, and which of it must stay the same while the run is continued."""
 
+import argparse
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,6 +62,17 @@ class MonitorConfig:
             raise ValueError(
                 f"frechet_images must be 0 (off) or at least 2, got {self.frechet_images}"
             )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs the training loop takes beside its own options. Parse with
+    `parse_intermixed_args`: an option may stand between two settings."""
+    parser.add_argument(
+        "--retry", action="store_true", help="start although the last starts got nowhere"
+    )
+    # The deepspeed launcher passes it.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
 
 
 @dataclass(frozen=True, kw_only=True)

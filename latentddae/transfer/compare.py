@@ -221,6 +221,7 @@ def measure(
             **settings,
         },
         "cell": dataclasses.asdict(cell) if cell else None,
+        "precision": inputs.precision_of(entry.network) if cell else None,
         "data": {"train": entry.train.fingerprints, "test": entry.test.fingerprints},
         "labels_from": {"train": subject.train.fingerprints, "test": subject.test.fingerprints},
         "seed": settings["seed"],

@@ -95,6 +95,7 @@ class TokenMaps:
                 "block": self.block,
                 "draws": self.draws,
                 "normalised": self.normalise,
+                "precision": inputs.precision_of(self.checkpoint),
             },
             "seed": self.seed,
         }

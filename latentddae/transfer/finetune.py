@@ -28,7 +28,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.errors import ConfigError, run_command
 from latentddae.models import zoo
 from latentddae.training.checkpoint import State, StateReader
-from latentddae.training.config import DataConfig, RunConfig, contract
+from latentddae.training.config import DataConfig, RunConfig, add_run_arguments, contract
 from latentddae.training.loop import Job, Loop
 from latentddae.training.ranks import Here, ranks_of
 from latentddae.training.settings import DTYPES, resolve_precision
@@ -327,13 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="folder of latent shards")
     parser.add_argument("--out", help="run folder; the same command continues what is in it")
     parser.add_argument("--from-scratch", action="store_true", help="the control: fresh weights")
-    parser.add_argument(
-        "--retry", action="store_true", help="start although the last starts got nowhere"
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
+    add_run_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     given = {"checkpoint": args.checkpoint, "data.path": args.data, "run": args.out}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]

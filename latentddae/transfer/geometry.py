@@ -275,7 +275,10 @@ def main(argv: list[str] | None = None) -> None:
             "kind": "geometry",
             "checkpoint": described,
             "protocol": {"name": PROTOCOL, "minibatch": args.minibatch},
-            "cell": inputs.describe_level(checkpoint.objective, level),
+            "cell": {
+                **inputs.describe_level(checkpoint.objective, level),
+                "precision": inputs.precision_of(checkpoint),
+            },
             "data": {args.split: shards.fingerprints},
             "seed": seed,
             "n_seen": {args.split: len(indices)},

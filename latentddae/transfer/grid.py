@@ -106,6 +106,7 @@ def run(
     settings = {
         "protocol": PROTOCOL,
         "model_hash": described["model_hash"],
+        "precision": inputs.precision_of(checkpoint),
         "objective": to_dict(checkpoint.objective),
         "data": train.fingerprints,
         "strengths": list(ridge.STRENGTHS),
@@ -263,7 +264,7 @@ def assemble(
     return {
         "kind": "grid",
         **{key: settings[key] for key in ("protocol", "seed", "holdout", "limit", "draws")},
-        "noisy_input": settings["noisy_input"],
+        **{key: settings[key] for key in ("noisy_input", "precision")},
         "checkpoint": described,
         "objective": settings["objective"],
         "data": settings["data"],

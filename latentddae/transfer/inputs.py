@@ -22,6 +22,7 @@ from latentddae.errors import DataError, UsageError
 from latentddae.files import append_json_line, read_json_lines, text_hash
 from latentddae.models import zoo
 from latentddae.models.backbone import PREFIX, open_backbone
+from latentddae.training.settings import resolve_precision
 from latentddae.transfer.features import check_data, check_level, held_out, subset
 
 RESULTS = "results.jsonl"
@@ -153,6 +154,11 @@ def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> d
         "model_hash": model_hash(checkpoint.model),
         "images_seen": info.get("images_seen"),
     }
+
+
+def precision_of(checkpoint: Any) -> str:
+    """What features of this network are computed in where nobody says otherwise: bf16 or fp32."""
+    return resolve_precision("auto", next(checkpoint.model.parameters()).device)
 
 
 def level_of(text: str, objective: Any) -> float:

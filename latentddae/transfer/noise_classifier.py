@@ -24,7 +24,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.errors import UsageError, run_command
 from latentddae.files import write_atomic, write_json
 from latentddae.training.optim import OptimConfig, lr_at
-from latentddae.training.settings import DTYPES, resolve_precision
+from latentddae.training.settings import DTYPES
 from latentddae.transfer import cell, inputs, plots
 from latentddae.transfer.features import check_blocks, clean_latents, noise_of, null_labels, subset
 from latentddae.transfer.part import Part
@@ -85,7 +85,7 @@ class Reader:
         self.objective, self.latents = checkpoint.objective, checkpoint.latents
         self.model = checkpoint.model.eval()
         self.device = next(self.model.parameters()).device
-        self.model.to(DTYPES[resolve_precision("auto", self.device)])
+        self.model.to(DTYPES[inputs.precision_of(checkpoint)])
         self.width = self.model.config.hidden_size
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         "kind": "noise_classifier",
         "checkpoint": described,
         "protocol": {"name": PROTOCOL, **asdict(settings)},
-        "cell": {"block": args.block},
+        "cell": {"block": args.block, "precision": inputs.precision_of(checkpoint)},
         "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
         "seed": seed,
         "n_seen": {"train": len(part), "test": len(test)},

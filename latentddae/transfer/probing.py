@@ -222,7 +222,8 @@ def run(
 
 def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, Any]:
     """All that decides a result, before anything is computed."""
-    cell, test = opened.cell, opened.test
+    cell, test, stored = opened.cell, opened.test, opened.stored
+    precision = inputs.precision_of(opened.checkpoint) if stored is None else stored.meta["dtype"]
     return {
         "kind": kind,
         "checkpoint": opened.described,
@@ -230,6 +231,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
         "cell": {
             **inputs.describe_level(opened.checkpoint.objective, cell.level),
             **{key: getattr(cell, key) for key in ("block", "pool", "draws", "noisy_input")},
+            "precision": precision,
         },
         "data": {
             "train": opened.train.fingerprints,
@@ -239,7 +241,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
         "seed": opened.settings["seed"],
         "noise_seeds": list(opened.noise_seeds),
         "metric": opened.metric,
-        **({} if opened.stored is None else {"features": "float16 on disk"}),
+        **({} if stored is None else {"features": "float16 on disk"}),
         **({} if opened.published is None else {"published": opened.published / 100}),
     }
 

@@ -263,3 +263,8 @@ def test_refusals(start, tmp_path, ranks, capfd) -> None:
         assert start(tmp_path / "run", override) in (2, 78)
         assert said in capfd.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def test_an_option_may_stand_between_two_settings(start, tmp_path, capfd) -> None:
+    assert start(tmp_path / "run", "seed=1", "--retry", "level=2") in (2, 78)
+    assert "noise level" in capfd.readouterr().err

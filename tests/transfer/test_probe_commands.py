@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
 from latentddae.errors import ConfigError, UsageError
 from latentddae.files import read_json_lines
+from latentddae.training.settings import resolve_precision
 from latentddae.transfer import grid, inputs, knn, linear, probing, store
 from latentddae.transfer.scores import mean_per_class, top1
 
@@ -45,6 +47,7 @@ def test_reads_the_planted_classes_from_the_chosen_cell(
     best = json.loads(grid_file.read_text())["chosen"]
     assert line["kind"] == name
     assert (line["cell"]["block"], line["cell"]["s"]) == (best["block"], best["level"])
+    assert line["cell"]["precision"] == resolve_precision("auto", torch.device("cpu"))
     assert (line["protocol"]["seed"], line["protocol"]["holdout"]) == (3, 0.3)  # of the grid
     assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
     assert line["accuracy"] > 0.9
