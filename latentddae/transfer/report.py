@@ -137,6 +137,24 @@ def write_report(
     return out
 
 
+def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
+    """The page's curves and heat maps as PNG files of their own, for a paper: profiles.png, progress.png,
+    RUN-POOL.png. Those with nothing to show are left out."""
+    found = [find(Path(run)) for run in runs]
+    several = len(found) > 1
+    grids = [(f.name if several else "", grid) for f in found for grid in f.grids]
+    series = parts.over_pretraining([(f.name, [*f.probes, *table_lines(f)]) for f in found])
+    drawn = {"profiles": plots.profiles(grids)} if grids else {}
+    drawn |= {"progress": plots.progress(series)} if series else {}
+    for f in found:
+        for number, grid in enumerate(f.grids):
+            name = f.name if len(f.grids) == 1 else f"{f.name}-{number}"
+            drawn |= {f"{name}-{pool}": plots.heat_map(grid, pool) for pool in grid["pools"]}
+    for name, picture_ in drawn.items():
+        write_atomic(folder / f"{name}.png", picture_)
+    return [folder / f"{name}.png" for name in drawn]
+
+
 def headline(found: Sequence[Found]) -> list[tuple[str, str]]:
     """The few figures to see first."""
     rows = {row["group"]: row for f in found for row in f.rows if row["chosen"]}
@@ -423,6 +441,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--picture", action="append", default=[], metavar="CAPTION=FILE", help="a PNG to show"
     )
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="write curves and heat maps there as PNG too"
+    )
     args = parser.parse_args(argv)
     shown = []
     for item in args.picture:
@@ -431,6 +452,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--picture takes CAPTION=FILE, got {item!r}")
         shown.append((caption, Path(file)))
     print(write_report(args.runs, args.out, title=args.title, shown=shown))
+    for path in write_plots(args.runs, args.plots) if args.plots else ():
+        print(path)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ def probe_name(line: dict[str, Any]) -> str:
     return name if few is None else f"{name}, {few} of each class"
 
 
-def progress(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Accuracy over images seen, for every probe that has several checkpoints of a run."""
+def over_pretraining(
+    named: Sequence[tuple[str, list[dict[str, Any]]]],
+) -> list[tuple[str, list[tuple[int, float, float]]]]:
+    """(name, [(images seen, accuracy, sd or 0)]) of every probe that has several checkpoints of a run."""
     points: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
     for run, lines in named:
         for line in lines:
@@ -42,11 +44,16 @@ def progress(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
             if images is not None:
                 name = f"{run}: {probe_name(line)}" if len(named) > 1 else probe_name(line)
                 points[name][images] = (line["accuracy"], line.get("accuracy_sd") or 0.0)
-    series = [
+    return [
         (name, [(images, *found[images]) for images in sorted(found)])
         for name, found in points.items()
         if len(found) > 1
     ]
+
+
+def progress(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Accuracy over images seen, as picture and table."""
+    series = over_pretraining(named)
     if not series:
         return ""
     rows = [

@@ -253,6 +253,18 @@ def test_several_runs_share_a_page(run, tmp_path):
     assert "95.70 % (+0.00)" in text
 
 
+def test_curves_and_heat_maps_as_files(run, tmp_path, capsys):
+    plots_ = tmp_path / "plots"
+    report.main([str(run), "--out", str(tmp_path / "r.html"), "--plots", str(plots_)])
+    names = ["profiles.png", "progress.png", "demo-mean.png", "demo-grid2.png"]
+    assert capsys.readouterr().out.splitlines()[1:] == [str(plots_ / name) for name in names]
+    page_ = (tmp_path / "r.html").read_text()
+    for name in names:  # the very pictures of the page
+        assert base64.b64encode((plots_ / name).read_bytes()).decode() in page_
+    (tmp_path / "empty").mkdir()
+    assert report.write_plots([tmp_path / "empty"], tmp_path / "none") == []
+
+
 def test_what_is_wrong_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         report.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "r.html")])
