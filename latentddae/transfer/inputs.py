@@ -24,6 +24,7 @@ from latentddae.models import zoo
 from latentddae.models.backbone import PREFIX, open_backbone
 from latentddae.training.settings import resolve_precision
 from latentddae.transfer.features import check_data, check_level, held_out, subset
+from latentddae.transfer.scores import ProbeResult
 
 RESULTS = "results.jsonl"
 LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
@@ -200,7 +201,7 @@ def describe_level(objective: Any, level: float) -> dict[str, float | None]:
     }
 
 
-def as_row(result: Any) -> dict[str, Any]:
+def as_row(result: ProbeResult) -> dict[str, Any]:
     """A probe's result as JSON-able data, without arrays and the counts that the line gives as
     n_seen."""
     row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}

@@ -21,6 +21,7 @@ from latentddae import dist
 from latentddae.errors import run_command
 from latentddae.transfer import probing
 from latentddae.transfer.linear import check_arrays
+from latentddae.transfer.scores import ProbeResult
 
 PROTOCOL = "knn/1"
 KS = (5, 10, 20, 50, 100, 200)
@@ -30,21 +31,11 @@ QUERIES = 1024  # rows of the similarity tile
 BANK = 16384  # its columns: a tile is 64 MiB
 
 
-@dataclass(frozen=True)
-class KnnResult:
-    """What the k-NN probe found. Accuracies are shares of right answers."""
-
-    accuracy: float  # on test with the chosen k and all of train as the bank
-    heldout_accuracy: float | None  # None where nothing was held out
+@dataclass(frozen=True, kw_only=True)
+class KnnResult(ProbeResult):
     k: int
     ks: tuple[int, ...]
-    heldout_accuracies: tuple[float, ...]  # one per k
     temperature: float
-    width: int
-    n_train: int
-    n_heldout: int
-    n_test: int
-    predictions: np.ndarray  # (n_test,) int64
 
 
 def probe(

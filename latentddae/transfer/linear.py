@@ -22,6 +22,7 @@ from latentddae.errors import DataError, run_command
 from latentddae.transfer import probing, trained
 from latentddae.transfer.few_shot import ENOUGH
 from latentddae.transfer.recipes import LBFGS
+from latentddae.transfer.scores import ProbeResult
 
 PROTOCOL = "lbfgs-linear/1"
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
@@ -39,20 +40,11 @@ TOLERANCE = 1e-4
 """Largest gradient entry at which a fit ends, in coordinates where the curvature is about one."""
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What a probe found. Accuracies are shares of right answers."""
-
-    accuracy: float  # on test, at the chosen strength, after the fit on all of train
-    heldout_accuracy: float | None  # None where nothing was held out
+@dataclass(frozen=True, kw_only=True)
+class LinearResult(ProbeResult):
     strength: float
-    strengths: tuple[float, ...]  # those tried, strongest first
-    heldout_accuracies: tuple[float, ...]  # one per strength tried
-    width: int
-    n_train: int
-    n_heldout: int
-    n_test: int
-    predictions: np.ndarray  # (n_test,) int64
+    strengths: tuple[float, ...]
+    """Those tried, strongest first."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ def probe(
     *,
     strengths: Sequence[float] = STRENGTHS,
     classes: int | None = None,
-) -> ProbeResult:
+) -> LinearResult:
     """Fit and score a linear probe: x (N, D) float, y (N,) int in [0, classes), heldout (N,) bool.
 
     Everything is chosen on the held-out rows of train; test is used for one prediction at the end.
@@ -94,7 +86,7 @@ def probe(
     )
     model = fit(x, y, choice.strength, start=choice.model, curvature=curvature)
     predictions = predict(model, standardise(test_x, mean, scale)).numpy()
-    return ProbeResult(
+    return LinearResult(
         accuracy=float((predictions == test_y).mean()),
         heldout_accuracy=choice.heldout_accuracy,
         strength=choice.strength,

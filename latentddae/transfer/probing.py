@@ -29,10 +29,10 @@ from latentddae.transfer import cell as cells
 from latentddae.transfer import few_shot, inputs, joined, shares
 from latentddae.transfer.cell import Arrays, CellChoice
 from latentddae.transfer.features import collect
-from latentddae.transfer.scores import METRICS, confusion
+from latentddae.transfer.scores import METRICS, ProbeResult, confusion
 from latentddae.transfer.store import Stored
 
-Probe = Callable[..., Any]  # (train_x, train_y, test_x, test_y, heldout, *, classes, ...) -> result
+Probe = Callable[..., ProbeResult]  # (train_x, train_y, test_x, test_y, heldout, *, classes, ...)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
 
 
 def run(
-    kind: str, protocol: dict[str, Any], opened: Opened, measure: Callable[[int], list[Any]]
+    kind: str, protocol: dict[str, Any], opened: Opened, measure: Callable[[int], list[ProbeResult]]
 ) -> dict[str, Any]:
     """The line of one protocol: read if it is there, else measured and recorded by rank 0.
 
@@ -246,7 +246,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
     }
 
 
-def summary(results: Sequence[Any], opened: Opened) -> tuple[np.ndarray, dict[str, Any]]:
+def summary(results: Sequence[ProbeResult], opened: Opened) -> tuple[np.ndarray, dict[str, Any]]:
     """The summed confusion of test and the fields of a line; several results give mean and sd."""
     truth = inputs.labels_of(opened.test, np.arange(len(opened.test)))
     tables = [confusion(r.predictions, truth, len(opened.test.classes)) for r in results]
@@ -276,7 +276,7 @@ def write_confusion(out: Path, name: str, table: np.ndarray, classes: Sequence[s
 def run_arrays(kind: str, protocol: dict[str, Any], opened: Opened, probe: Probe) -> dict[str, Any]:
     """A probe on all of train."""
 
-    def measure(noise_seed: int) -> list[Any]:
+    def measure(noise_seed: int) -> list[ProbeResult]:
         arrays = opened.arrays(noise_seed)
         return dist.on_main(lambda: [arrays.probe_with(probe, classes=len(opened.train.classes))])
 
@@ -296,7 +296,7 @@ def run_few_shot(
     lines = []
     for shots in few_shot.parse(args.few_shot):
 
-        def measure(noise_seed: int, shots: few_shot.Shots = shots) -> list[Any]:
+        def measure(noise_seed: int, shots: few_shot.Shots = shots) -> list[ProbeResult]:
             whole = arrays(noise_seed)
             return dist.on_main(
                 lambda: [
@@ -317,7 +317,7 @@ def _few(
     options: Callable[[int], dict[str, Any]],
     shots: few_shot.Shots,
     draw: int,
-) -> Any:
+) -> ProbeResult:
     few = few_shot.pick(
         opened.positions, whole.train_y, shots, seed=opened.settings["seed"], draw=draw
     )

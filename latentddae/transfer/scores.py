@@ -1,10 +1,29 @@
 """What a set of answers is worth: top-1, mean per class, and the confusion behind both."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from latentddae.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What a probe found. Accuracies are shares of right answers."""
+
+    accuracy: float
+    """On test, by what was chosen, fitted on all of train."""
+    heldout_accuracy: float | None
+    """Of what was chosen; None where nothing had to be or nothing was held out."""
+    heldout_accuracies: tuple[float, ...]
+    """One for each thing tried."""
+    width: int
+    n_train: int
+    n_heldout: int
+    n_test: int
+    predictions: np.ndarray
+    """(n_test,) int64"""
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

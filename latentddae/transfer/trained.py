@@ -20,25 +20,18 @@ from latentddae.errors import UsageError
 from latentddae.transfer import feeds, inputs, probing
 from latentddae.transfer.heads import Training
 from latentddae.transfer.recipes import LBFGS, NAMES, RECIPES, Recipe
+from latentddae.transfer.scores import ProbeResult
 
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class TrainedResult:
-    """What a recipe found. Rates are (learning rate, weight decay) as they were applied."""
+@dataclass(frozen=True, kw_only=True)
+class TrainedResult(ProbeResult):
+    """Of the heads of a recipe. Rates are (learning rate, weight decay) as they were applied."""
 
-    accuracy: float  # on test, of the picked head trained on all of train
-    heldout_accuracy: float | None  # None where there was one head only
     rate: tuple[float, float]
     rates: tuple[tuple[float, float], ...]
-    heldout_accuracies: tuple[float, ...]  # one per head
     batch_used: int
-    width: int
-    n_train: int
-    n_heldout: int
-    n_test: int
-    predictions: np.ndarray  # (n_test,) int64
 
 
 @dataclass(frozen=True)
