@@ -17,7 +17,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from latentddae import draws
+from latentddae.core import rng
 from latentddae.diffusion import EDM, Flow
 from latentddae.diffusion.exact import Mixture, as_network
 from latentddae.diffusion.samplers import euler, heun
@@ -58,7 +58,7 @@ def slope(values: list[float]) -> float:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
-    noise = draws.normal(0, "convergence", torch.arange(SAMPLES), (2, 1, 1)).double()
+    noise = rng.normal(0, "convergence", torch.arange(SAMPLES), (2, 1, 1)).double()
     rows = []
     figure, axes = plt.subplots(figsize=(6, 4.2))
     for name, objective in {"flow": Flow(), "edm": EDM()}.items():

@@ -20,12 +20,12 @@ import torch
 from harness import ROUNDS, cpu_seconds, machine, record
 from PIL import Image
 
-from latentddae.data.autoencoder import Autoencoder, new_autoencoder_kl
-from latentddae.data.decoding import squares
-from latentddae.data.encode import encode
-from latentddae.data.images import open_source
+from latentddae.data.encoding.autoencoder import Autoencoder, new_autoencoder_kl
+from latentddae.data.encoding.decode_pool import squares
+from latentddae.data.encoding.encode import encode
+from latentddae.data.encoding.plan import EncodeConfig, Plan, make_plan
 from latentddae.data.latents import LatentSpec
-from latentddae.data.plan import EncodeConfig, Plan, make_plan
+from latentddae.data.sources.open import open_source
 
 SD_SIZED: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,

@@ -17,8 +17,8 @@ from torch import Tensor
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
 from latentddae.models.dit import randomize_gates
-from latentddae.training.settings import resolve_precision
-from latentddae.transfer.features import Precision, pooled_blocks, trunk_at
+from latentddae.training.deepspeed_config import resolve_precision
+from latentddae.transfer.extraction.extract import Precision, pooled_blocks, trunk_at
 
 IMAGES, BLOCK, LEVEL = 32, 6, 0.3
 TOLERANCE = {"fp32": 2e-6, "bf16": 1e-2}

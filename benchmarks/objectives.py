@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentddae.data import encode
-from latentddae.data.autoencoder import open_matching
+from latentddae.data.encoding import encode
+from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
 from latentddae.generation.frechet import frechet_distance, moments

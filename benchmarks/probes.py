@@ -20,11 +20,13 @@ import torch
 from harness import cpu_seconds, machine, record
 from scipy.stats import spearmanr
 
-from latentddae.files import write_json
-from latentddae.transfer import grid, inputs, ridge
-from latentddae.transfer.features import collect
-from latentddae.transfer.heads import INITIAL_STD, Training, epoch_order, schedule
-from latentddae.transfer.recipes import RECIPES
+from latentddae.core.files import write_json
+from latentddae.transfer import grid
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import collect
+from latentddae.transfer.probes import ridge
+from latentddae.transfer.probes.recipes import RECIPES
+from latentddae.transfer.probes.sgd import INITIAL_STD, Training, epoch_order, schedule
 
 DDAE = RECIPES["ddae"]
 RATE = (1e-3, 0.0)

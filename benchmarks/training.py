@@ -22,16 +22,17 @@ from harness import ROUNDS, cpu_seconds, machine, record
 from sampling import diffusers_transformer
 from torch import Tensor, nn
 
-from latentddae import dist, draws, files, train
+from latentddae import train
+from latentddae.core import dist, files, rng
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import write_split
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
-from latentddae.training import timing
+from latentddae.training import step_timer
+from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optim import OptimConfig
-from latentddae.training.settings import EngineConfig
+from latentddae.training.optimizers import OptimConfig
 
 BATCH = 4
 LR = 1e-4
@@ -57,10 +58,10 @@ def batches() -> Iterator[dict[str, Tensor]]:
     while True:
         positions = torch.arange(first, first + BATCH)
         yield {
-            "x0": draws.normal(0, "x0", positions, (4, 32, 32)),
+            "x0": rng.normal(0, "x0", positions, (4, 32, 32)),
             "y": positions % 1000,
-            "t": OBJECTIVE.times(draws.uniform(0, "time", positions)),
-            "noise": draws.normal(0, "noise", positions, (4, 32, 32)),
+            "t": OBJECTIVE.times(rng.uniform(0, "time", positions)),
+            "noise": rng.normal(0, "noise", positions, (4, 32, 32)),
         }
         first += BATCH
 
@@ -75,7 +76,7 @@ def ours(precision: Any) -> Step:
     optim = OptimConfig(lr=LR)
     settings = EngineConfig(precision=precision, zero_stage=0 if precision == "fp32" else 1)
     engine = Engine(model, settings, optim, world, torch.device("cpu"), BATCH)
-    engine.publish_masters()
+    engine.broadcast_masters()
     ema, inputs = Ema(EmaConfig(halflife_images=HALFLIFE, rampup=None), engine.masters), batches()
 
     def step() -> float:
@@ -226,7 +227,7 @@ def optimizers() -> None:
     """Fused AdamW on flat masters against torch's loop over parameters."""
     parameters = [p.detach() for p in network().parameters()]
     flat = torch.cat([p.flatten() for p in parameters])
-    gradient = draws.normal(0, "gradient", torch.arange(1), (len(flat),))[0] * 1e-3
+    gradient = rng.normal(0, "gradient", torch.arange(1), (len(flat),))[0] * 1e-3
     pieces = [
         g.view_as(p)
         for g, p in zip(gradient.split([p.numel() for p in parameters]), parameters, strict=True)
@@ -256,14 +257,14 @@ def run_of(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The lines of a whole run of `latentddae train`, its clock the CPU time of its main thread."""
     shards, run = folder / "shards", folder / "run"
     spec = LatentSpec(kind="deterministic", channels=4, size=32)
-    noise = draws.normal(0, "shards", torch.arange(64), (1, 4, 32, 32)).half().numpy()
+    noise = rng.normal(0, "shards", torch.arange(64), (1, 4, 32, 32)).half().numpy()
     names = [f"{i}" for i in range(64)]
     write_split(shards, "train", spec, noise, [0] * 64, names, classes=("a",), shard_size=64)
     config = folder / "run.yaml"
     config.write_text(json.dumps({"run": str(run), "data": {"path": str(shards)}}))
 
     def train_it() -> None:
-        timing.HostClock.mark = lambda self: time.thread_time()  # type: ignore[method-assign]
+        step_timer.HostClock.mark = lambda self: time.thread_time()  # type: ignore[method-assign]
         train.main(["--config", str(config), *overrides])
 
     process = multiprocessing.get_context("fork").Process(target=train_it)

@@ -8,8 +8,8 @@ stabilityai/sd-vae-ft-ema --resolution 256 --crop native --views original,copy1,
 
 import sys
 
-from latentddae.data.prep import main_for
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.all_splits import main_for
 
 SPLITS = {"train": ("--views", "original,mirror"), "test": ()}
 

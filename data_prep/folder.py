@@ -8,8 +8,8 @@ options of `latentddae encode` may follow.
 
 import sys
 
-from latentddae.data.prep import main_for
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.all_splits import main_for
 
 if __name__ == "__main__":
     main = main_for({"train": ("--views", "original,mirror"), "val": ()}, ("--resolution", "256"))

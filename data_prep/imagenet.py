@@ -11,8 +11,8 @@ slurm/encode_imagenet.sh.
 import sys
 from pathlib import Path
 
-from latentddae.data.prep import main_for
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.all_splits import main_for
 
 CONFIG = Path(__file__).parents[1] / "configs" / "encode" / "imagenet256.yaml"
 

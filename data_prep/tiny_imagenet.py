@@ -8,8 +8,8 @@ encode` may follow.
 
 import sys
 
-from latentddae.data.prep import main_for
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.all_splits import main_for
 
 SPLITS = {"train": ("--views", "original,mirror"), "val": ()}
 

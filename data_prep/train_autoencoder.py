@@ -3,8 +3,8 @@ DIR [--steps 2500]."""
 
 import sys
 
-from latentddae.data.train_autoencoder import main
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.train_autoencoder import main
 
 if __name__ == "__main__":
     sys.exit(run_command("train_autoencoder", main))

@@ -5,12 +5,12 @@ import importlib
 import sys
 
 from latentddae import __version__
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
 from latentddae.training.preemption import listen_early
 
 COMMANDS = {  # command -> (module with main(argv), one line for --help)
     "demo": ("latentddae.demo", "the whole story on real images, on a laptop CPU"),
-    "encode": ("latentddae.data.encode", "images -> latent shards"),
+    "encode": ("latentddae.data.encoding.encode", "images -> latent shards"),
     "verify": ("latentddae.data.verify", "check a data folder and list what is wrong"),
     "info": ("latentddae.data.info", "what a data folder holds"),
     "preview": ("latentddae.data.preview", "decode samples beside their sources to a PNG"),
@@ -19,14 +19,23 @@ COMMANDS = {  # command -> (module with main(argv), one line for --help)
         "latentddae.training.export",
         "a run's state -> portable weights, on one CPU process",
     ),
-    "compare-curve": ("latentddae.training.curve", "set a run's loss against a reference curve"),
-    "features": ("latentddae.transfer.store", "pooled features of whole splits as files"),
+    "compare-curve": (
+        "latentddae.training.reference_curve",
+        "set a run's loss against a reference curve",
+    ),
+    "features": (
+        "latentddae.transfer.extraction.store",
+        "pooled features of whole splits as files",
+    ),
     "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
-    "linear": ("latentddae.transfer.linear", "linear probe on one cell"),
-    "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe on one cell"),
+    "linear": ("latentddae.transfer.probes.logistic", "linear probe on one cell"),
+    "knn": ("latentddae.transfer.probes.knn", "k-nearest-neighbour probe on one cell"),
     "finetune": ("latentddae.transfer.finetune", "train a pretrained trunk on, with a linear head"),
-    "look": ("latentddae.transfer.look", "nearest neighbours and token colours, for the report"),
-    "suite": ("latentddae.transfer.suites", "grid and probes on several transfer sets"),
+    "look": (
+        "latentddae.transfer.visualize",
+        "nearest neighbours and token colours, for the report",
+    ),
+    "suite": ("latentddae.transfer.suite", "grid and probes on several transfer sets"),
     "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
     "noise-classifier": ("latentddae.transfer.noise_classifier", "accuracy over all noise levels"),
     "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),

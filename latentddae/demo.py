@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from latentddae import files
 from latentddae.cli import COMMANDS
-from latentddae.data.images import open_source
+from latentddae.core import files
+from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, run_command
+from latentddae.data.sources.open import open_source
 from latentddae.generation.pictures import sheet, write_png
 from latentddae.transfer.compare import table
 from latentddae.transfer.report import PICTURES, write_report

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from latentddae import dist, files, runlog
-from latentddae.errors import ConfigError, LatentddaeError, run_command
+from latentddae.core import dist, files, runlog
+from latentddae.core.errors import ConfigError, LatentddaeError, run_command
 from latentddae.models import attention
-from latentddae.training.settings import resolve_precision
+from latentddae.training.deepspeed_config import resolve_precision
 
 MEETING_S = 20.0  # two ranks on one machine need a second
 IMPORT_S = 120.0
@@ -292,7 +292,7 @@ def _meet(backend: str, rank: int, size: int, port: int, answers: Any) -> None:
 def launcher(env: Mapping[str, str] | None = None) -> Findings:
     """The variables that tell ranks who they are."""
     env = os.environ if env is None else env
-    problems = list(dist.contradictions(env))
+    problems = list(dist.check_launcher_env(env))
     for problem in problems:
         remedy = "unset what an older job or shell has left over, or start it with the launcher"
         yield Finding("trouble", "launcher", problem, remedy)

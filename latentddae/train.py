@@ -22,17 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentddae import config as configuration
-from latentddae import dist, draws
+from latentddae.core import config as configuration
+from latentddae.core import dist, rng
+from latentddae.core.errors import run_command
 from latentddae.data.cache import open_set
 from latentddae.data.loader import Batch
 from latentddae.data.shards import ShardSet
-from latentddae.errors import run_command
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
-from latentddae.models.extremes import extremes
+from latentddae.models.activation_stats import extremes
 from latentddae.planning.flops import training_flops
-from latentddae.training.checkpoint import State
 from latentddae.training.config import (
     DataConfig,
     TrainConfig,
@@ -40,10 +39,11 @@ from latentddae.training.config import (
     contract,
     resolve,
 )
+from latentddae.training.deepspeed_config import DTYPES, derive
 from latentddae.training.export import WEIGHTS, export
 from latentddae.training.loop import Job, Loop
-from latentddae.training.ranks import Here, ranks_of
-from latentddae.training.settings import DTYPES, derive
+from latentddae.training.process import RunContext, distributed_run
+from latentddae.training.states import State
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,12 +73,12 @@ def train(config: TrainConfig, retry: bool = False) -> Path:
     RequeueError when a signal stopped the run after a complete save.
     """
     run = Path(config.run)
-    with ranks_of(run, "train", config.hang_timeout_s, retry) as here:
+    with distributed_run(run, "train", config.hang_timeout_s, retry) as here:
         loop = Loop(pretraining(config, here), here)
         loop.run_to_end()
         here.watchdog.enter("exporting")
         state = loop.saver.newest()
-        return dist.on_main(lambda: export(state, run / "export"))
+        return dist.on_rank0(lambda: export(state, run / "export"))
 
 
 def _open_data(data: DataConfig) -> ShardSet:
@@ -105,9 +105,9 @@ def describe(config: TrainConfig) -> str:
     )
 
 
-def pretraining(config: TrainConfig, here: Here) -> Job:
+def pretraining(config: TrainConfig, here: RunContext) -> Job:
     """A diffusion model on latents, as the loop takes it."""
-    shards = dist.together(lambda: _open_data(config.data))
+    shards = dist.on_all_ranks(lambda: _open_data(config.data))
     config = resolve(config, shards)
     spec, seed, objective = shards.spec, config.seed, config.objective
     monitor = _open_monitor(config, shards)
@@ -120,12 +120,12 @@ def pretraining(config: TrainConfig, here: Here) -> Job:
         moments: Tensor, label: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x0, t, noise, labels; every draw is keyed by (seed, purpose, global position)."""
-        x0 = spec.sample(moments, draws.normal(seed, "posterior", position, spec.shape))
-        t = objective.times(draws.uniform(seed, "time", position))
-        noise = draws.normal(seed, "noise", position, spec.shape)
+        x0 = spec.sample(moments, rng.normal(seed, "posterior", position, spec.shape))
+        t = objective.times(rng.uniform(seed, "time", position))
+        noise = rng.normal(seed, "noise", position, spec.shape)
         if not config.conditional:
             return x0, t, noise, None
-        dropped = draws.uniform(seed, "label drop", position) < config.label_dropout
+        dropped = rng.uniform(seed, "label drop", position) < config.label_dropout
         return x0, t, noise, torch.where(dropped, config.model.num_classes, label)
 
     def loss(*stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def pretraining(config: TrainConfig, here: Here) -> Job:
             folder = export(state, here.run / "export")
             return monitor.look(zoo.load(folder, device=here.device))
 
-        return dist.on_main(scores)
+        return dist.on_rank0(scores)
 
     return Job(
         config=config,
@@ -177,7 +177,7 @@ def _open_monitor(config: TrainConfig, shards: ShardSet) -> Monitor | None:
     opened: list[Monitor] = []
     if config.monitor.every_images:
         run = Path(config.run)
-        dist.on_main(lambda: opened.append(Monitor(config.monitor, run, shards, config.seed)))
+        dist.on_rank0(lambda: opened.append(Monitor(config.monitor, run, shards, config.seed)))
     return opened[0] if opened else None
 
 

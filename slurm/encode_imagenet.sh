@@ -13,7 +13,7 @@ source_folder=$1 out=$2
 shift 2
 
 encode() {
-    launch latentddae.data.encode --config configs/encode/imagenet256.yaml \
+    launch latentddae.data.encoding.encode --config configs/encode/imagenet256.yaml \
         --source "$source_folder" --out "$out" --workers "$workers" "$@"
 }
 encode --split train "$@"

@@ -15,4 +15,4 @@ source slurm/env.sh
 checkpoint=$1 out=$2
 shift 2
 
-launch latentddae.transfer.suites --checkpoint "$checkpoint" --out "$out" "$@"
+launch latentddae.transfer.suite --checkpoint "$checkpoint" --out "$out" "$@"

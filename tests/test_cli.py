@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from latentddae.cli import COMMANDS, run
-from latentddae.errors import (
+from latentddae.core.errors import (
     ConfigError,
     DataError,
     RequeueError,

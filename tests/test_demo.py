@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from latentddae import cli, demo, files
-from latentddae.errors import ConfigError
+from latentddae import cli, demo
+from latentddae.core import files
+from latentddae.core.errors import ConfigError
 
 QUICK = ["--levels", "0.1", "--control-levels", "0.1", "model.depth=2", "model.hidden_size=32"]
 QUICK += ["model.num_heads=2", "total_images=512", "log_every_images=128"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentddae import cli, files
+from latentddae import cli
+from latentddae.core import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]

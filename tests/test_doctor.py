@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from latentddae import doctor
+from latentddae.core.errors import run_command
 from latentddae.doctor import Finding
-from latentddae.errors import run_command
 
 
 def only(findings: Iterator[Finding]) -> Finding:

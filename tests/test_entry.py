@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentddae import files
+from latentddae.core import files
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

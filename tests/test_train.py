@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentddae import files, train
+from latentddae import train
+from latentddae.core import files
+from latentddae.core.errors import run_command
 from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import run_command
 from latentddae.models import zoo
-from latentddae.training import checkpoint
+from latentddae.training import states
 
 CONFIG = Path(__file__).parent / "training" / "tiny.yaml"
 STEP = 16
@@ -63,13 +64,13 @@ def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path
         assert ranks(action, size) == [0] * size
     expected, seen = tensors(whole, 20 * STEP), tensors(parts, 20 * STEP)
     assert expected.keys() == seen.keys()
-    assert {key.split("/")[0] for key in seen} == {*checkpoint.KINDS, "constant"}
+    assert {key.split("/")[0] for key in seen} == {*states.KINDS, "constant"}
     for key in expected:
         assert torch.equal(expected[key], seen[key]), key
     assert losses(whole) == losses(parts) and len(losses(whole)) == 20
     loader = Loader(ShardSet(tiny_shards, "train"), global_batch=STEP, seed=0, workers=0)
-    states = [checkpoint.complete_states(run / "state")[-1] for run in (whole, parts)]
-    batches = [next(iter(loader.batches(state.images))) for state in states]
+    last = [states.complete_states(run / "state")[-1] for run in (whole, parts)]
+    batches = [next(iter(loader.batches(state.images))) for state in last]
     keys = [loader.shards.keys(batch.index.numpy()) for batch in batches]
     assert keys[0] == keys[1]
     for name in ("model", "ema"):
@@ -101,7 +102,7 @@ def test_export_is_the_state_and_loads(tiny_shards, tmp_path, ranks) -> None:
     found = zoo.load(run / "export")
     assert found.info["images_seen"] == 20 * STEP
     assert found.latents == ShardSet(tiny_shards, "train").spec
-    reader = checkpoint.StateReader(checkpoint.complete_states(run / "state")[-1])
+    reader = states.StateReader(states.complete_states(run / "state")[-1])
     for name, value in reader.tensors("ema"):
         assert torch.equal(found.model.state_dict()[name], value)
     raw = load_file(run / "export" / "model.safetensors")
@@ -129,8 +130,8 @@ def test_a_signal_saves_and_asks_to_be_requeued(tiny_shards, tmp_path, ranks) ->
         return start(run, tiny_shards, *options)
 
     assert ranks(interrupted, 2) == [75, 75]
-    states = checkpoint.complete_states(run / "state")
-    assert len(states) == 1 and 0 < states[0].images < 1280
+    complete = states.complete_states(run / "state")
+    assert len(complete) == 1 and 0 < complete[0].images < 1280
     assert ranks(lambda: start(run, tiny_shards, *options), 2) == [0, 0]
     expected, seen = tensors(whole, 1280), tensors(run, 1280)
     assert all(torch.equal(expected[key], seen[key]) for key in expected)
@@ -154,7 +155,7 @@ def test_damaged_newest_state_falls_back_to_the_one_before(
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    assert checkpoint.newest_intact(run / "state")[0].images == 10 * STEP
+    assert states.newest_intact(run / "state")[0].images == 10 * STEP
     for damaged in newest.glob("*"):
         damaged.chmod(0o600)
     assert ranks(lambda: start(run, tiny_shards, *options)) == [0]
@@ -243,7 +244,7 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
     assert "step skipped" in capfd.readouterr().err
     before, after = tensors(run, 3 * STEP), tensors(run, 4 * STEP)
     assert all(torch.equal(before[key], after[key]) for key in before)  # the average too
-    state = checkpoint.complete_states(run / "state")[-1]
+    state = states.complete_states(run / "state")[-1]
     assert state.info["adam_steps"] == 19
     assert all(torch.isfinite(v).all() for v in tensors(run, 20 * STEP).values())
     events = [r for r in files.read_json_lines(run / "metrics.jsonl") if "event" in r]
@@ -262,7 +263,7 @@ def test_steps_that_stay_non_finite_stop_the_run(
     options = (f"save.every_images={5 * STEP}", "max_bad_steps=3")
     assert ranks(lambda: start(run, tiny_shards, *options)) == [65]
     assert "3 steps in a row" in capfd.readouterr().err
-    newest, warnings = checkpoint.newest_intact(run / "state")
+    newest, warnings = states.newest_intact(run / "state")
     assert newest is not None and newest.images == 10 * STEP and not warnings
 
 
@@ -289,7 +290,7 @@ def test_a_hanging_rank_says_where_and_all_ranks_leave(
     waits = "rank 0 hangs: in a step or waiting for another rank" in error
     assert waits or "rank 0 lost another rank" in error
     monkeypatch.setattr(Loader, "batch_at", honest)
-    assert checkpoint.newest_intact(run / "state")[0].images == 4 * STEP
+    assert states.newest_intact(run / "state")[0].images == 4 * STEP
     assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from latentddae.core.errors import ConfigError, WriteError
+from latentddae.core.files import text_hash
 from latentddae.data.manifest import MANIFEST, read_manifest
 from latentddae.data.remote import fetch, is_remote, split_entry
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, WriteError
-from latentddae.files import text_hash
 
 MARK = ".latentddae-cache"  # only folders with this file are ever deleted
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from latentddae.core.errors import run_command
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import read_manifest
-from latentddae.errors import run_command
 
 
 def describe(root: Path) -> Iterator[str]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae import draws
-from latentddae.errors import ConfigError
-from latentddae.files import text_hash
+from latentddae.core import rng
+from latentddae.core.errors import ConfigError
+from latentddae.core.files import text_hash
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same
 CPU_ROWS = 32  # samples per pass of `sample_on_cpu`
@@ -109,13 +109,13 @@ class LatentSpec:
         out = torch.empty(len(stored), *self.shape)
         noise = torch.empty(CPU_ROWS, *self.shape)
         generator = torch.Generator()
-        start, _ = draws.purpose_key(seed, "posterior on the CPU")
+        start, _ = rng.purpose_key(seed, "posterior on the CPU")
         for first in range(0, len(stored), CPU_ROWS):  # temporaries stay in the cache
             rows = slice(first, first + CPU_ROWS)
             keys = positions[rows].tolist()
             for row, key in zip(noise, keys, strict=False):
                 # The generator reads 32 bits of its seed: apart for four billion positions in a row.
-                row.normal_(generator=generator.manual_seed((start + key) & draws.MASK))
+                row.normal_(generator=generator.manual_seed((start + key) & rng.MASK))
             out[rows] = self.sample(stored[rows], noise[: len(keys)])
         return out
 

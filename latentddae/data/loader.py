@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae import draws
+from latentddae.core import rng
+from latentddae.core.errors import ConfigError
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Loader:
         views = len(self.shards.spec.views)
         chosen = np.zeros(local, np.int64)
         if views > 1:
-            chosen = (draws.uniform(self.seed, "view", position) * views).long().numpy()
+            chosen = (rng.uniform(self.seed, "view", position) * views).long().numpy()
         batch = Batch(
             moments=torch.from_numpy(self.shards.gather(indices, chosen)),
             label=torch.from_numpy(self.shards.labels[indices]),

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import text_hash
 from latentddae.data.latents import LatentSpec
-from latentddae.errors import ConfigError, DataError
-from latentddae.files import text_hash
 
 FORMAT = "latentddae-shards"
 VERSION = 1

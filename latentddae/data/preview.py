@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentddae.data.autoencoder import open_matching
-from latentddae.data.images import open_source
+from latentddae.core.errors import LatentddaeError, UsageError, WriteError, run_command
+from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.manifest import read_manifest
-from latentddae.data.pixels import CROPS, BadImageError
 from latentddae.data.shards import ShardSet
-from latentddae.data.source import Source
-from latentddae.errors import LatentddaeError, UsageError, WriteError, run_command
+from latentddae.data.sources.open import open_source
+from latentddae.data.sources.pixels import CROPS, BadImageError
+from latentddae.data.sources.source import Source
 
 GAP = 2  # pixels between the images
 

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
-from latentddae.errors import ConfigError, DataError, WriteError
+from latentddae.core.errors import ConfigError, DataError, WriteError
 
 URL = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
 TIMEOUT_S = 60.0

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.core.files import sha256, sync_folder, write_atomic, write_json
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
@@ -35,8 +37,6 @@ from latentddae.data.manifest import (
     new_manifest,
     read_manifest,
 )
-from latentddae.errors import ConfigError, DataError, WriteError
-from latentddae.files import sha256, sync_folder, write_atomic, write_json
 
 BLOCK = 512
 NAME_BYTES = 100

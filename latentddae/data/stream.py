@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from latentddae import draws
+from latentddae.core import rng
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, order
 from latentddae.data.manifest import MANIFEST, parse_manifest
 from latentddae.data.remote import open_file, split_entry
 from latentddae.data.shards import MEMBERS, npy_header
-from latentddae.errors import ConfigError, DataError
 
 
 class StreamLoader:
@@ -81,7 +81,7 @@ class StreamLoader:
         first = images_seen + self.rank * self.local
         position = torch.arange(first, first + self.local)
         views = stored.shape[1]
-        chosen = (draws.uniform(self.seed, "view", position) * views).long().numpy()
+        chosen = (rng.uniform(self.seed, "view", position) * views).long().numpy()
         return Batch(
             moments=torch.from_numpy(stored[np.arange(self.local), chosen]),
             label=torch.from_numpy(labels.copy()),

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
+from latentddae.core.files import sha256
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
@@ -22,8 +24,6 @@ from latentddae.data.manifest import (
     statistics,
 )
 from latentddae.data.shards import MEMBERS, index_path, key_problem, npy_header
-from latentddae.errors import ConfigError, DataError, LatentddaeError, run_command
-from latentddae.files import sha256
 
 
 class DamagedError(LatentddaeError):

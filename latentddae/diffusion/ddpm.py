@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion.levels import (
     Real,
     in_float64,
@@ -25,9 +26,8 @@ from latentddae.diffusion.levels import (
     mix,
     per_sample,
 )
+from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model, Spacing
-from latentddae.diffusion.weights import Weighting, x0_weight
-from latentddae.errors import ConfigError
 
 PIXEL_BIN = 1.0 / 255.0  # half the width of an 8-bit level on [-1, 1]
 PIXEL_EDGE = 0.999  # beyond it the outermost bins are open

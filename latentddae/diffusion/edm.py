@@ -17,8 +17,8 @@ from latentddae.diffusion.levels import (
     per_sample,
     ratio_of_level,
 )
+from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model, Spacing
-from latentddae.diffusion.weights import Weighting, x0_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentddae.diffusion.levels import Real, mean_over_elements, mix, per_sample
+from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model, Spacing
-from latentddae.diffusion.weights import Weighting, x0_weight
 
 
 @dataclass(frozen=True, kw_only=True)

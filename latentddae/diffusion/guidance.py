@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion.objective import Model
-from latentddae.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

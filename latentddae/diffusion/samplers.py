@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion.guidance import Guidance, guided
 from latentddae.diffusion.levels import level_of_ratio
 from latentddae.diffusion.objective import Model, Objective
-from latentddae.errors import ConfigError
 
 Draw = Callable[[int], Tensor]
 """Step number -> standard normal noise (N, C, h, w)."""

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from latentddae import __version__, dist
+from latentddae import __version__
+from latentddae.core import dist
+from latentddae.core.errors import ConfigError, DataError, UsageError, WriteError, run_command
+from latentddae.core.files import append_json_line, sha256
 from latentddae.data.manifest import MANIFEST
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, DataError, UsageError, WriteError, run_command
-from latentddae.files import append_json_line, sha256
 from latentddae.generation.frechet import Moments, frechet_distance, moments
 from latentddae.generation.pictures import (
     image_files,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentddae.errors import DataError
+from latentddae.core.errors import DataError
 
 RANK_TOLERANCE = 1e-12  # eigenvalues below this share of the largest are rounding
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.errors import ConfigError
-from latentddae.files import sha256
+from latentddae.core.errors import ConfigError
+from latentddae.core.files import sha256
 
 ORIGINAL_WEIGHTS = "6726825d"  # how the sha256 of the original weights' file begins
 SPATIAL_CHANNELS = 7

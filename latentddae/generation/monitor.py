@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentddae import draws
-from latentddae.data.autoencoder import open_matching
+from latentddae.core import rng
+from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
 from latentddae.generation.frechet import Moments, frechet_distance, moments
 from latentddae.generation.pictures import sheet, write_png
@@ -90,7 +90,7 @@ def heldout_losses(
         positions = torch.arange(first, min(first + HELDOUT_BATCH, count))
         stored = torch.from_numpy(shards.gather(positions.numpy())[:, 0])
         x0 = shards.spec.mean(stored).to(device)
-        noise = draws.normal(seed, "held-out noise", positions, shards.spec.shape).to(device)
+        noise = rng.normal(seed, "held-out noise", positions, shards.spec.shape).to(device)
         u = ((positions + 0.5) * GOLDEN_RATIO) % 1.0
         t = objective.times(u.float()).to(device)
         parts.append(objective.loss(model, x0, None, t, noise).float().cpu())

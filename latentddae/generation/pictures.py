@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentddae.errors import DataError, WriteError
+from latentddae.core.errors import DataError, WriteError
 
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,

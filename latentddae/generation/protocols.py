@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentddae.errors import ConfigError
+from latentddae.core.errors import ConfigError
 
 METRICS = ("fid", "sfid", "is", "kid", "pr")
 

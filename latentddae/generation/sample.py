@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentddae import dist, draws
+from latentddae.core import dist, rng
+from latentddae.core.errors import ConfigError, UsageError, run_command
+from latentddae.core.files import write_json
 from latentddae.diffusion.guidance import Guidance
 from latentddae.diffusion.samplers import SAMPLERS, options_of
-from latentddae.errors import ConfigError, UsageError, run_command
-from latentddae.files import write_json
 from latentddae.generation.pictures import (
     image_files,
     read_image,
@@ -86,7 +86,7 @@ def labels_for(policy: str, num_classes: int, positions: Tensor, seed: int) -> T
     if policy == "balanced":
         return positions % num_classes
     if policy == "random":
-        u = draws.uniform(seed, "sample label", positions)
+        u = rng.uniform(seed, "sample label", positions)
         return (u * num_classes).long().clamp(max=num_classes - 1)
     if policy == "none":
         return torch.full_like(positions, num_classes)
@@ -136,12 +136,12 @@ def batches(
         y = labels_for(settings.labels, model.config.num_classes, positions, seed)
 
         def draw(step: int, positions: Tensor = positions) -> Tensor:
-            return draws.normal(seed, f"sampler step {step}", positions, shape).to(device)
+            return rng.normal(seed, f"sampler step {step}", positions, shape).to(device)
 
         x0 = SAMPLERS[settings.sampler](
             checkpoint.objective,
             model,
-            draws.normal(seed, "sample noise", positions, shape).to(device),
+            rng.normal(seed, "sample noise", positions, shape).to(device),
             None if y is None else y.to(device),
             steps=settings.steps,
             guidance=settings.guidance,
@@ -233,7 +233,7 @@ def run(
         )
 
     # One rank looks: another, a moment later, would see images that are already being made.
-    missing = dist.on_main(lambda: [i for i in indices if lacks(i)])
+    missing = dist.on_rank0(lambda: [i for i in indices if lacks(i)])
     mine = missing[world.rank :: world.size]
     if not mine:
         return 0
@@ -318,7 +318,7 @@ def option_values(items: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from latentddae.data.autoencoder import open_matching
+    from latentddae.data.encoding.autoencoder import open_matching
 
     args = parse(argv)
     if args.num < 1 or args.batch < 1:
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.model.to(DTYPES[args.dtype])
         autoencoder = open_matching(checkpoint.latents, args.autoencoder, device)
         facts = describe(checkpoint, settings)
-        dist.on_main(lambda: open_folder(args.out, facts, args.num))
+        dist.on_rank0(lambda: open_folder(args.out, facts, args.num))
         indices = args.only or range(args.num)
         run(
             checkpoint,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentddae.errors import ConfigError
+from latentddae.core.errors import ConfigError
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from latentddae.errors import ConfigError
+from latentddae.core.errors import ConfigError
 from latentddae.models.attention import attention
 
 FREQUENCIES = 256  # width of the sinusoid that carries the time
@@ -138,7 +138,7 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-class WideLinear(nn.Linear):
+class Float32Linear(nn.Linear):
     """A linear layer computed in float32 whatever its weights are stored in; for the few rows of
     the time MLP.
     """
@@ -168,7 +168,9 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(WideLinear(FREQUENCIES, dim), nn.SiLU(), WideLinear(dim, dim))
+        self.mlp = nn.Sequential(
+            Float32Linear(FREQUENCIES, dim), nn.SiLU(), Float32Linear(dim, dim)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         half, dtype = FREQUENCIES // 2, wide(next(self.parameters()).dtype)
@@ -401,7 +403,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(patch.weight.view(len(patch.weight), -1), generator=generator)
         nn.init.zeros_(_bias(patch))
         for module in self.modules():
-            if isinstance(module, WideLinear):
+            if isinstance(module, Float32Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
@@ -439,7 +441,7 @@ def randomize_gates(model: DiT, seed: int) -> None:
     """Open the gates of an untrained network at random, in place: the "random features" control.
 
     As initialised every gate is zero and each block is the identity, so the features are a patch
-    embedding. Here the modulation weights are N(0, 0.02) and their biases N(0, 0.5): shifts, scales
+    embedding. RunContext the modulation weights are N(0, 0.02) and their biases N(0, 0.5): shifts, scales
     and gates are of the size that training gives them, so attention and MLPs mix tokens and
     channels.
     """

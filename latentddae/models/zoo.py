@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentddae import config, tensorfile
+from latentddae.core import config, safetensors_stream
+from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.core.files import sha256, sync_folder, write_json
+from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
-from latentddae.errors import ConfigError, DataError, WriteError
-from latentddae.files import sha256, sync_folder, write_json
-from latentddae.models import published
+from latentddae.models.convert import dit
 from latentddae.models.dit import DiT, DiTConfig
-from latentddae.tensorfile import Entry
 
 FORMAT = 1
 WEIGHT_FILES = {"model": "model.safetensors", "ema": "ema.safetensors"}
@@ -140,8 +140,10 @@ def save(
 
 
 def _write_state(path: Path, state: Mapping[str, Tensor | Entry], labels: dict[str, str]) -> None:
-    entries = {n: v if isinstance(v, Entry) else tensorfile.entry(v) for n, v in state.items()}
-    tensorfile.write(path, entries, labels)
+    entries = {
+        n: v if isinstance(v, Entry) else safetensors_stream.entry(v) for n, v in state.items()
+    }
+    safetensors_stream.write(path, entries, labels)
 
 
 def load(
@@ -200,8 +202,8 @@ def _load_published(
     file: Path, weights: Literal["ema", "model"], device: torch.device | str
 ) -> Checkpoint:
     """DiT's own recipe is taken for granted: its DDPM, SD-VAE latents of one scale, no autoencoder hash."""
-    state = published.read(file, weights)
-    model_config = published.config_of(state, file)
+    state = dit.read(file, weights)
+    model_config = dit.config_of(state, file)
     if not model_config.learn_sigma:
         raise ConfigError(f"{file} predicts no variance: it is not one of DiT's own")
     latents = LatentSpec(

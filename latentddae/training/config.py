@@ -5,16 +5,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from latentddae import config as configuration
+from latentddae.core import config as configuration
+from latentddae.core.errors import ConfigError
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
-from latentddae.errors import ConfigError
 from latentddae.models import DiTConfig, zoo
+from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
-from latentddae.training.optim import OptimConfig
-from latentddae.training.saving import SaveConfig
-from latentddae.training.settings import EngineConfig
+from latentddae.training.optimizers import OptimConfig
+from latentddae.training.saver import SaveConfig
 
 
 @dataclass(frozen=True, kw_only=True)

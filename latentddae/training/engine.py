@@ -7,7 +7,7 @@
     if engine.applied(): ...  # best asked when the next step is on its way
 
 The surface is the same under every ZeRO stage: `fragments`, `masters` and `moments` are what this rank keeps
-(training/fragments.py), `publish_masters` tells the other ranks.
+(training/fragments.py), `broadcast_masters` tells the other ranks.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentddae import dist
-from latentddae.dist import World
-from latentddae.errors import ConfigError
+from latentddae.core import dist
+from latentddae.core.dist import World
+from latentddae.core.errors import ConfigError
 from latentddae.models import attention
-from latentddae.training.fragments import MOMENTS, Fragment, layout_of
-from latentddae.training.optim import OptimConfig, OptionsOf, parameter_groups
-from latentddae.training.settings import DTYPES, BatchPlan, EngineConfig, derive
+from latentddae.training.deepspeed_config import DTYPES, BatchPlan, EngineConfig, derive
+from latentddae.training.optimizers import OptimConfig, OptionsOf, parameter_groups
+from latentddae.training.partitions import MOMENTS, Fragment, layout_of
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Engine:
         )
         self.masters = [part.of(part.owner) for part in self._layout.partitions]
         self._start_moments(list(trainable.values()))
-        self._finite, self._zero_applied = dist.Mirror(self.device), False
+        self._finite, self._zero_applied = dist.AsyncHostScalar(self.device), False
         for fragment in self.fragments if initial else ():
             piece = initial[fragment.name].narrow(0, fragment.start, fragment.numel)
             fragment.of(self.masters).copy_(piece)
@@ -120,7 +120,7 @@ class Engine:
                         "the run was started from other weights"
                     )
 
-        dist.on_main(check)
+        dist.on_rank0(check)
         for name in self._buffers:
             if name in saved:
                 self.model.get_buffer(name).copy_(saved[name])
@@ -165,7 +165,7 @@ class Engine:
         for state in self._adam.state.values():
             state["step"].fill_(steps)
 
-    def publish_masters(self) -> None:
+    def broadcast_masters(self) -> None:
         """Make the weights all ranks compute with equal to the masters (a collective)."""
         self._layout.publish()
 

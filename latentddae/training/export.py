@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentddae import config as configuration
+from latentddae.core import config as configuration
+from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
-from latentddae.errors import ConfigError, DataError, UsageError, run_command
 from latentddae.models import zoo
-from latentddae.tensorfile import Entry
-from latentddae.training import checkpoint
-from latentddae.training.checkpoint import State, StateReader
+from latentddae.training import states
 from latentddae.training.ema import EmaConfig
+from latentddae.training.states import State, StateReader
 
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("model", "ema")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.run / "state").is_dir():
         raise ConfigError(f"{args.run} is not a run folder: it has no state/")
-    state = checkpoint.find(args.run / "state", _images(args.state))
+    state = states.find(args.run / "state", _images(args.state))
     out = args.out or args.run / "export"
     folder = export(state, out, WEIGHTS[args.weights], DTYPES[args.dtype], args.halflife)
     print(f"{args.weights} weights after {state.images:,} images: {folder}")
@@ -53,7 +53,7 @@ def _images(name: str | None) -> int | None:
     if name is None:
         return None
     try:
-        return int(name.removeprefix(checkpoint.PREFIX).replace(",", ""))
+        return int(name.removeprefix(states.PREFIX).replace(",", ""))
     except ValueError:
         raise UsageError(f"--state takes images-N or N, got {name!r}") from None
 

@@ -1,6 +1,6 @@
 """The one training loop: steps, log lines, looks, resume states, stops. What is trained enters as a `Job`.
 
-    with ranks_of(run, "train", hang_timeout_s) as here:
+    with distributed_run(run, "train", hang_timeout_s) as here:
         Loop(job, here).run_to_end()
 
 The clock is images seen. Giving the same command again continues from the newest intact state. Between
@@ -19,23 +19,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentddae import config as configuration
-from latentddae import dist, files, runlog
+from latentddae.core import config as configuration
+from latentddae.core import dist, files, runlog
+from latentddae.core.errors import ConfigError, DataError, RequeueError
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, DataError, RequeueError
 from latentddae.planning.flops import peak_flops
-from latentddae.training import checkpoint, starts
-from latentddae.training.checkpoint import State
+from latentddae.training import crash_loops, states
 from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
-from latentddae.training.metrics import Window, memory_bytes, sampled, speed, update_ratio
-from latentddae.training.optim import OptionsOf, lr_at
-from latentddae.training.ranks import Here
-from latentddae.training.saving import Saver
-from latentddae.training.spikes import LossWatch
-from latentddae.training.timing import Stopwatch, clock_for
+from latentddae.training.loss_alarms import LossWatch
+from latentddae.training.optimizers import OptionsOf, lr_at
+from latentddae.training.process import RunContext
+from latentddae.training.run_metrics import Window, memory_bytes, sampled, speed, update_ratio
+from latentddae.training.saver import Saver
+from latentddae.training.states import State
+from latentddae.training.step_timer import Stopwatch, clock_for
 
 KEYS_NAMED = 4  # samples that a message about a batch names
 
@@ -86,16 +86,16 @@ class Step(NamedTuple):
 class Loop:
     """The state of a run in this process, and its loop."""
 
-    def __init__(self, job: Job, here: Here) -> None:
+    def __init__(self, job: Job, here: RunContext) -> None:
         self.job, self.here, self.config = job, here, job.config
         state = self._find_state()
         self.images = 0 if state is None else state.images
-        dist.on_main(lambda: starts.begin(here.run, self.images, here.retry))
+        dist.on_rank0(lambda: crash_loops.begin(here.run, self.images, here.retry))
         self._leave_if_stopped()
         try:
             self._build(state)
         except ConfigError:
-            dist.on_main(lambda: starts.withdraw(here.run))
+            dist.on_rank0(lambda: crash_loops.withdraw(here.run))
             raise
 
     def _leave_if_stopped(self) -> None:
@@ -115,9 +115,9 @@ class Loop:
         )
         self.ema = Ema(config.ema, self.engine.masters)
         if state is None:
-            self.engine.publish_masters()
+            self.engine.broadcast_masters()
         else:
-            checkpoint.load(state, self.engine, self.ema)
+            states.load(state, self.engine, self.ema)
             here.say(f"continuing {here.run} at {self.images:,} images")
         self.saver = Saver(
             here.run,
@@ -140,25 +140,25 @@ class Loop:
         )
         self.bad_steps = 0
         self.unsettled: Step | None = None
-        self.stops = dist.Agreement(here.device)
+        self.stops = dist.AsyncAnyReduce(here.device)
         self.window = Window()
         self.watch = LossWatch(() if state is None else state.info.get("recent_losses", ()))
         self.log: runlog.RunLog | None = None
-        dist.on_main(self._open_log)
+        dist.on_rank0(self._open_log)
         self.stopwatch = Stopwatch(clock_for(here.device))
 
     def _find_state(self) -> State | None:
         """The newest intact state that this configuration may continue (a collective)."""
         run = self.here.run
         folder = run / "state"
-        state, faults = checkpoint.newest_intact(folder, self.here.world)
+        state, faults = states.newest_intact(folder, self.here.world)
 
         def check() -> None:
             for fault in faults.values():
                 self.here.say(f"warning: {fault}; using an older state")
             if state is None:
                 started = files.read_json_lines(run / "metrics.jsonl")
-                if faults or (started and not starts.never_saved(run)):
+                if faults or (started and not crash_loops.never_saved(run)):
                     raise ConfigError(
                         f"{run} holds a run but no intact state in {folder}; "
                         "choose another run folder or delete this one"
@@ -173,9 +173,9 @@ class Loop:
                         "use another run folder or put the old value back"
                     )
             for path in faults:
-                checkpoint.set_aside(path)
+                states.set_aside(path)
 
-        dist.on_main(check)
+        dist.on_rank0(check)
         return state
 
     def run_to_end(self) -> None:
@@ -212,7 +212,7 @@ class Loop:
                     self._look()
                 if stopping and not done:
                     raise here.stop.error(f"at {self.images:,} images; the state is saved")
-            dist.on_main(lambda: starts.note(here.run, "finished"))
+            dist.on_rank0(lambda: crash_loops.note(here.run, "finished"))
         finally:
             batches.close()
             self.saver.close()

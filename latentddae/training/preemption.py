@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from latentddae.errors import RequeueError
+from latentddae.core.errors import RequeueError
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 POLL_S = 1.0  # the STOP file is looked for at most so often: folders are shared by many ranks

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from latentddae.dist import World
-from latentddae.errors import RequeueError
+from latentddae.core.dist import World
+from latentddae.core.errors import RequeueError
 
 POLL_S = 0.5
 NAMED_RANKS = 8

@@ -20,16 +20,18 @@ from typing import Any
 
 import numpy as np
 
+from latentddae.core.errors import ConfigError, run_command
+from latentddae.core.files import exclusive, read_json_lines, text_hash, write_json
+from latentddae.data.aligned import Aligned, same_samples
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, run_command
-from latentddae.files import exclusive, read_json_lines, text_hash, write_json
 from latentddae.models import zoo
-from latentddae.models.backbone import PREFIX
 from latentddae.models.dit import randomize_gates
+from latentddae.models.timm_backbone import PREFIX
 from latentddae.transfer import grid as grids
-from latentddae.transfer import inputs, knn, linear
-from latentddae.transfer.aligned import Aligned, same_samples
-from latentddae.transfer.cell import (
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import BATCH, flat_latents
+from latentddae.transfer.probes import knn, logistic
+from latentddae.transfer.protocol.cells import (
     Arrays,
     CellChoice,
     arrays_of,
@@ -39,7 +41,6 @@ from latentddae.transfer.cell import (
     open_test,
     read_grid,
 )
-from latentddae.transfer.features import BATCH, flat_latents
 
 PROTOCOL = "compare/1"
 LABELS = {  # group -> how tables name it
@@ -216,7 +217,7 @@ def measure(
         "checkpoint": described if entry.network is not None else None,
         "protocol": {
             "name": PROTOCOL,
-            "linear": {"name": linear.PROTOCOL, "strengths": list(linear.STRENGTHS)},
+            "linear": {"name": logistic.PROTOCOL, "strengths": list(logistic.STRENGTHS)},
             "knn": {"name": knn.PROTOCOL, "ks": list(knn.KS), "temperature": knn.TEMPERATURE},
             **settings,
         },
@@ -237,7 +238,7 @@ def measure(
         **facts,
         "n_seen": arrays.n_seen,
         "width": arrays.train_x.shape[1],
-        "linear": inputs.as_row(arrays.probe_with(linear.probe, classes=classes)),
+        "linear": inputs.as_row(arrays.probe_with(logistic.probe, classes=classes)),
         "knn": inputs.as_row(arrays.probe_with(knn.probe, classes=classes)),
     }
     return inputs.record(out, row)

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentddae.errors import ConfigError, DataError, run_command
-from latentddae.files import text_hash
-from latentddae.transfer import inputs
-from latentddae.transfer.dense import TokenMaps, add_arguments, map_file, open_maps
+from latentddae.core.errors import ConfigError, DataError, run_command
+from latentddae.core.files import text_hash
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.token_maps import TokenMaps, add_arguments, map_file, open_maps
 
 PROTOCOL = "correspond/1"
 ENDS = ("source", "target")

@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae import config as configuration
-from latentddae import dist, draws, files
+from latentddae.core import config as configuration
+from latentddae.core import dist, files, rng
+from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.loader import Batch, Loader
+from latentddae.data.part import Part
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, run_command
 from latentddae.models import zoo
-from latentddae.training.checkpoint import State, StateReader
 from latentddae.training.config import DataConfig, RunConfig, add_run_arguments, contract
+from latentddae.training.deepspeed_config import DTYPES, resolve_precision
 from latentddae.training.loop import Job, Loop
-from latentddae.training.ranks import Here, ranks_of
-from latentddae.training.settings import DTYPES, resolve_precision
-from latentddae.transfer import cell, inputs
-from latentddae.transfer.classifier import Classifier, NormName, layer_decay, path_factors
-from latentddae.transfer.features import (
+from latentddae.training.process import RunContext, distributed_run
+from latentddae.training.states import State, StateReader
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import (
     check_level,
     clean_latents,
     network_input,
@@ -42,8 +42,14 @@ from latentddae.transfer.features import (
     null_labels,
     own_time,
 )
-from latentddae.transfer.mixing import MixConfig, mix_of, smoothed, soft_cross_entropy
-from latentddae.transfer.part import Part
+from latentddae.transfer.finetuning.classifier import (
+    Classifier,
+    NormName,
+    layer_decay,
+    path_factors,
+)
+from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed, soft_cross_entropy
+from latentddae.transfer.protocol import cells
 
 PROTOCOL = "finetune/1"
 EVALUATION_BATCH = 256
@@ -100,7 +106,7 @@ def finetune(config: FinetuneConfig, retry: bool = False) -> dict[str, Any]:
     Raises as `train.train` does.
     """
     run = Path(config.run)
-    with ranks_of(run, "finetune", config.hang_timeout_s, retry) as here:
+    with distributed_run(run, "finetune", config.hang_timeout_s, retry) as here:
         task = Task(config, here)
         loop = Loop(task.job(), here)
         loop.run_to_end()
@@ -111,15 +117,15 @@ def finetune(config: FinetuneConfig, retry: bool = False) -> dict[str, Any]:
 class Task:
     """What is trained and scored: the classifier, its samples, its objective's noise."""
 
-    def __init__(self, config: FinetuneConfig, here: Here) -> None:
+    def __init__(self, config: FinetuneConfig, here: RunContext) -> None:
         self.config, self.here = config, here
-        self.checkpoint = dist.together(
+        self.checkpoint = dist.on_all_ranks(
             lambda: zoo.load(config.checkpoint, config.weights, here.device)
         )
         self.described = inputs.describe_checkpoint(
             self.checkpoint, config.checkpoint, config.weights
         )
-        self.train, self.test = dist.together(self._open)
+        self.train, self.test = dist.on_all_ranks(self._open)
         split = inputs.split_train(
             self.train, holdout=config.holdout, seed=config.seed, limit=config.limit
         )
@@ -137,7 +143,7 @@ class Task:
         data = self.config.data
         null_labels(self.checkpoint.model, 1)  # refuses a network that has none
         train = inputs.open_shards(Path(data.path), data.split, self.checkpoint)
-        test = cell.open_test(Path(data.path), self.config.test_split, self.checkpoint)
+        test = cells.open_test(Path(data.path), self.config.test_split, self.checkpoint)
         if test.split == train.split:
             raise ConfigError(f"data.split and test_split are both {test.split!r}")
         for shards in (train, test):
@@ -189,7 +195,7 @@ class Task:
             x0, target = mix.images(x0, other_x0), mix.targets(target, other_target)
         noise = x0
         if config.noisy_input:
-            noise = draws.normal(config.seed, "finetune/noise", position, x0.shape[1:])
+            noise = rng.normal(config.seed, "finetune/noise", position, x0.shape[1:])
         paths = path_factors(config.drop_path, config.block, config.seed, position)
         logits = self._logits(self.classifier, x0, noise, paths)
         return soft_cross_entropy(logits, target), torch.full_like(target[:, 0], config.level)
@@ -197,7 +203,7 @@ class Task:
     def _drawn(self, moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """A posterior draw (N, C, h, w) and a target (N, classes)."""
         spec = self.train.spec
-        noise = draws.normal(self.config.seed, "posterior", position, spec.shape)
+        noise = rng.normal(self.config.seed, "posterior", position, spec.shape)
         target = smoothed(label, self.classes, self.config.mix.smoothing)
         return self.checkpoint.latents.sample(moments, noise), target
 
@@ -232,7 +238,7 @@ class Task:
         x0 = clean_latents(self.checkpoint.latents, shards, index).to(self.here.device)
         noise = x0
         if self.config.noisy_input:
-            positions = draws.key_positions(shards.keys(index)).to(self.here.device)
+            positions = rng.key_positions(shards.keys(index)).to(self.here.device)
             noise = noise_of(self.config.seed, 0, positions, x0.shape[1:])
         return self._logits(classifier, x0, noise).argmax(dim=1)
 
@@ -276,7 +282,7 @@ class Task:
             "accuracy": self._accuracy(state, chosen, self.test, np.arange(len(self.test))),
             "images_per_s": _speed(self.here.run),
         }
-        return dist.on_main(lambda: inputs.record(self.here.run, row))
+        return dist.on_rank0(lambda: inputs.record(self.here.run, row))
 
 
 def plain(batch: Batch) -> tuple[Tensor, ...]:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from latentddae.core.errors import DataError, UsageError, run_command
+from latentddae.core.files import write_atomic, write_json
+from latentddae.core.rng import key_positions, uniform
 from latentddae.data.shards import ShardSet
-from latentddae.draws import key_positions, uniform
-from latentddae.errors import DataError, UsageError, run_command
-from latentddae.files import write_atomic, write_json
-from latentddae.transfer import inputs, plots
-from latentddae.transfer.features import (
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import (
     BATCH,
     Precision,
     clean_latents,
@@ -35,7 +35,8 @@ from latentddae.transfer.features import (
     subset,
     trunk_at,
 )
-from latentddae.transfer.knn import normalised
+from latentddae.transfer.probes.knn import normalised
+from latentddae.transfer.reporting import plots
 
 PROTOCOL = "geometry/1"
 MINIBATCH = 512  # DDAE: 128 images on each of 4 GPUs

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentddae import dist
-from latentddae.config import to_dict
+from latentddae.core import dist
+from latentddae.core.config import to_dict
+from latentddae.core.errors import UsageError, run_command
+from latentddae.core.files import exclusive, text_hash, write_atomic, write_json
 from latentddae.data.shards import ShardSet
-from latentddae.errors import UsageError, run_command
-from latentddae.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.transfer import inputs, joined, plots, ridge, search, shares, shortlist
-from latentddae.transfer.features import (
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import (
     BATCH,
     Block,
     Cell,
@@ -38,7 +38,10 @@ from latentddae.transfer.features import (
     check_level,
     extract,
 )
-from latentddae.transfer.pools import POOLS, check_pools
+from latentddae.transfer.extraction.pooling import POOLS, check_pools
+from latentddae.transfer.probes import ridge
+from latentddae.transfer.protocol import joined, rerank, search, shares
+from latentddae.transfer.reporting import plots
 
 PROTOCOL = "ridge-grid/2"
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -132,9 +135,9 @@ def run(
         parts.sort(key=lambda part: part["s"])
         levels = [part["s"] for part in parts]
         cells = [cell for part in parts for cell in part["cells"]]
-        judged = shortlist.run(
+        judged = rerank.run(
             checkpoint, train, out / "levels", settings, split,
-            shortlist.shortlisted(cells, config.pools, config.shortlist),
+            rerank.shortlisted(cells, config.pools, config.shortlist),
             {key: getattr(config, key) for key in ("seed", "draws", "batch", "noisy_input")},
             lambda total: progress_bar(total, "shortlist", progress),
         )  # fmt: skip
@@ -157,7 +160,7 @@ def _levels(
 ) -> list[dict[str, Any]]:
     """The finished part of each level, computed or read. A collective."""
     identity = text_hash(settings)
-    done = dist.on_main(lambda: {level: _read_level(out, level, identity) for level in levels})
+    done = dist.on_rank0(lambda: {level: _read_level(out, level, identity) for level in levels})
     todo = [level for level in levels if done[level] is None]
     with progress_bar(len(todo) * len(split.train), "grid", progress) as bar:
         for level in todo:
@@ -166,7 +169,7 @@ def _levels(
                 "identity": identity,
                 **judge_level(checkpoint, train, level, blocks, split, config, bar.update),
             }
-            dist.on_main(functools.partial(write_json, _level_path(out, level), part))
+            dist.on_rank0(functools.partial(write_json, _level_path(out, level), part))
             done[level] = part
     return [part for part in done.values() if part is not None]
 
@@ -217,7 +220,7 @@ def judge_level(
         sums.reduce()
         features = torch.from_numpy(shares.joined(torch.cat(kept.pop(cell)).numpy()))
         judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
-        cells.append(dist.on_main(judge))
+        cells.append(dist.on_rank0(judge))
     return {
         **inputs.describe_level(checkpoint.objective, level),
         "cells": cells,

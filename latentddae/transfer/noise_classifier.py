@@ -18,17 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from latentddae import draws
+from latentddae.core import rng
+from latentddae.core.errors import UsageError, run_command
+from latentddae.core.files import write_atomic, write_json
 from latentddae.data.loader import Batch, Loader
+from latentddae.data.part import Part
 from latentddae.data.shards import ShardSet
-from latentddae.errors import UsageError, run_command
-from latentddae.files import write_atomic, write_json
-from latentddae.training.optim import OptimConfig, lr_at
-from latentddae.training.settings import DTYPES
-from latentddae.transfer import cell, inputs, plots
-from latentddae.transfer.features import check_blocks, clean_latents, noise_of, null_labels, subset
-from latentddae.transfer.part import Part
-from latentddae.transfer.pools import pool_mean
+from latentddae.training.deepspeed_config import DTYPES
+from latentddae.training.optimizers import OptimConfig, lr_at
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import (
+    check_blocks,
+    clean_latents,
+    noise_of,
+    null_labels,
+    subset,
+)
+from latentddae.transfer.extraction.pooling import pool_mean
+from latentddae.transfer.protocol import cells
+from latentddae.transfer.reporting import plots
 
 PROTOCOL = "noise-classifier/1"
 TEST_LEVELS = 20
@@ -125,10 +133,10 @@ def drawn(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tens
     """A batch as the head sees it: features (N, D), levels (N,), labels (N,)."""
     position = batch.position.to(reader.device)
     shape = reader.latents.shape
-    posterior = draws.normal(seed, "posterior", position, shape)
+    posterior = rng.normal(seed, "posterior", position, shape)
     x0 = reader.latents.sample(batch.moments.to(reader.device), posterior)
-    noise = draws.normal(seed, "noise-classifier/noise", position, shape)
-    t = reader.objective.times(draws.uniform(seed, "noise-classifier/time", position))
+    noise = rng.normal(seed, "noise-classifier/noise", position, shape)
+    t = reader.objective.times(rng.uniform(seed, "noise-classifier/time", position))
     features = reader.features(x0, noise, t)
     return features, reader.objective.to_level(t), batch.label.to(reader.device)
 
@@ -144,7 +152,7 @@ def accuracy_curve(
     for start in range(0, len(test), TEST_BATCH):
         index = np.arange(start, min(start + TEST_BATCH, len(test)))
         x0 = clean_latents(reader.latents, test, index).to(reader.device)
-        positions = draws.key_positions(test.keys(index)).to(reader.device)
+        positions = rng.key_positions(test.keys(index)).to(reader.device)
         noise = noise_of(seed, 0, positions, x0.shape[1:])
         label = torch.from_numpy(test.labels[index]).to(reader.device)
         for number, time in enumerate(times):
@@ -191,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
     train = inputs.open_shards(args.data, "train", checkpoint)
-    test = cell.open_test(args.data, args.test_split, checkpoint)
+    test = cells.open_test(args.data, args.test_split, checkpoint)
     for shards in (train, test):
         inputs.labels_of(shards, np.arange(len(shards)))
     part = Part(train, subset(train.keys(np.arange(len(train))), args.limit, seed))

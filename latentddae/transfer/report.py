@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from latentddae import __version__
-from latentddae.errors import ConfigError, DataError, UsageError, run_command
-from latentddae.files import read_json_lines, write_atomic
-from latentddae.transfer import compare, plots
-from latentddae.transfer import sections as parts
-from latentddae.transfer.inputs import RESULTS
-from latentddae.transfer.page import (
+from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.files import read_json_lines, write_atomic
+from latentddae.transfer import compare
+from latentddae.transfer.extraction.inputs import RESULTS
+from latentddae.transfer.reporting import plots
+from latentddae.transfer.reporting import sections as parts
+from latentddae.transfer.reporting.page import (
     Bar,
     Section,
     Short,

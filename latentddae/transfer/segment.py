@@ -24,19 +24,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentddae.core.errors import DataError, UsageError, run_command
+from latentddae.core.files import text_hash
 from latentddae.data.loader import order
-from latentddae.errors import DataError, UsageError, run_command
-from latentddae.files import text_hash
-from latentddae.training.optim import OptimConfig, lr_at
-from latentddae.transfer import inputs
-from latentddae.transfer.dense import (
+from latentddae.training.optimizers import OptimConfig, lr_at
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.token_maps import (
     TokenMaps,
     add_arguments,
     image_names,
     map_file,
     open_maps,
 )
-from latentddae.transfer.scores import confusion
+from latentddae.transfer.probes.metrics import confusion
 
 PROTOCOL = "segment-linear/1"
 IGNORED = 255

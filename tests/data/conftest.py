@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentddae.data.autoencoder import Autoencoder, open_autoencoder
+from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import write_split
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.core.errors import ConfigError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader, order
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 

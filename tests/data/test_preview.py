@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentddae.data.autoencoder import Autoencoder
-from latentddae.data.encode import encode
+from latentddae.core.errors import run_command
+from latentddae.data.encoding.autoencoder import Autoencoder
+from latentddae.data.encoding.encode import encode
+from latentddae.data.encoding.plan import EncodeConfig
 from latentddae.data.info import main as info
-from latentddae.data.plan import EncodeConfig
 from latentddae.data.preview import main as preview
-from latentddae.errors import run_command
 
 
 def encoded(photos: Path, out: Path, autoencoder: Autoencoder | None, kind: str) -> Path:

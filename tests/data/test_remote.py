@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.cache import cached, open_set
 from latentddae.data.shards import ShardSet
 from latentddae.data.stream import StreamLoader
-from latentddae.errors import ConfigError, DataError
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 

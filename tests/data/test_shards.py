@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, key_from_path, key_problem, npy_header
 from latentddae.data.verify import problems
-from latentddae.errors import ConfigError, DataError
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 

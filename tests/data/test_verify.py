@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentddae.core.errors import run_command
+from latentddae.core.files import sha256
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardWriter, npy_header
 from latentddae.data.verify import main, problems
-from latentddae.errors import run_command
-from latentddae.files import sha256
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 

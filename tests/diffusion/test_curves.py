@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentddae import draws
+from latentddae.core import rng
 from latentddae.diffusion import DDPM, EDM, Flow
 from latentddae.models import DiT, DiTConfig
 
@@ -33,7 +33,7 @@ OBJECTIVES = {
 
 def pictures(positions: torch.Tensor) -> torch.Tensor:
     """Smooth patterns of unit scale, keyed by position: (N,) -> (N, 4, 8, 8) float64."""
-    phase, angle, amplitude = draws.uniform(0, "pattern", positions, (3, 4)).double().unbind(1)
+    phase, angle, amplitude = rng.uniform(0, "pattern", positions, (3, 4)).double().unbind(1)
     row, column = torch.meshgrid(*[torch.linspace(0, 1, 8, dtype=torch.float64)] * 2, indexing="ij")
     turn = 2 * math.pi * angle[..., None, None]
     way = torch.cos(turn) * row + torch.sin(turn) * column
@@ -55,15 +55,15 @@ def curve(name: str) -> dict[str, Any]:
     model = DiT(config).double()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
-            values = draws.normal(0, "init", torch.tensor([number]), parameter.shape)
+            values = rng.normal(0, "init", torch.tensor([number]), parameter.shape)
             parameter.copy_(0.05 * values[0].double())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
     levels, losses = [], []
     for step in range(STEPS):
         positions = torch.arange(step * BATCH, (step + 1) * BATCH)
         x0 = pictures(positions)
-        noise = draws.normal(0, "noise", positions, (4, 8, 8)).double()
-        t = objective.times(draws.uniform(0, "time", positions).double())
+        noise = rng.normal(0, "noise", positions, (4, 8, 8)).double()
+        t = objective.times(rng.uniform(0, "time", positions).double())
         loss = objective.loss(model, x0, None, t, noise)
         optimizer.zero_grad()
         loss.mean().backward()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, Flow
 from latentddae.diffusion.guidance import Guidance, guided
 from latentddae.diffusion.samplers import ancestral, euler
-from latentddae.errors import ConfigError
 
 
 class Counted:

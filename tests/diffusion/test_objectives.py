@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentddae import config
+from latentddae.core import config
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, EDM, OBJECTIVES, Flow
 from latentddae.diffusion.ddpm import discretised_log_likelihood, tables
 from latentddae.diffusion.exact import output_for, undo_network_input
@@ -18,7 +19,6 @@ from latentddae.diffusion.levels import (
     log_snr_of_level,
     ratio_of_level,
 )
-from latentddae.errors import ConfigError
 from latentddae.models import DiT, DiTConfig
 from latentddae.models.dit import randomize_gates
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentddae import draws
+from latentddae.core import rng
+from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, EDM, Flow
 from latentddae.diffusion.exact import Mixture, as_network
 from latentddae.diffusion.guidance import Guidance
@@ -27,7 +28,6 @@ from latentddae.diffusion.samplers import (
     ode,
     options_of,
 )
-from latentddae.errors import ConfigError
 from latentddae.models import DiT, DiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,7 +49,7 @@ def start() -> tuple[Tensor, Tensor]:
 
 
 def keyed_draw(step: int) -> Tensor:
-    return draws.normal(0, f"test/{step}", torch.arange(3), (4, 8, 8)).double()
+    return rng.normal(0, f"test/{step}", torch.arange(3), (4, 8, 8)).double()
 
 
 class Recorder:
@@ -262,7 +262,7 @@ def test_every_sampler_recovers_a_mixture(objective: Any, sampler: Any, options:
         generator = torch.Generator().manual_seed(1000 + step)
         return torch.randn(count, 2, 1, 1, generator=generator, dtype=torch.float64)
 
-    noise = draws.normal(7, "mixture", index, (2, 1, 1)).double()
+    noise = rng.normal(7, "mixture", index, (2, 1, 1)).double()
     x = sampler(objective, as_network(objective, MIXTURE), noise, draw=draw, **options).flatten(1)
     gap = x.mean(0) - MIXTURE.mean()
     covariance = MIXTURE.covariance()
@@ -275,7 +275,7 @@ def test_every_sampler_recovers_a_mixture(objective: Any, sampler: Any, options:
 def test_ode_recovers_a_gaussian_map() -> None:
     """One Gaussian has a closed-form flow: x0 = mean + std * (x_T - alpha mean) / spread."""
     pytest.importorskip("torchdiffeq")
-    noise = draws.normal(7, "ode", torch.arange(6), (2, 1, 1)).double()
+    noise = rng.normal(7, "ode", torch.arange(6), (2, 1, 1)).double()
     for objective in (Flow(), EDM(), DDPM()):
         x = ode(objective, as_network(objective, GAUSSIAN), noise, rtol=1e-8, atol=1e-10)
         expected = exact_flow(objective, noise)
@@ -295,7 +295,7 @@ def exact_flow(objective: Any, noise: Tensor) -> Tensor:
 
 def order(sampler: Callable, objective: Any, coarse: int, fine: int) -> float:
     """log2-slope of the error against the closed-form flow of one Gaussian."""
-    noise = draws.normal(7, "order", torch.arange(64), (2, 1, 1)).double()
+    noise = rng.normal(7, "order", torch.arange(64), (2, 1, 1)).double()
     model = as_network(objective, GAUSSIAN)
     errors = []
     for steps in (coarse, fine):
@@ -315,11 +315,11 @@ def test_orders_of_convergence(objective: Any) -> None:
 
 
 def test_batch_companions_do_not_matter(network: DiT) -> None:
-    noise = draws.normal(3, "start", torch.arange(5), (4, 8, 8))
+    noise = rng.normal(3, "start", torch.arange(5), (4, 8, 8))
     y = torch.tensor([0, 1, 2, 3, 4])
 
     def draw_for(rows: list[int]) -> Callable[[int], Tensor]:
-        return lambda step: draws.normal(3, f"step/{step}", torch.tensor(rows), (4, 8, 8))
+        return lambda step: rng.normal(3, f"step/{step}", torch.tensor(rows), (4, 8, 8))
 
     network = network.float()
     for name, sampler in SAMPLERS.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentddae.errors import ConfigError, DataError, LatentddaeError, UsageError
+from latentddae.core.errors import ConfigError, DataError, LatentddaeError, UsageError
 from latentddae.generation import fid
 from latentddae.generation.frechet import frechet_distance, moments
 from latentddae.generation.protocols import PROTOCOLS, Protocol, check
@@ -157,7 +157,7 @@ def _inception(weights: Path) -> Any:
 
 
 def test_a_pixel_data_set_is_a_reference(tmp_path: Path) -> None:
-    from latentddae.data import encode
+    from latentddae.data.encoding import encode
 
     folder = pictures(tmp_path / "images" / "train" / "one", 5, 0)
     pictures(tmp_path / "images" / "train" / "two", 3, 1)

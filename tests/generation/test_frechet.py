@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentddae.errors import DataError
+from latentddae.core.errors import DataError
 from latentddae.generation.frechet import Moments, frechet_distance, moments
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentddae import train
-from latentddae.data import encode
+from latentddae.core.errors import ConfigError
+from latentddae.data.encoding import encode
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
-from latentddae.errors import ConfigError
 from latentddae.generation.frechet import moments
 from latentddae.generation.monitor import (
     heldout_losses,

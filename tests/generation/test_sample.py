@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from latentddae.core.errors import ConfigError, LatentddaeError, UsageError
 from latentddae.diffusion import DDPM, EDM, Flow
 from latentddae.diffusion.guidance import Guidance
-from latentddae.errors import ConfigError, LatentddaeError, UsageError
 from latentddae.generation import sample
 from latentddae.generation.pictures import read_npz_images, sheet, to_uint8
 from latentddae.models import zoo
@@ -63,7 +63,7 @@ def test_batch_size_does_not_matter(
 LAUNCHED = """
 import sys
 from latentddae.generation import sample
-import latentddae.dist as dist
+import latentddae.core.dist as dist
 checkpoint, out = sys.argv[1:]
 stop, dist.stop = dist.stop, lambda: None
 for batch in (1, 7, 64):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentddae.errors import ConfigError
+from latentddae.core.errors import ConfigError
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.attention import BACKENDS, PACKAGES
 from latentddae.models.dit import gelu, randomize_gates, shape_of_state, sincos_table, unpatchify

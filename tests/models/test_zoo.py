@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
-from latentddae.errors import ConfigError, DataError
 from latentddae.models import DiT, DiTConfig, zoo
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentddae import files
-from latentddae.data.imagenet import wnids
+from latentddae.core import files
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
+from latentddae.data.sources.imagenet import wnids
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import zoo
 

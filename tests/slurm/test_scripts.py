@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentddae import dist, runlog
+from latentddae.core import dist, runlog
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from latentddae import dist, draws, train
-from latentddae.errors import run_command
+from latentddae import train
+from latentddae.core import dist, rng
+from latentddae.core.errors import run_command
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.dit import randomize_gates
-from latentddae.training import checkpoint
+from latentddae.training import states
+from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optim import OptimConfig, lr_at
-from latentddae.training.settings import EngineConfig
+from latentddae.training.optimizers import OptimConfig, lr_at
 
 MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
 BATCH = 12
@@ -55,8 +56,8 @@ class Toy:
         world, share = self.engine.world, BATCH // self.engine.world.size
         for _ in range(steps):
             positions = self.images + world.rank * share + torch.arange(share)
-            x = draws.normal(0, "toy", positions, (4, 8, 8))
-            t = draws.uniform(0, "toy time", positions)
+            x = rng.normal(0, "toy", positions, (4, 8, 8))
+            t = rng.uniform(0, "toy time", positions)
             sums = torch.zeros(2, dtype=torch.float64)
             for x_part, t_part in self.engine.micro_batches(x, t):
                 loss = ((self.engine.model(x_part, t_part) - x_part) ** 2).mean(dim=(1, 2, 3))
@@ -71,33 +72,33 @@ class Toy:
             self.batches.append(round(batch, 9))
         return self
 
-    def save(self, folder: Path) -> checkpoint.State:
+    def save(self, folder: Path) -> states.State:
         info = {
             "images": self.images,
             "adam_steps": self.engine.adam_steps,
             "shapes": self.engine.shapes,
         }
-        mine = checkpoint.Mine(
+        mine = states.Mine(
             self.engine.world,
             list(self.engine.shapes),
             self.engine.fragments,
-            checkpoint.partitions(self.engine, self.ema),
+            states.partitions(self.engine, self.ema),
             self.engine.constants(),
         )
-        hidden = checkpoint.begin(folder, self.images, 0)
-        part = checkpoint.write_part(hidden, self.images, mine)
-        return checkpoint.commit(hidden, part, "", info)
+        hidden = states.begin(folder, self.images, 0)
+        part = states.write_part(hidden, self.images, mine)
+        return states.commit(hidden, part, "", info)
 
     def load(self, folder: Path) -> "Toy":
-        state = checkpoint.find(folder)
-        checkpoint.load(state, self.engine, self.ema)
+        state = states.find(folder)
+        states.load(state, self.engine, self.ema)
         self.images = state.images
         return self
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Every parameter, moment and average, whole, and the weights the model computes with (a collective)."""
         out = {}
-        for kind, flat in checkpoint.partitions(self.engine, self.ema).items():
+        for kind, flat in states.partitions(self.engine, self.ema).items():
             for name, shape in self.engine.shapes.items():
                 box = torch.zeros(shape)
                 for f in self.engine.fragments:
@@ -148,12 +149,10 @@ def content() -> Callable[[Path], dict[str, torch.Tensor]]:
     """Everything a run has come to: each parameter, moment and average of its newest intact state, whole."""
 
     def of(run: Path) -> dict[str, torch.Tensor]:
-        state = checkpoint.find(run / "state")
-        reader = checkpoint.StateReader(state)
+        state = states.find(run / "state")
+        reader = states.StateReader(state)
         out = {
-            f"{kind} {name}": value
-            for kind in checkpoint.KINDS
-            for name, value in reader.tensors(kind)
+            f"{kind} {name}": value for kind in states.KINDS for name, value in reader.tensors(kind)
         }
         return out | {
             "images": torch.tensor(state.images),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from latentddae import dist
+from latentddae.core import dist
 from latentddae.models import DiTConfig, zoo
+from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optim import OptimConfig
-from latentddae.training.settings import EngineConfig
+from latentddae.training.optimizers import OptimConfig
 
 MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
 BATCH = 12
@@ -35,7 +35,7 @@ def train_and_compare(stage: int, precision: str, micro: int) -> None:
     ends = np.cumsum([value.numel() for value in initial.values()])
     offsets = dict(zip(initial, [0, *ends[:-1].tolist()], strict=True))
     engine = Engine(model, config, OptimConfig(lr=1e-3), world, torch.device("cpu"), BATCH)
-    engine.publish_masters()
+    engine.broadcast_masters()
     ema = Ema(EmaConfig(halflife_images=20 * BATCH), engine.masters)
 
     def gathered(flat: list[torch.Tensor]) -> torch.Tensor:

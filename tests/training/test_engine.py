@@ -11,13 +11,13 @@ import torch.distributed as torch_dist
 from torch import nn
 from torch._dynamo.utils import counters
 
-from latentddae import dist
-from latentddae.errors import ConfigError
-from latentddae.training import checkpoint
+from latentddae.core import dist
+from latentddae.core.errors import ConfigError
+from latentddae.training import states
+from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optim import OptimConfig, ParameterOptions
-from latentddae.training.settings import EngineConfig
+from latentddae.training.optimizers import OptimConfig, ParameterOptions
 
 ZERO = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16"), (1, "bf16"), (3, "fp32")]
 
@@ -46,7 +46,7 @@ def tuned(stage: int, precision: str, **options) -> tuple[Engine, Ema]:
     config = EngineConfig(zero_stage=stage, precision=precision)  # type: ignore[arg-type]
     optim = OptimConfig(lr=0.1)
     engine = Engine(Tuned(), config, optim, dist.start(), torch.device("cpu"), 8, **options)
-    engine.publish_masters()
+    engine.broadcast_masters()
     return engine, Ema(EmaConfig(halflife_images=8), engine.masters)
 
 
@@ -67,11 +67,11 @@ def test_what_is_not_trained_survives_to_the_bit(stage, precision, in_ranks, toy
         state = toy(engine, ema, images=24).save(tmp_path)
         # Another module that was given the same frozen weights goes on from it.
         engine.model.norm.running_mean.zero_()
-        checkpoint.load(state, engine, ema)
+        states.load(state, engine, ema)
         return engine.constants(), dict(engine.model.named_buffers())
 
     results = in_ranks(2, run)
-    reader = checkpoint.StateReader(checkpoint.find(tmp_path))
+    reader = states.StateReader(states.find(tmp_path))
     given = Tuned()
     saved = reader.constants()
     model = {**dict(reader.tensors("master")), **saved}
@@ -99,7 +99,7 @@ def test_other_frozen_weights_are_not_continued(in_ranks, toy, tmp_path) -> None
         state = toy(engine, ema, images=8).save(tmp_path)
         engine._frozen = {name: value + 1 for name, value in engine._frozen.items()}
         with pytest.raises(ConfigError, match=r"trunk\.weight is not the one of the saved state"):
-            checkpoint.load(state, engine, ema)
+            states.load(state, engine, ema)
         return "refused"
 
     assert in_ranks(2, run) == ["refused"] * 2  # on the rank that keeps no copy, too
@@ -229,8 +229,8 @@ def test_an_engine_starts_without_compiler_or_cuda_toolkit(tmp_path) -> None:
         "from latentddae import dist\n"
         "from latentddae.models import zoo\n"
         "from latentddae.training.engine import Engine\n"
-        "from latentddae.training.optim import OptimConfig\n"
-        "from latentddae.training.settings import EngineConfig\n"
+        "from latentddae.training.optimizers import OptimConfig\n"
+        "from latentddae.training.deepspeed_config import EngineConfig\n"
         "model = zoo.build('dit_s_2', input_size=8, hidden_size=16, depth=1, num_heads=2)\n"
         "engine = Engine(model, EngineConfig(), OptimConfig(), dist.start(), torch.device('cpu'), 2)\n"
         "for _ in range(5):\n"

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from latentddae import cli
-from latentddae.errors import run_command
+from latentddae.core.errors import run_command
 from latentddae.models import DiTConfig, zoo
-from latentddae.training import checkpoint, export
+from latentddae.training import export, states
 
 STEP = 16
 
@@ -76,13 +76,13 @@ def test_options(runs, tmp_path, content) -> None:
             assert value.dtype == torch.float32
         else:
             assert torch.equal(value, content(run)[f"ema {key}"].bfloat16())
-    assert run_export(run, "--out", tmp_path / "b", "--state", checkpoint.folder_name(32)) == 0
+    assert run_export(run, "--out", tmp_path / "b", "--state", states.folder_name(32)) == 0
     assert run_export(run, "--out", tmp_path / "c", "--state", "32", "--weights", "model") == 0
     one, other = (load_file(tmp_path / x / "model.safetensors") for x in "bc")
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert zoo.load(tmp_path / "b").info["images_seen"] == 32
     assert run_export(run, "--out", tmp_path / "d", "--halflife", "50") == 0
-    state = checkpoint.StateReader(checkpoint.find(run / "state"))
+    state = states.StateReader(states.find(run / "state"))
     faster = load_file(tmp_path / "d" / "ema.safetensors")
     assert torch.equal(
         faster["final_layer.linear.bias"], state.whole("ema-50", "final_layer.linear.bias")
@@ -119,10 +119,10 @@ def test_refusals_are_one_line(runs, tmp_path, capsys) -> None:
     ],
 )
 def test_tensors_that_are_not_the_models_are_refused(change, message, runs, tmp_path) -> None:
-    state = checkpoint.find(runs["1"] / "state")
+    state = states.find(runs["1"] / "state")
     shapes = dict(state.info["shapes"])
     change(shapes)
-    bent = checkpoint.State(state.path, {**state.info, "shapes": shapes})
+    bent = states.State(state.path, {**state.info, "shapes": shapes})
     with pytest.raises(Exception, match=message):
         export.export(bent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -140,7 +140,7 @@ def test_frozen_parameters_and_buffers_survive(toy, in_ranks, tmp_path) -> None:
         model.register_parameter("frozen", torch.nn.Parameter(frozen.clone(), requires_grad=False))
         model.register_buffer("count", torch.tensor([3, 4]))
         run = toy.start(stage=stage, precision="bf16", model=model).train(2)
-        reader = checkpoint.StateReader(run.save(tmp_path / str(stage)))
+        reader = states.StateReader(run.save(tmp_path / str(stage)))
         kept = reader.constants()
         return [
             torch.equal(kept["pos_embed"], table),

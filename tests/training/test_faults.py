@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from latentddae import files, tensorfile, train
+from latentddae import train
+from latentddae.core import files, safetensors_stream
+from latentddae.core.errors import DataError
 from latentddae.data.loader import Loader
-from latentddae.errors import DataError
-from latentddae.training import checkpoint
+from latentddae.training import states
 from latentddae.training.loop import Loop
-from latentddae.training.saving import Saver
+from latentddae.training.saver import Saver
 
 STEP = 16
 
@@ -45,14 +46,14 @@ def kill_while_saving(
     whole, run = folder / "whole", folder / "run"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
     random = np.random.default_rng(seed)
-    honest, honest_begin = tensorfile.write, checkpoint.begin
+    honest, honest_begin = safetensors_stream.write, states.begin
 
     def skewed(path, entries, metadata):
         if late in path.name:
             time.sleep(skew.uniform(0, 0.3))
         return honest(path, entries, metadata)
 
-    monkeypatch.setattr(tensorfile, "write", skewed)
+    monkeypatch.setattr(safetensors_stream, "write", skewed)
     images = 0
     for kill in range(kills):
         victims = (["0", "1"], ["0"], ["1"])[random.choice(3, p=[0.6, 0.2, 0.2])]
@@ -67,21 +68,21 @@ def kill_while_saving(
                     kill_after(delay)
                 return honest_begin(folder, at, bytes_needed)
 
-            monkeypatch.setattr(checkpoint, "begin", begin)
+            monkeypatch.setattr(states, "begin", begin)
             changes = ("save.every_images=16", f"save.background={background}", "--retry")
             return start(run, *options, *changes, "hang_timeout_s=20")
 
         statuses = ranks(killed, 2, timeout=60)
         assert all(status in (-signal.SIGKILL, 75) for status in statuses), (kill, statuses)
         assert -signal.SIGKILL in statuses
-        state, faults = checkpoint.newest_intact(run / "state")
+        state, faults = states.newest_intact(run / "state")
         assert not faults, (kill, faults)
         assert state is not None or images == 0
         now = 0 if state is None else state.images
         assert now >= images, kill
         images = now
     assert images < total, "the run was over before the kills were"
-    monkeypatch.setattr(tensorfile, "write", honest)
+    monkeypatch.setattr(safetensors_stream, "write", honest)
     assert ranks(lambda: start(run, *options, "--retry"), 2) == [0, 0]
     assert same(whole, run)
     left = [p.name for p in (run / "state").iterdir() if not p.name.startswith("images-")]
@@ -140,10 +141,10 @@ def fill(disk: Path) -> None:
 
 
 FULL = {  # moment -> function that is about to run
-    "before the check": (checkpoint, "begin"),
-    "before the files": (checkpoint, "write_part"),
-    "inside a file": (tensorfile, "_parts"),
-    "before the manifest": (checkpoint, "commit"),
+    "before the check": (states, "begin"),
+    "before the files": (states, "write_part"),
+    "inside a file": (safetensors_stream, "_parts"),
+    "before the manifest": (states, "commit"),
     "before a log line": (Loop, "_write_line"),
     "before the export": (Saver, "newest"),
 }
@@ -165,7 +166,7 @@ def fill_up(moment: str, rank: int, disk: Path, ranks, start, monkeypatch, capfd
     statuses = ranks(lambda: start(run, *options), 2, timeout=60)
     error = capfd.readouterr().err
     assert "latentddae train: error:" in error and str(run) in error
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images >= 160 and not faults
     monkeypatch.setattr(owner, name, honest)
     (disk / "filler").unlink(missing_ok=True)
@@ -205,7 +206,7 @@ def test_a_read_only_disk(disk, ranks, start, capfd) -> None:
     assert ranks(lambda: start(run, "total_images=640"), 2) == [73, 73]
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 2 and all(f"{run} cannot be written" in line for line in lines)
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images == 320 and not faults
     if not os.path.ismount(disk):
         run.chmod(0o700)
@@ -264,11 +265,11 @@ def go_wrong(source: str, span: str, run: Path, ranks, start, content, monkeypat
         r for r in files.read_json_lines(run / "metrics.jsonl") if r.get("event") == "skipped step"
     ]
     assert len(skipped) == (4 if stops else len(SPANS[span]))
-    states = checkpoint.complete_states(run / "state")
-    assert states[-1].images == ((5 + 3) if stops else 20) * STEP
+    complete = states.complete_states(run / "state")
+    assert complete[-1].images == ((5 + 3) if stops else 20) * STEP
     for value in content(run).values():
         assert value.isfinite().all()
-    before, after = (next(s for s in states if s.images == n * STEP) for n in (5, 6))
+    before, after = (next(s for s in complete if s.images == n * STEP) for n in (5, 6))
     assert before.info["checksums"] == after.info["checksums"]  # average and moments too
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from latentddae import dist
-from latentddae.errors import RequeueError
-from latentddae.training import checkpoint, watchdog
+from latentddae.core import dist
+from latentddae.core.errors import RequeueError
+from latentddae.training import states, watchdog
 from latentddae.training.loop import Loop
 from latentddae.training.watchdog import Watchdog
 
@@ -47,8 +47,8 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 PLACES = {
     "step": (Loop, "step"),
-    "save": (checkpoint, "write_part"),
-    "barrier": (checkpoint, "commit"),
+    "save": (states, "write_part"),
+    "barrier": (states, "commit"),
 }
 
 
@@ -113,7 +113,7 @@ def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> N
     def wait_for_rank_0() -> int:
         world = dist.start()
         guard = Watchdog(2.0, world)
-        guard.meet(dist.own_store())
+        guard.meet(dist.clone_store())
         guard.enter("in a step")
         dist.barrier()
         if world.rank == 0:
@@ -121,7 +121,9 @@ def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> N
         try:
             dist.barrier()
         except RuntimeError as error:  # the faster of the others has ended rank 0 already
-            return RequeueError.exit_code if dist.lost_a_rank(error) else 1  # as ranks_of does
+            return (
+                RequeueError.exit_code if dist.is_peer_failure(error) else 1
+            )  # as distributed_run does
         return 0
 
     assert ranks(wait_for_rank_0, 3, timeout=30) == [-signal.SIGKILL, 75, 75]

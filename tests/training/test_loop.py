@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import latentddae
-from latentddae import files, train
+from latentddae import train
+from latentddae.core import files
+from latentddae.core.errors import run_command
 from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
-from latentddae.errors import run_command
 from latentddae.planning.flops import training_flops
-from latentddae.training import checkpoint
-from latentddae.training.timing import PARTS
+from latentddae.training import states
+from latentddae.training.step_timer import PARTS
 
 CONFIG = Path(__file__).parent / "tiny.yaml"
 PACKAGE = str(Path(latentddae.__file__).parent)
@@ -206,7 +207,7 @@ def test_a_loss_that_is_infinite_with_a_finite_gradient_is_skipped(
     lines = rows(run)
     assert [line["skipped"] for line in lines] == [0] * 7 + [1] + [0] * 12
     assert lines[7]["loss"] is None  # and no NaN, which is not JSON
-    assert checkpoint.complete_states(run / "state")[-1].info["adam_steps"] == 19
+    assert states.complete_states(run / "state")[-1].info["adam_steps"] == 19
 
 
 def test_a_spike_is_told_once_with_the_keys_of_its_batch(
@@ -238,7 +239,7 @@ def test_a_jump_after_a_restart_is_told(tiny_shards, tmp_path, ranks, monkeypatc
         action = lambda: start(run, tiny_shards, every, f"total_images={steps * STEP}")  # noqa: E731, B023
         assert ranks(action) == [0]
     assert events(run) == []
-    newest = checkpoint.complete_states(run / "state")[-1]
+    newest = states.complete_states(run / "state")[-1]
     assert len(newest.info["recent_losses"]) == 64
     changed_loss(monkeypatch, lambda loss, at: 1.4 * loss)
     assert ranks(lambda: start(run, tiny_shards, every, f"total_images={96 * STEP}")) == [0]

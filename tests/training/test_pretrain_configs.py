@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentddae import config as configuration
+from latentddae.core import config as configuration
 from latentddae.models import zoo
 from latentddae.train import TrainConfig
 

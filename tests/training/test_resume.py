@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentddae import files
+from latentddae.core import files
 from latentddae.models import zoo
-from latentddae.training import checkpoint
+from latentddae.training import states
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 QUICK = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
@@ -91,8 +91,8 @@ def test_every_stage_reads_every_other(in_ranks, toy, tmp_path) -> None:
 
 def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
     """Every parameter, moment, average and constant of a state, whole."""
-    reader = checkpoint.StateReader(checkpoint.find(run / "state", images))
-    kinds = (*checkpoint.KINDS, "ema-500")
+    reader = states.StateReader(states.find(run / "state", images))
+    kinds = (*states.KINDS, "ema-500")
     values = {f"{kind} {name}": v for kind in kinds for name, v in reader.tensors(kind)}
     return values | reader.constants()
 
@@ -148,7 +148,7 @@ def test_export_has_the_models_keys_and_the_masters_values(
     engine = f"engine={{zero_stage: {stage}, precision: {precision}, compile: {compile}}}"
     run = tmp_path / "run"
     assert ranks(partial(start, run, engine, "total_images=48"), 2) == [0, 0]
-    reader = checkpoint.StateReader(checkpoint.find(run / "state"))
+    reader = states.StateReader(states.find(run / "state"))
     built = zoo.load(run).model
     for name, kind in (("model", "master"), ("ema", "ema")):
         exported = load_file(run / "export" / f"{name}.safetensors")

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentddae import dist, files, tensorfile
-from latentddae.errors import ConfigError, WriteError
+from latentddae.core import dist, files, safetensors_stream
+from latentddae.core.errors import ConfigError, WriteError
 from latentddae.models import zoo
-from latentddae.training import checkpoint, saving
-from latentddae.training.saving import SaveConfig, Saver, is_milestone, prune
+from latentddae.training import saver, states
+from latentddae.training.saver import SaveConfig, Saver, is_milestone, prune
 
 STEP = 16
 
 
 def images(run: Path) -> list[int]:
-    return [state.images for state in checkpoint.complete_states(run / "state")]
+    return [state.images for state in states.complete_states(run / "state")]
 
 
 def snapshots(run: Path) -> list[int]:
@@ -38,12 +38,12 @@ def test_keep_last_and_keep_every(tmp_path, ranks, start, content) -> None:
         )
     assert snapshots(parts) == [80, 160, 240, 320]
     for seen in snapshots(whole):
-        name = checkpoint.folder_name(seen)
+        name = states.folder_name(seen)
         one, other = (zoo.load(run / "snapshots" / name) for run in (whole, parts))
         assert one.info["images_seen"] == seen and one.info["weights"] == "ema"
         a, b = one.model.state_dict(), other.model.state_dict()
         assert all(torch.equal(a[key], b[key]) for key in a)
-    last = zoo.load(whole / "snapshots" / checkpoint.folder_name(320)).model.state_dict()
+    last = zoo.load(whole / "snapshots" / states.folder_name(320)).model.state_dict()
     kept = content(whole)
     assert all(torch.equal(last[key], kept[f"ema {key}"]) for key in last if key != "pos_embed")
     assert not list((whole / "snapshots").glob("*/model.safetensors"))
@@ -58,34 +58,34 @@ def test_every_multiple_has_one_milestone(batch) -> None:
     assert not any(is_milestone(end, 0, batch) for end in ends)
 
 
-def states(folder: Path, count: int) -> None:
+def write_states(folder: Path, count: int) -> None:
     """Complete states of a few bytes."""
     for number in range(1, count + 1):
-        hidden = checkpoint.begin(folder, number, 0)
-        mine = checkpoint.Mine(dist.World(), ["w"], [], {"master": []}, {"b": torch.zeros(3)})
-        part = checkpoint.write_part(hidden, number, mine)
-        checkpoint.commit(hidden, part, "", {"images": number, "shapes": {"w": [1]}})
+        hidden = states.begin(folder, number, 0)
+        mine = states.Mine(dist.World(), ["w"], [], {"master": []}, {"b": torch.zeros(3)})
+        part = states.write_part(hidden, number, mine)
+        states.commit(hidden, part, "", {"images": number, "shapes": {"w": [1]}})
 
 
 def left(folder: Path) -> list[int]:
-    return [state.images for state in checkpoint.complete_states(folder)]
+    return [state.images for state in states.complete_states(folder)]
 
 
 def test_pruning_keeps_the_newest(tmp_path) -> None:
-    states(tmp_path, 5)
+    write_states(tmp_path, 5)
     prune(tmp_path, 2)
     assert left(tmp_path) == [4, 5]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.folder_name(n) for n in (4, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [states.folder_name(n) for n in (4, 5)]
 
 
 def test_the_only_good_state_is_never_deleted(tmp_path) -> None:
     """A newest state that is not all there saves every older one; damaged ones do not count."""
-    states(tmp_path, 4)
-    newest = next((tmp_path / checkpoint.folder_name(4)).glob("*.safetensors"))
+    write_states(tmp_path, 4)
+    newest = next((tmp_path / states.folder_name(4)).glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
     prune(tmp_path, 1)
     assert left(tmp_path) == [1, 2, 3, 4]
-    (tmp_path / checkpoint.folder_name(4) / checkpoint.MANIFEST).write_text("{")
+    (tmp_path / states.folder_name(4) / states.MANIFEST).write_text("{")
     prune(tmp_path, 1)
     assert left(tmp_path) == [3]
     prune(tmp_path, 1)
@@ -107,20 +107,20 @@ def test_a_failed_delete_stops_nothing(tmp_path, ranks, start, monkeypatch, capf
 
 
 def test_a_failed_snapshot_keeps_its_state(tmp_path, ranks, start, monkeypatch, capfd) -> None:
-    honest = tensorfile.write
+    honest = safetensors_stream.write
 
     def full(path, entries, metadata):
         if "snapshots" in str(path) and int(metadata["images_seen"]) == 80:
             raise OSError(28, "No space left on device")
         return honest(path, entries, metadata)
 
-    monkeypatch.setattr(tensorfile, "write", full)
+    monkeypatch.setattr(safetensors_stream, "write", full)
     options = ("save.every_images=80", "save.keep_last=1", "save.keep_every=80")
     run = tmp_path / "run"
     assert ranks(lambda: start(run, *options), 2) == [0, 0]
     assert images(run) == [80, 320] and snapshots(run) == [160, 240, 320]
     assert "its state is kept" in capfd.readouterr().err
-    monkeypatch.setattr(tensorfile, "write", honest)
+    monkeypatch.setattr(safetensors_stream, "write", honest)
     assert ranks(lambda: start(run, *options, "total_images=400"), 2) == [0, 0]
     assert images(run) == [400] and snapshots(run) == [80, 160, 240, 320, 400]
 
@@ -135,16 +135,16 @@ def test_the_size_of_a_state_is_known_before(stage, toy, in_ranks, tmp_path) -> 
     def sizes() -> tuple[int, int]:
         run = toy.start(stage=stage).train(1)
         state = run.save(tmp_path)
-        predicted = checkpoint.bytes_of_state(
+        predicted = states.bytes_of_state(
             run.engine.shapes,
             run.engine.world.size,
-            len(checkpoint.partitions(run.engine, run.ema)),
+            len(states.partitions(run.engine, run.ema)),
         )
         return predicted, sum(p.stat().st_size for p in state.path.iterdir())
 
     predicted, actual = in_ranks(2, sizes)[0]
     assert actual <= predicted <= 1.6 * actual
-    large = checkpoint.bytes_of_state({"w": [10**9]}, 64)
+    large = states.bytes_of_state({"w": [10**9]}, 64)
     assert large == pytest.approx(16e9, rel=0.001)
 
 
@@ -199,7 +199,7 @@ def test_saving_in_the_background_gives_the_same_states(tmp_path, ranks, start, 
     assert images(front) == images(back) == list(range(32, 321, 32))
     assert same(front, back)
     for one, other in zip(
-        *(checkpoint.complete_states(r / "state") for r in (front, back)), strict=True
+        *(states.complete_states(r / "state") for r in (front, back)), strict=True
     ):
         assert one.info["checksums"] == other.info["checksums"]
 
@@ -207,14 +207,14 @@ def test_saving_in_the_background_gives_the_same_states(tmp_path, ranks, start, 
 def test_a_state_on_its_way_is_of_its_own_moment(toy, in_ranks, tmp_path, monkeypatch) -> None:
     """A slow disk: training goes on meanwhile, the state is that of the moment it was asked for, and it is
     invisible until both ranks have written."""
-    honest, disk_is_ready = tensorfile.write, tmp_path / "ready"
+    honest, disk_is_ready = safetensors_stream.write, tmp_path / "ready"
 
     def slow(path, entries, metadata):
         while "rank-00001" in path.name and not disk_is_ready.exists():
             time.sleep(0.01)
         return honest(path, entries, metadata)
 
-    monkeypatch.setattr(tensorfile, "write", slow)
+    monkeypatch.setattr(safetensors_stream, "write", slow)
 
     def train() -> list[bool]:
         run = toy.start(stage=1).train(2)
@@ -224,7 +224,7 @@ def test_a_state_on_its_way_is_of_its_own_moment(toy, in_ranks, tmp_path, monkey
         for _ in range(3):
             run.train(1)
             saver.poll()
-        hidden = not checkpoint.complete_states(tmp_path / "state")
+        hidden = not states.complete_states(tmp_path / "state")
         moved = any(not torch.equal(wanted[key], value) for key, value in run.whole().items())
         disk_is_ready.touch()
         saver.finish()
@@ -240,14 +240,14 @@ def test_a_failed_write_in_the_background_stops_all_ranks(
     tmp_path, ranks, start, monkeypatch, capfd
 ) -> None:
     """Whatever goes wrong in one rank's thread, no rank waits for it (USER_PAINS 32)."""
-    honest = tensorfile.write
+    honest = safetensors_stream.write
 
     def broken(path, entries, metadata):
         if "rank-00001" in path.name and metadata["images"] == "160":
             raise ValueError("not a number of bytes")
         return honest(path, entries, metadata)
 
-    monkeypatch.setattr(tensorfile, "write", broken)
+    monkeypatch.setattr(safetensors_stream, "write", broken)
     options = ("save.every_images=80", "save.background=true")
     run = tmp_path / "run"
     assert ranks(lambda: start(run, *options), 2, timeout=60) == [73, 73]
@@ -257,22 +257,22 @@ def test_a_failed_write_in_the_background_stops_all_ranks(
 
 
 def test_a_state_is_found_by_its_images(tmp_path) -> None:
-    states(tmp_path, 2)
-    assert checkpoint.find(tmp_path, 1).images == 1
+    write_states(tmp_path, 2)
+    assert states.find(tmp_path, 1).images == 1
     with pytest.raises(ConfigError, match=r"does not exist; there are: images-0+1, images-0+2"):
-        checkpoint.find(tmp_path, 3)
+        states.find(tmp_path, 3)
 
 
 def test_leftovers_go_at_the_next_start(tmp_path) -> None:
-    states(tmp_path, 1)
+    write_states(tmp_path, 1)
     for name in (".partial-images-000000000007", ".deleted-images-000000000008"):
         (tmp_path / name).mkdir()
-    saving._remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.folder_name(1)]
+    saver._remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [states.folder_name(1)]
 
 
 def test_a_write_error_names_rank_and_state(tmp_path) -> None:
-    hidden = checkpoint.begin(tmp_path, 5, 0)
+    hidden = states.begin(tmp_path, 5, 0)
     with pytest.raises(WriteError, match=r"images-0+5 could not be written: rank 0: no ink"):
-        checkpoint.commit(hidden, None, "no ink", {"images": 5})
+        states.commit(hidden, None, "no ink", {"images": 5})
     assert not list(tmp_path.iterdir())

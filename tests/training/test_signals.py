@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentddae import dist, files, tensorfile, train
-from latentddae.errors import ConfigError
-from latentddae.training import checkpoint, preemption, starts
+from latentddae import train
+from latentddae.core import dist, files, safetensors_stream
+from latentddae.core.errors import ConfigError
+from latentddae.training import crash_loops, preemption, states
 from latentddae.training.loop import Loop
 
 STEP = 16
@@ -63,7 +64,7 @@ def look_slowly(monkeypatch, seconds: float) -> None:
                 time.sleep(0.01)
             return {"score": 1.0}
 
-        look = lambda state: dist.on_main(work)  # noqa: E731
+        look = lambda state: dist.on_rank0(work)  # noqa: E731
         return dataclasses.replace(honest(config, here), look=look, look_every_images=6 * STEP)
 
     monkeypatch.setattr(train, "pretraining", pretraining)
@@ -92,7 +93,7 @@ def interrupt_again_and_again(
 
         statuses = ranks(interrupted, 2, timeout=60)
         assert statuses in ([75, 75], [0, 0]), (trial, delay)
-        state, faults = checkpoint.newest_intact(run / "state")
+        state, faults = states.newest_intact(run / "state")
         assert not faults
         images.append(0 if state is None else state.images)
         rows = [r["images"] for r in files.read_json_lines(run / "metrics.jsonl")]
@@ -115,20 +116,20 @@ def test_signals_at_30_random_moments(tmp_path, ranks, start, same, monkeypatch)
 
 def test_more_signals_change_nothing(tmp_path, ranks, start, monkeypatch) -> None:
     """A hail of them on both ranks, through a slow save and until the process has left (USER_PAINS 20)."""
-    honest, run = tensorfile.write, tmp_path / "run"
+    honest, run = safetensors_stream.write, tmp_path / "run"
 
     def slow(*arguments):
         time.sleep(0.3)
         return honest(*arguments)
 
-    monkeypatch.setattr(tensorfile, "write", slow)
+    monkeypatch.setattr(safetensors_stream, "write", slow)
 
     def hailed() -> int:
         hail_when(lambda: bool(files.read_json_lines(run / "metrics.jsonl")))
         return start(run, "total_images=160000")
 
     assert ranks(hailed, 2, timeout=60) == [75, 75]
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and not faults
     assert [p.name for p in (run / "state").iterdir()] == [state.path.name]
     last = files.read_json_lines(run / "metrics.jsonl")[-1]["images"]
@@ -169,14 +170,14 @@ def test_a_look_is_left_at_once(tmp_path, ranks, start, monkeypatch, capfd) -> N
     run = tmp_path / "run"
 
     def interrupted() -> int:
-        when(lambda: len(checkpoint.complete_states(run / "state")) == 1)
+        when(lambda: len(states.complete_states(run / "state")) == 1)
         return start(run)
 
     started = time.monotonic()
     assert ranks(interrupted, 2, timeout=50) == [75, 75]
     assert time.monotonic() - started < 30
     assert f"at {6 * STEP} images; the state is saved" in capfd.readouterr().err
-    assert checkpoint.find(run / "state").images == 6 * STEP
+    assert states.find(run / "state").images == 6 * STEP
 
 
 def test_a_stop_file_stops_once(tmp_path, ranks, start, monkeypatch, capfd) -> None:
@@ -193,7 +194,7 @@ def test_a_stop_file_stops_once(tmp_path, ranks, start, monkeypatch, capfd) -> N
     monkeypatch.setattr(Loop, "step", touch)
     assert ranks(lambda: start(run), 2) == [75, 75]
     assert "stopped by file STOP" in capfd.readouterr().err
-    assert 4 * STEP < checkpoint.find(run / "state").images <= 7 * STEP
+    assert 4 * STEP < states.find(run / "state").images <= 7 * STEP
     assert not (run / "STOP").exists()
     monkeypatch.setattr(Loop, "step", honest)
     (run / "STOP").touch()
@@ -240,7 +241,7 @@ def test_a_crash_loop_ends(tmp_path, ranks, start, monkeypatch, capfd) -> None:
     assert ranks(lambda: start(run, *options, "--retry")) == [1]
     monkeypatch.setattr(Loop, "step", honest)
     assert ranks(lambda: start(run, *options)) == [0]
-    rows = files.read_json_lines(run / starts.FILE)
+    rows = files.read_json_lines(run / crash_loops.FILE)
     assert [r["event"] for r in rows] == [
         *("start", "saved", "start", "start", "start"),
         *("retry", "start", "start", "saved", "finished"),
@@ -251,20 +252,20 @@ def test_a_crash_loop_ends(tmp_path, ranks, start, monkeypatch, capfd) -> None:
 def test_what_counts_as_an_attempt(tmp_path) -> None:
     """Stops on request do not, refused starts do not, another place does not."""
     for _ in range(5):
-        starts.begin(tmp_path, 0)
-        starts.note(tmp_path, "stopped")
+        crash_loops.begin(tmp_path, 0)
+        crash_loops.note(tmp_path, "stopped")
     for _ in range(5):
-        starts.begin(tmp_path, 0)
-        starts.withdraw(tmp_path)
+        crash_loops.begin(tmp_path, 0)
+        crash_loops.withdraw(tmp_path)
     for images in (0, 16, 32, 48):
-        starts.begin(tmp_path, images)
-    starts.begin(tmp_path, 48)
-    starts.begin(tmp_path, 48)
+        crash_loops.begin(tmp_path, images)
+    crash_loops.begin(tmp_path, 48)
+    crash_loops.begin(tmp_path, 48)
     with pytest.raises(ConfigError, match="3 times at 48 images"):
-        starts.begin(tmp_path, 48)
-    starts.begin(tmp_path, 64)
+        crash_loops.begin(tmp_path, 48)
+    crash_loops.begin(tmp_path, 64)
     new = tmp_path / "new"
     new.mkdir()
-    starts.begin(new, 0)
-    starts.withdraw(new)
+    crash_loops.begin(new, 0)
+    crash_loops.withdraw(new)
     assert not list(new.iterdir())

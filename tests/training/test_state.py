@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentddae import files, tensorfile
-from latentddae.training import checkpoint
+from latentddae.core import files, safetensors_stream
+from latentddae.training import states
 
 STEP = 16
 NEWEST, OLDER = 8 * STEP, 4 * STEP
@@ -37,7 +37,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def folder(run: Path, images: int = NEWEST) -> Path:
-    return run / "state" / checkpoint.folder_name(images)
+    return run / "state" / states.folder_name(images)
 
 
 def rank_file(run: Path, rank: int, images: int = NEWEST) -> Path:
@@ -57,8 +57,8 @@ def test_the_library_reads_what_we_write(tmp_path) -> None:
         "flags": torch.tensor([True, False]),
         "not contiguous": torch.randn(4, 3).T,
     }
-    entries = {name: tensorfile.entry(value) for name, value in tensors.items()}
-    digest = tensorfile.write(tmp_path / "x.safetensors", entries, {"rank": "1"})
+    entries = {name: safetensors_stream.entry(value) for name, value in tensors.items()}
+    digest = safetensors_stream.write(tmp_path / "x.safetensors", entries, {"rank": "1"})
     assert digest == files.sha256(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
@@ -69,47 +69,47 @@ def test_the_library_reads_what_we_write(tmp_path) -> None:
 
 
 def test_checksums_add_up_however_a_parameter_is_cut() -> None:
-    values = torch.randn(5 * checkpoint.CHUNK // 2, generator=torch.Generator().manual_seed(0))
-    whole = checkpoint.checksum(values, 0)
+    values = torch.randn(5 * states.CHUNK // 2, generator=torch.Generator().manual_seed(0))
+    whole = states.checksum(values, 0)
     bits = values.numpy().view(np.int32).astype(object)  # exact integers as the reference
     reference = int((bits * (2 * np.arange(len(bits), dtype=object) + 1)).sum())
     assert (int(whole) - reference) % 2**64 == 0
     random = np.random.default_rng(0)
     for _ in range(5):
         cuts = [0, *sorted(random.integers(0, len(values), 3).tolist()), len(values)]
-        parts = [checkpoint.checksum(values[a:b], a) for a, b in itertools.pairwise(cuts)]
+        parts = [states.checksum(values[a:b], a) for a, b in itertools.pairwise(cuts)]
         assert torch.equal(sum(parts[1:], parts[0]), whole)
 
 
 def test_every_changed_bit_and_every_exchange_changes_the_checksum() -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    whole = checkpoint.checksum(values, 0)
+    whole = states.checksum(values, 0)
     for element in range(40):
         for bit in range(32):
             changed = values.clone()
             changed.view(torch.int32)[element] ^= -(2**31) if bit == 31 else 1 << bit
-            assert checkpoint.checksum(changed, 0) != whole
+            assert states.checksum(changed, 0) != whole
         other = (element + 7) % 40
         swapped = values.clone()
         swapped[[element, other]] = values[[other, element]]
-        assert checkpoint.checksum(swapped, 0) != whole
+        assert states.checksum(swapped, 0) != whole
 
 
 def test_a_state_records_the_checksums_of_its_parameters(trained) -> None:
-    state = checkpoint.find(trained / "state")
-    reader = checkpoint.StateReader(state)
-    assert state.info["checksums"].keys() == set(checkpoint.KINDS)
+    state = states.find(trained / "state")
+    reader = states.StateReader(state)
+    assert state.info["checksums"].keys() == set(states.KINDS)
     for kind, sums in state.info["checksums"].items():
         assert sums.keys() == reader.shapes.keys()
         for name, value in reader.tensors(kind):
-            assert int(checkpoint.checksum(value, 0)) == sums[name], (kind, name)
+            assert int(states.checksum(value, 0)) == sums[name], (kind, name)
 
 
 def test_a_value_that_changes_on_the_way_back_stops_the_start(
     run, ranks, start, monkeypatch, capfd
 ) -> None:
     """Whatever stands between file and engine: the parameter is named, on another number of ranks too."""
-    honest = checkpoint.StateReader.read
+    honest = states.StateReader.read
 
     def bent(self, kind, name, start, numel):
         values = honest(self, kind, name, start, numel)
@@ -117,7 +117,7 @@ def test_a_value_that_changes_on_the_way_back_stops_the_start(
             values.view(torch.int32)[3] ^= 1
         return values
 
-    monkeypatch.setattr(checkpoint.StateReader, "read", bent)
+    monkeypatch.setattr(states.StateReader, "read", bent)
     assert ranks(lambda: start(run, "total_images=160")) == [65]
     assert "exp_avg of final_layer.linear.weight is not what was saved" in capfd.readouterr().err
     assert folder(run).exists()
@@ -145,7 +145,7 @@ def swap(run: Path) -> None:
 
 def rewrite(run: Path, change: Callable[[dict], None]) -> None:
     """Change a state.json, and its own hash with it."""
-    path = folder(run) / checkpoint.MANIFEST
+    path = folder(run) / states.MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["check"]
     change(manifest)
@@ -197,10 +197,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         f"bit {i} of rank {i % 2}": lambda run, i=i: flip(rank_file(run, i % 2), i / 19)
         for i in range(20)
     },
-    "state.json bit": lambda run: flip(folder(run) / checkpoint.MANIFEST, 0.5),
-    "state.json cut": lambda run: cut(folder(run) / checkpoint.MANIFEST, 700),
-    "state.json empty": lambda run: cut(folder(run) / checkpoint.MANIFEST, 0),
-    "state.json missing": lambda run: (folder(run) / checkpoint.MANIFEST).unlink(),
+    "state.json bit": lambda run: flip(folder(run) / states.MANIFEST, 0.5),
+    "state.json cut": lambda run: cut(folder(run) / states.MANIFEST, 700),
+    "state.json empty": lambda run: cut(folder(run) / states.MANIFEST, 0),
+    "state.json missing": lambda run: (folder(run) / states.MANIFEST).unlink(),
     "rank file cut": lambda run: cut(rank_file(run, 1), 5000),
     "rank file empty": lambda run: cut(rank_file(run, 0), 0),
     "rank file missing": lambda run: rank_file(run, 1).unlink(),
@@ -221,7 +221,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed_and_the_state_before_is_used(damage, run) -> None:
     DAMAGE[damage](run)
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images == OLDER
     assert len(faults) == 1
     (path, fault), *_ = faults.items()
@@ -231,7 +231,7 @@ def test_damage_is_noticed_and_the_state_before_is_used(damage, run) -> None:
 def test_a_killed_writer_and_deleter_leave_nothing_that_is_read(run) -> None:
     for name in (".partial-images-000000000144", ".deleted-images-000000000144"):
         shutil.copytree(folder(run), run / "state" / name)
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images == NEWEST and not faults
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_state_is_set_aside_and_written_anew(run, ranks, start, same, 
     assert f"continuing {run} at {OLDER} images" in error
     assert (run / "state" / f"damaged-{folder(run).name}").is_dir()
     assert same(run, honest)
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images == NEWEST and not faults
 
 
@@ -270,7 +270,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "begin", killed)
+        patched.setattr(states, "begin", killed)
         assert ranks(lambda: start(run)) == [-signal.SIGKILL]
     assert files.read_json_lines(run / "metrics.jsonl")
     assert ranks(lambda: start(run)) == [0]
@@ -347,7 +347,7 @@ def test_what_does_not_change_the_result_may_change(run, ranks, start) -> None:
         "hang_timeout_s=600",
     )
     assert ranks(lambda: start(run, *changes)) == [0]
-    assert checkpoint.find(run / "state").images == 176
+    assert states.find(run / "state").images == 176
 
 
 # One process at a time, and no secrets (RELIABILITY G17, G18)
@@ -434,11 +434,11 @@ def test_states_are_read_without_unpickling(run) -> None:
 
     torch.save({"x": Evil()}, rank_file(run, 0))
     rehash(run)
-    state, faults = checkpoint.newest_intact(run / "state")
+    state, faults = states.newest_intact(run / "state")
     assert state is not None and state.images == OLDER and len(faults) == 1
     assert not evil.exists()
 
 
 def test_a_file_under_a_hidden_name_is_no_state(run) -> None:
     save_file({"x": torch.zeros(1)}, run / "state" / "images.safetensors")
-    assert checkpoint.find(run / "state").images == NEWEST
+    assert states.find(run / "state").images == NEWEST

@@ -9,7 +9,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
 from latentddae.models.dit import DiTConfig, randomize_gates
-from latentddae.transfer import plots
+from latentddae.transfer.reporting import plots
 
 CONFIG = DiTConfig(
     input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=3, num_heads=2, num_classes=0

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import read_json_lines
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
-from latentddae.errors import ConfigError, DataError
-from latentddae.files import read_json_lines
 from latentddae.transfer import compare as comparison
 from latentddae.transfer import grid
 from latentddae.transfer.compare import CompareConfig, Subject, compare, mark_chosen
-from latentddae.transfer.features import pooled_blocks, trunk_at
+from latentddae.transfer.extraction.extract import pooled_blocks, trunk_at
 
 GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),

@@ -8,17 +8,17 @@ import timm.data.mixup
 import torch
 from safetensors.torch import load_file
 
-from latentddae import config as configuration
-from latentddae import files
+from latentddae.core import config as configuration
+from latentddae.core import files
+from latentddae.core.errors import run_command
 from latentddae.data.loader import Loader
+from latentddae.data.part import Part
 from latentddae.data.shards import ShardSet
-from latentddae.errors import run_command
 from latentddae.models import zoo
-from latentddae.training import checkpoint as states
+from latentddae.training import states as states
 from latentddae.transfer import finetune
-from latentddae.transfer.classifier import Classifier, layer_decay, path_factors
-from latentddae.transfer.mixing import MixConfig, mix_of, smoothed
-from latentddae.transfer.part import Part
+from latentddae.transfer.finetuning.classifier import Classifier, layer_decay, path_factors
+from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
 
 CONFIG = Path(__file__).parent / "finetune.yaml"
 STEP = 16

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentddae.errors import run_command
-from latentddae.transfer import features, geometry
+from latentddae.core.errors import run_command
+from latentddae.transfer import geometry
+from latentddae.transfer.extraction import extract
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_views_share_image_and_level_and_differ_in_noise(checkpoint, train) -> N
     """As the feature extractor sees them: view one is its draw 0; at level 0 both are the clean latent."""
     index = np.arange(12)
     ((first, second),) = geometry.two_views(checkpoint, train, index, level=0.3, seed=5)
-    expected = features.collect(
+    expected = extract.collect(
         checkpoint.model, checkpoint.objective, checkpoint.latents, train, index,
         level=0.3, blocks=(1, 2, 3), pools=("mean",), seed=5,
     )  # fmt: skip

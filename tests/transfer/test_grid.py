@@ -10,14 +10,17 @@ import pytest
 from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
-from latentddae import dist
+from latentddae.core import dist
+from latentddae.core.errors import ConfigError, DataError, UsageError
+from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet
-from latentddae.errors import ConfigError, DataError, UsageError
-from latentddae.files import read_json_lines
-from latentddae.models.folded import FoldedTrunk
-from latentddae.transfer import grid, inputs, linear, ridge, shortlist
-from latentddae.transfer.features import collect
+from latentddae.models.frozen_trunk import FoldedTrunk
+from latentddae.transfer import grid
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.grid import GridConfig
+from latentddae.transfer.probes import logistic, ridge
+from latentddae.transfer.protocol import rerank
 
 CONFIG = GridConfig(levels=(0.1, 0.4), pools=("mean", "grid2"), holdout=0.3, seed=3, batch=32)
 
@@ -90,14 +93,14 @@ def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tm
             checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
             level=chosen["level"], blocks=[chosen["block"]], pools=[pool], seed=3,
         )[chosen["block"], pool]  # fmt: skip
-        choice = linear.judge(features, train.labels, split.heldout, 4, shortlist.STRENGTHS)
+        choice = logistic.judge(features, train.labels, split.heldout, 4, rerank.STRENGTHS)
         assert chosen["probe_accuracy"] == choice.heldout_accuracy
 
 
 def test_the_shortlist_fits_on_few_samples_and_keeps_all_held_out(train, monkeypatch):
-    monkeypatch.setattr(shortlist, "SAMPLES", 20)
+    monkeypatch.setattr(rerank, "SAMPLES", 20)
     split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
-    few = shortlist.samples(train, split, seed=3)
+    few = rerank.samples(train, split, seed=3)
     assert few.heldout.sum() == split.heldout.sum()
     assert len(few.fit) == 20
     assert set(few.train) <= set(split.train)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from latentddae import draws
+from latentddae.core import rng
+from latentddae.core.errors import run_command
+from latentddae.data.part import Part
 from latentddae.diffusion.ddpm import DDPM
-from latentddae.errors import run_command
 from latentddae.models import zoo
-from latentddae.transfer import features, noise_classifier
+from latentddae.transfer import noise_classifier
+from latentddae.transfer.extraction import extract
 from latentddae.transfer.noise_classifier import Head, Reader, Settings, sinusoid
-from latentddae.transfer.part import Part
 
 
 @pytest.fixture
@@ -23,10 +24,10 @@ def reader(checkpoint_folder) -> Reader:
 def test_features_are_those_of_the_extractor(reader, train) -> None:
     """At one common time they equal what every other probe reads."""
     index = np.arange(8)
-    x0 = features.clean_latents(reader.latents, train, index)
-    noise = features.noise_of(5, 0, draws.key_positions(train.keys(index)), x0.shape[1:])
+    x0 = extract.clean_latents(reader.latents, train, index)
+    noise = extract.noise_of(5, 0, rng.key_positions(train.keys(index)), x0.shape[1:])
     found = reader.features(x0, noise, torch.full((8,), 0.3))
-    expected = features.collect(
+    expected = extract.collect(
         reader.model, reader.objective, reader.latents, train, index,
         level=0.3, blocks=(2,), seed=5,
     )[2, "mean"]  # fmt: skip

@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
-from latentddae.errors import ConfigError, UsageError
-from latentddae.files import read_json_lines
-from latentddae.training.settings import resolve_precision
-from latentddae.transfer import grid, inputs, knn, linear, probing, store
-from latentddae.transfer.scores import mean_per_class, top1
+from latentddae.training.deepspeed_config import resolve_precision
+from latentddae.transfer import grid
+from latentddae.transfer.extraction import inputs, store
+from latentddae.transfer.probes import knn, logistic
+from latentddae.transfer.probes.metrics import mean_per_class, top1
+from latentddae.transfer.protocol import session
 
 from .conftest import CONFIG, write_checkpoint
 
-COMMANDS = {"linear": linear, "knn": knn}
+COMMANDS = {"linear": logistic, "knn": knn}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_reads_the_planted_classes_from_the_chosen_cell(
 
 def test_a_cell_by_hand(checkpoint_folder, tiny_shards, tmp_path):
     cell = ("--block", 2, "--level", 0.2, "--pool", "grid2", "--seed", 8, "--limit", 80)
-    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *cell))
+    logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *cell))
     (line,) = read_json_lines(tmp_path / "results.jsonl")
     assert (line["width"], line["seed"], line["n_seen"]["train"]) == (96, 8, 80)
 
@@ -67,7 +70,7 @@ def test_a_cheap_search_may_serve_a_full_probe(
     config = grid.GridConfig(levels=(0.1,), holdout=0.3, seed=3, limit=50, shortlist=0)
     grid.run(checkpoint, train, tmp_path, config, progress=False)
     cell = ("--cell", tmp_path / "grid.json")
-    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
+    logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
     (line,) = read_json_lines(tmp_path / "probe" / "results.jsonl")
     assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
 
@@ -78,7 +81,7 @@ def test_selection_never_sees_test(
     """With every test label wrong the same strength is chosen, and test accuracy collapses."""
 
     def chosen(out):
-        linear.main(arguments(checkpoint_folder, tiny_shards, out, "--cell", grid_file))
+        logistic.main(arguments(checkpoint_folder, tiny_shards, out, "--cell", grid_file))
         (line,) = read_json_lines(out / "results.jsonl")
         return line
 
@@ -109,19 +112,19 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
 ):
     other = write_checkpoint(tmp_path / "other", train, seed=9)
     with pytest.raises(ConfigError, match="the grid was computed with weights"):
-        linear.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
+        logistic.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
     with pytest.raises(UsageError, match="name the cell"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
+        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
     with pytest.raises(ConfigError, match="run `latentddae grid` first"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
+        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
     rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
+        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
 
 
 def test_labels_make_no_difference_to_a_conditional_network(train, tiny_shards, tmp_path):
     folder = write_checkpoint(tmp_path / "labelled", train, replace(CONFIG, num_classes=4))
-    linear.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
+    logistic.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
     assert read_json_lines(tmp_path / "results.jsonl")[0]["n_seen"]["test"] == 32
 
 
@@ -171,7 +174,7 @@ def test_scores_and_confusion_are_those_of_the_predictions(
 
     monkeypatch.setattr(ShardSet, "__init__", uneven)
     rest = (*HERE, "--metric", "mean_per_class", "--published", 85.73)
-    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    (line,) = lines_of(logistic, checkpoint_folder, tiny_shards, tmp_path, *rest)
     found = json.loads((tmp_path / f"confusion-{line['id']}.json").read_text())
     assert found["classes"] == ["a", "b", "c", "d"]
     table = np.array(found["counts"])
@@ -188,12 +191,12 @@ def test_a_config_file_holds_options_and_the_command_line_goes_first(
     file = tmp_path / "probe.yaml"
     file.write_text("block: 1\nlevel: 0.2\nlimit: 80\npublished: 85.73\nfew_shot: null\n")
     rest = ("--config", file, "--block", 3)
-    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    (line,) = lines_of(logistic, checkpoint_folder, tiny_shards, tmp_path, *rest)
     assert (line["cell"]["block"], line["cell"]["s"], line["n_seen"]["train"]) == (3, 0.2, 80)
     assert "published 85.73 %" in capsys.readouterr().out
     file.write_text("blok: 1\n")
     with pytest.raises(ConfigError, match="unknown option blok; known: batch, batch_size, block"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
+        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
 
 
 def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, tmp_path):
@@ -216,7 +219,7 @@ def test_features_on_disk_stand_in_for_the_network(
     store.main(arguments(*common, folder, "--level", 0.3, "--blocks", 2, "--seed", 4))
     rest = (*HERE, "--seed", 4)
     (fresh,) = lines_of(COMMANDS[name], *common, tmp_path / "fresh", *rest)
-    monkeypatch.setattr(probing, "collect", lambda *_: pytest.fail("the network was run"))
+    monkeypatch.setattr(session, "collect", lambda *_: pytest.fail("the network was run"))
     held = ("--features", folder)
     (read,) = lines_of(COMMANDS[name], *common, tmp_path / "read", *rest, *held)
     assert abs(read["accuracy"] - fresh["accuracy"]) <= 1 / 32  # float16
@@ -224,7 +227,7 @@ def test_features_on_disk_stand_in_for_the_network(
     with pytest.raises(ConfigError, match="the noise of seed 4, not of 5"):
         lines_of(COMMANDS[name], *common, tmp_path, *HERE, "--seed", 5, *held)
     with pytest.raises(UsageError, match="holds one noise"):
-        lines_of(linear, *common, tmp_path, *rest, *held, "--recipe", "ddae")
+        lines_of(logistic, *common, tmp_path, *rest, *held, "--recipe", "ddae")
 
 
 @pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])
@@ -237,7 +240,7 @@ def test_two_ranks_give_the_accuracy_of_one(
     for size in (1, 2):
         out = tmp_path / str(size)
         command = arguments(checkpoint_folder, tiny_shards, out, *rest)
-        assert ranks(lambda command=command: linear.main(command), size) == [0] * size
+        assert ranks(lambda command=command: logistic.main(command), size) == [0] * size
         lines += read_json_lines(out / "results.jsonl")  # one line for two ranks
     one, two = lines
     assert abs(one["accuracy"] - two["accuracy"]) <= 0.001

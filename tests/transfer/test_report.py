@@ -12,10 +12,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from latentddae.errors import ConfigError, DataError, UsageError
-from latentddae.transfer import page, plots, report, sections
-from latentddae.transfer.look import as_text
-from latentddae.transfer.page import Bar, Section, build_page
+from latentddae.core.errors import ConfigError, DataError, UsageError
+from latentddae.transfer import report
+from latentddae.transfer.reporting import page, plots, sections
+from latentddae.transfer.reporting.page import Bar, Section, build_page
+from latentddae.transfer.visualize import as_text
 
 HOSTILE = "<script>alert(1)</script>\"&'"
 CHROMIUM = (
@@ -283,7 +284,7 @@ def test_what_is_wrong_is_named(run, tmp_path):
 
 def test_build_page_takes_any_sections():
     text = build_page(
-        HOSTILE, HOSTILE, [Section(HOSTILE, page.table(["a"], [[Bar(2.0)], [Bar(-1.0, 0.1)]]))]
+        HOSTILE, HOSTILE, [Section(HOSTILE, html.table(["a"], [[Bar(2.0)], [Bar(-1.0, 0.1)]]))]
     )
     assert Reader(text).text.count(HOSTILE) == 5  # title, h1, lead, link, heading
     assert "width:100.00%" in text

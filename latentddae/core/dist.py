@@ -1,0 +1,318 @@
+"""Ranks: who am I, how many are we, and the few collectives we use. The only reader of launcher variables.
+
+`deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all end up in the same `World`.
+"""
+
+import functools
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from latentddae.core.errors import ConfigError, LatentddaeError
+
+Result = TypeVar("Result")
+
+DEFAULT_TIMEOUT_S = 1800.0
+_NEW_GROUP = torch_dist.new_group  # see _set_default_group_timeout
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment(env: Mapping[str, str] | None = None) -> World:
+    """What the launcher says: RANK/WORLD_SIZE (deepspeed, torchrun), else a multi-task srun step, else one process.
+
+    Raises ConfigError for variables that make no sense, and in a batch script of several tasks that forgot `srun`.
+    """
+    env = os.environ if env is None else env
+    try:
+        world = World()
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local_rank = int(env.get("LOCAL_RANK", 0))
+            world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, "environment")
+        # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
+        elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
+                raise ConfigError(
+                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was not "
+                    "started by srun: put `srun` before the command, or --ntasks=1"
+                )
+            rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+            world = World(rank, size, int(env["SLURM_LOCALID"]), "slurm")
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"launcher variables are inconsistent: {error}") from error
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
+    return world
+
+
+def check_launcher_env(env: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the launcher's variables, one sentence each."""
+    try:
+        world = world_from_environment(env)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        alone, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        yield f"{alone}={env[alone]} is set without {lacking}: it is ignored"
+    tasks = env.get("SLURM_NTASKS", "1")
+    if world.launcher == "environment" and "SLURM_STEP_ID" in env and tasks != str(world.size):
+        by_torchrun = "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env
+        if not by_torchrun and tasks != "1":
+            yield (
+                f"RANK={world.rank} and WORLD_SIZE={world.size} hide Slurm's {tasks} tasks: every task "
+                "believes that it is the same rank"
+            )
+    if world.launcher == "environment" and world.size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        if missing:
+            yield f"WORLD_SIZE={world.size} without {' and '.join(missing)}: the ranks cannot meet"
+
+
+def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.device:
+    """CUDA where there is one (device 0 if the launcher shows only one, else the local rank), else the CPU.
+
+    Raises ConfigError for a local rank without a GPU, and for a job that was given GPUs and sees none: training
+    on its CPUs would look like work.
+    """
+    env = os.environ if env is None else env
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        promised = env.get("SLURM_GPUS_ON_NODE", "0")
+        if promised != "0":
+            raise ConfigError(
+                f"the job has GPUs (SLURM_GPUS_ON_NODE={promised}) and torch {torch.__version__} sees none (CUDA_"
+                f"VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES')!r}); `latentddae doctor` looks for the cause"
+            )
+        return torch.device("cpu")
+    index = 0 if count == 1 else world.local_rank
+    if index >= count:
+        raise ConfigError(f"local rank {world.local_rank} has no GPU: {count} visible")
+    return torch.device("cuda", index)
+
+
+def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+    """Join the process group (gloo on CPU, NCCL on CUDA) and export the launcher variables DeepSpeed wants."""
+    world = world_from_environment()
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    if torch_dist.is_initialized():
+        return world
+    device = device_for(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    _set_default_group_timeout(timeout)
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        # No rendezvous to make: nothing listens on a port.
+        torch_dist.init_process_group(
+            backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    else:
+        if world.launcher == "slurm":
+            os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+            os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
+        torch_dist.init_process_group(
+            backend, rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    return world
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """The port where the ranks of a step meet: its own for every job, step and restart that may share a node.
+
+    Below 32768, where Linux starts to hand out ports to outgoing connections.
+    """
+    job, step, restart = (
+        int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    return 10000 + (100 * job + 10 * restart + step) % 22000
+
+
+def _set_default_group_timeout(timeout: timedelta) -> None:
+    """Let every group made from now on have our timeout: torch would give it half an hour, and DeepSpeed, which
+    makes its own, passes none on."""
+
+    @functools.wraps(_NEW_GROUP)
+    def with_timeout(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 and kwargs.get("timeout") is None:
+            kwargs["timeout"] = timeout
+        return _NEW_GROUP(*args, **kwargs)
+
+    torch_dist.new_group = with_timeout
+
+
+def stop() -> None:
+    """Leave the process group; safe to call twice."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+    )
+    return listed.stdout.split()[0]
+
+
+def clone_store() -> torch_dist.Store | None:
+    """A connection to the group's store that only the caller uses; None for a single process."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return None
+    return torch_dist.distributed_c10d._get_default_store().clone()
+
+
+def is_peer_failure(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch_dist.DistError) or any(text in str(error) for text in gone)
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if not torch_dist.is_initialized():
+        return [value]
+    out: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(out, value)
+    return out
+
+
+def on_rank0(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and return its value on every rank; an error of ours is raised on every rank."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return action()
+    box: list[Any] = [None, None]
+    if torch_dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except LatentddaeError as error:
+            box[1] = (type(error), str(error))
+    torch_dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1][0](box[1][1])
+    return box[0]
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run on every rank; an error of ours on one rank is raised on all of them, so that none waits for it."""
+    box: list[Result] = []
+    error: LatentddaeError | None = None
+    try:
+        box.append(action())
+    except LatentddaeError as found:
+        error = found
+    first = next((e for e in gather_objects(error) if e is not None), None)
+    if first is not None:
+        raise first
+    return box[0]
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place; the tensor is returned."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True on every rank if it is true on one. A collective: every rank must call it."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+def max_tensor(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, in place; the tensor is returned."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return tensor
+
+
+class AsyncHostScalar:
+    """One number of the device (`value`, (1,) int32), copied to the host while both go on working."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.zeros(1, dtype=torch.int32, device=device)
+        on_cuda = device.type == "cuda"
+        self._copy = torch.zeros(1, dtype=torch.int32, pin_memory=True) if on_cuda else self.value
+        self._result = self._copy.numpy()  # the host reads memory that the device has written
+        self._copied: Callable[[], Any] = lambda: None
+
+    def copy(self) -> None:
+        """Send `value` as it is at this point of the device's queue."""
+        if self.value.is_cuda:
+            self._copy.copy_(self.value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._copied = event.synchronize
+
+    def read(self) -> int:
+        """What was sent last; waits until the device has come to that point, not for what was queued after it."""
+        self._copied()
+        return int(self._result[0])
+
+
+class AsyncAnyReduce:
+    """Whether any rank wishes for something, agreed one call later, so that no step waits for it.
+
+    Every call starts a reduction of the ranks' wishes and returns the result of the call before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._alone = not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
+        self._wish = AsyncHostScalar(device)
+        self._reduced: Callable[[], Any] = lambda: None
+
+    def ask(self, wish: bool) -> bool:
+        """True on every rank if any rank's wish was true at the call before (a collective); alone,
+        the wish itself."""
+        if self._alone:
+            return wish
+        self._reduced()  # a whole step ago
+        agreed = bool(self._wish.read())
+        self._wish.value.fill_(int(wish))
+        work = torch_dist.all_reduce(self._wish.value, op=torch_dist.ReduceOp.MAX, async_op=True)
+        if self._wish.value.is_cuda:
+            work.wait()  # makes the stream wait, not the host
+            self._wish.copy()
+        else:
+            self._reduced = work.wait
+        return agreed

@@ -1,0 +1,158 @@
+"""The run folder: what was asked for, where it ran, and what happened.
+
+RUN/config.yaml        the complete resolved configuration
+RUN/environment.jsonl  versions, device, command line of every start
+RUN/metrics.jsonl      one JSON object per logged window: the source of truth, cut back on resume
+RUN/tensorboard/       the same numbers for TensorBoard
+RUN/wandb_id           the run of Weights & Biases that gets them too, if asked for
+"""
+
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from latentddae import __version__
+from latentddae.core import files
+from latentddae.core.errors import ConfigError
+
+PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
+# Only these are recorded: the rest of an environment may hold secrets.
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
+
+# Beside a job's copy of the code (slurm/env.sh): a copy may lie in a checkout that has moved on.
+COPIED_FROM = Path(__file__).parents[2] / "COMMIT"
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that shape a result."""
+    out = {"latentddae": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, if it is a checkout and git is there, or a job's copy of one."""
+    if COPIED_FROM.is_file():
+        return COPIED_FROM.read_text().strip() or None
+    here = Path(__file__).parents[1]
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def environment(device: str, world_size: int) -> dict[str, Any]:
+    """What a reader needs to run this again elsewhere; no variable outside the allow-list."""
+    return {
+        "versions": versions(),
+        "commit": git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "host": socket.gethostname(),
+        "device": device,
+        "world_size": world_size,
+        "cpu_count": os.cpu_count(),
+        "variables": {k: os.environ[k] for k in VARIABLES if k in os.environ},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class RunLog:
+    """Rank 0's metrics: a JSON line per row, and its numbers for TensorBoard and, if asked, wandb."""
+
+    def __init__(
+        self,
+        run: Path,
+        images: int,
+        wandb_project: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Open for appending after `images` images; rows of a later, lost part are cut away.
+
+        `settings` is what wandb shows as the run's configuration. Raises ConfigError where wandb is
+        asked for and not installed.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._wandb = _open_wandb(run, wandb_project, settings) if wandb_project else None
+        self.path = run / "metrics.jsonl"
+        kept = [row for row in files.read_json_lines(self.path) if row.get("images", 0) <= images]
+        files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        lost = images + 1 if images else None  # TensorBoard forgets the points from there on
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row. JSON has no NaN and no infinity: they become null."""
+        row = {key: _finite(value) for key, value in row.items()}
+        files.append_json_line(self.path, row)
+        numbers = scalars(row)
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, row["images"])
+        if self._wandb is not None:
+            self._wandb.log({**numbers, "images": row["images"]})
+
+    def close(self) -> None:
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row but its clock; the n-th number of a list is called `name/n`."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        several = isinstance(value, list)
+        for number, item in enumerate(value if several else [value], start=1):
+            if isinstance(item, int | float) and key not in ("images", "step"):
+                out[f"{key}/{number}" if several else key] = item
+    return out
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_wandb(run: Path, project: str, settings: dict[str, Any] | None) -> Any:
+    """A run of Weights & Biases; after a restart the same one, by the id kept in the run folder.
+
+    WANDB_MODE=offline keeps it on this machine; keys are wandb's own affair and never read here.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"wandb={project}: the package wandb is not installed; "
+            "pip install 'latentddae[wandb]', or leave wandb empty"
+        ) from error
+    id_file = run / "wandb_id"
+    opened = wandb.init(
+        project=project,
+        name=run.name,
+        dir=run,
+        id=id_file.read_text().strip() if id_file.exists() else None,
+        resume="allow",
+        config=settings,
+        settings=wandb.Settings(console="off"),
+    )
+    files.write_atomic(id_file, opened.id + "\n")
+    opened.define_metric("*", step_metric="images")
+    return opened

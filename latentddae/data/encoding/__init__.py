@@ -1,0 +1,1 @@
+"""Images -> autoencoder moments: restartable, rank-parallel."""

@@ -1,0 +1,79 @@
+"""Image files -> batches of squares, by threads that run ahead of the autoencoder."""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentddae.core import rng
+from latentddae.data.encoding.plan import Plan, copy_number
+from latentddae.data.sources.pixels import CROPS, BadImageError
+
+AHEAD = 2  # batches that are being decoded beside the one in use
+
+
+@dataclass
+class Decoded:
+    """One batch of images, decoded and cropped. Its memory is used again for a later batch."""
+
+    indices: np.ndarray
+    """(n,) places in the source."""
+    pixels: np.ndarray
+    """(n, views, 3, H, W) uint8; zeros for a bad image."""
+    problems: dict[int, str]
+    """Row of a bad image -> reason."""
+
+
+def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
+    """All batches of these shards in order. A batch is good until the next one is asked for."""
+    config = plan.config
+    shape = (config.batch, len(config.views), 3, config.resolution, config.resolution)
+    memory = deque(np.empty(shape, np.uint8) for _ in range(AHEAD + 1))  # fresh pages are slow
+    pending: deque[tuple[Decoded, list[Future[None]]]] = deque()
+    with ThreadPoolExecutor(config.workers, thread_name_prefix="decode") as pool:
+        try:
+            for shard in shards:
+                for indices in plan.batches(shard):
+                    if len(pending) > AHEAD:
+                        yield _finished(pending.popleft())
+                    memory.rotate()
+                    batch = Decoded(indices, memory[0][: len(indices)], {})
+                    rows = [range(k, len(indices), config.workers) for k in range(config.workers)]
+                    tasks = [pool.submit(_decode, plan, batch, r) for r in rows if r]
+                    pending.append((batch, tasks))
+            while pending:
+                yield _finished(pending.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(batch: tuple[Decoded, list[Future[None]]]) -> Decoded:
+    for future in batch[1]:
+        future.result()
+    return batch[0]
+
+
+def _decode(plan: Plan, batch: Decoded, rows: range) -> None:
+    for row in rows:
+        try:
+            squares(plan, int(batch.indices[row]), batch.pixels[row])
+        except BadImageError as error:
+            batch.problems[row] = str(error)
+            batch.pixels[row] = 0
+
+
+def squares(plan: Plan, index: int, out: np.ndarray) -> None:
+    """All views of one image, into `out` (views, 3, H, W) uint8. Random crops are keyed by (seed,
+    key, copy)."""
+    config = plan.config
+    image = plan.source.image(index)
+    square = np.asarray(CROPS[config.crop].cut(image, config.resolution))
+    for view, target in zip(config.views, out, strict=True):
+        pixels = square[:, ::-1] if view == "mirror" else square
+        if copy := copy_number(view):
+            position = rng.key_positions([plan.source.keys[index]])
+            draw = rng.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
+            pixels = np.asarray(CROPS[config.crop].copy(image, config.resolution, draw))
+        target[:] = pixels.transpose(2, 0, 1)

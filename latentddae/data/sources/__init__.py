@@ -1,0 +1,1 @@
+"""Every layout of images becomes one Source."""

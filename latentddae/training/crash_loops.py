@@ -1,0 +1,55 @@
+"""How often a run was started without getting anywhere: a crash loop ends instead of burning a cluster.
+
+`RUN/starts.jsonl` has a line for every start, with the images seen so far, for the first state that a start
+saved, and for every end in good order. Three starts in a row that began at the same point and neither saved
+nor ended well are enough.
+"""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+from latentddae.core import files
+from latentddae.core.errors import ConfigError
+
+FILE = "starts.jsonl"
+LIMIT = 3  # starts without progress, as in NVIDIA's resiliency extension
+
+
+def begin(run: Path, images: int, retry: bool = False) -> None:
+    """Note a start at `images`; raises ConfigError after LIMIT of them without progress, unless `retry`."""
+    failed = 0
+    for row in reversed(files.read_json_lines(run / FILE)):
+        if row["event"] != "start" or row["images"] != images:
+            break
+        failed += 1
+    if failed >= LIMIT and not retry:
+        raise ConfigError(
+            f"{run} was started {failed} times at {images:,} images and got no further; find the "
+            f"cause in the messages of those starts ({run / FILE}), then add --retry once"
+        )
+    if retry:
+        note(run, "retry")
+    where = {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    files.append_json_line(run / FILE, {"event": "start", "images": images, **where})
+
+
+def note(run: Path, event: str) -> None:
+    """The last start has saved, was stopped on request, or has finished."""
+    files.append_json_line(run / FILE, {"event": event})
+
+
+def never_saved(run: Path) -> bool:
+    """Whether the run was started and no start of it came as far as a state."""
+    rows = files.read_json_lines(run / FILE)
+    return bool(rows) and not any(r["event"] == "saved" or r.get("images") for r in rows)
+
+
+def withdraw(run: Path) -> None:
+    """Take the last start back: it was refused, nothing was tried."""
+    rows = files.read_json_lines(run / FILE)[:-1]
+    if rows:
+        files.write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        (run / FILE).unlink(missing_ok=True)

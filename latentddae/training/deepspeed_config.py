@@ -1,0 +1,253 @@
+"""How the step is computed: our settings, and the DeepSpeed dictionary that follows from them.
+
+Everything here is a pure function, so that a configuration is refused before anything starts.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from latentddae.core.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Precision -> dtype of the weights the model computes with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the step is computed; none of it changes which samples are seen."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is cut over the ranks: 0 only the weight average; 1 also masters and moments; 2 also gradients; 3 also
+    the weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto is bf16 where the hardware computes in it, else fp32. Master weights are always fp32."""
+    micro_batch: int | None = None
+    """Samples per rank and backward pass; None takes a rank's whole share at once."""
+    clip_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    checkpoint_blocks: int = 0
+    """Blocks whose activations are computed again in the backward pass: 0 none, 1 every block, n every n-th."""
+    compile: bool = False
+    """torch.compile each block."""
+    attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
+    """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see OPEN)."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be positive, got {self.micro_batch}")
+        if self.clip_grad_norm < 0:
+            raise ValueError(f"clip_grad_norm must not be negative, got {self.clip_grad_norm}")
+        if self.checkpoint_blocks < 0:
+            raise ValueError(f"checkpoint_blocks must be 0 or more, got {self.checkpoint_blocks}")
+        if self.zero_stage == 3 and self.compile:
+            raise ValueError(
+                "compile: ZeRO-3 fetches weights between the operations of a block, which breaks its graph; "
+                "nearest: zero_stage=2 with compile=true, or zero_stage=3 with compile=false"
+            )
+
+
+def resolve_precision(precision: str, device: torch.device, zero_stage: int = 1) -> str:
+    """`auto` becomes bf16 where the device computes in it, else fp32; an impossible bf16 is refused."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" and device.type == "cuda" and not capable:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"engine.precision=bf16: {name} has no bfloat16; use fp32 or auto")
+    resolved = ("bf16" if capable else "fp32") if precision == "auto" else precision
+    if resolved == "bf16" and zero_stage == 0:
+        raise ConfigError(
+            f"engine.zero_stage=0 with engine.precision={precision} (bf16 here): DeepSpeed keeps no fp32 "
+            "master weights and sums gradients in bf16 there; nearest: engine.zero_stage=1, or engine.precision=fp32"
+        )
+    return resolved
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut: `world` ranks x `accumulation` micro-batches x `micro` samples."""
+
+    micro: int
+    accumulation: int
+
+
+def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> BatchPlan:
+    """Raises ConfigError with the nearest valid settings if the numbers do not divide."""
+    share, rest = divmod(global_batch, world_size)
+    if rest or share == 0:
+        low = max(world_size, global_batch - rest)
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by {world_size} ranks; "
+            f"nearest: {low} or {low + world_size}"
+        )
+    micro = share if micro_batch is None else min(micro_batch, share)
+    if share % micro:
+        raise ConfigError(
+            f"engine.micro_batch={micro} does not divide a rank's share of {share} "
+            f"(global_batch={global_batch}, {world_size} ranks); nearest: {_divisor(share, micro)}"
+        )
+    return BatchPlan(micro, share // micro)
+
+
+def _divisor(number: int, near: float) -> int:
+    """The divisor of `number` nearest to `near`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+
+
+OPEN = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+)
+
+OWNED = {  # what follows from a setting of ours -> what to do instead
+    "train_batch_size": "set global_batch",
+    "train_micro_batch_size_per_gpu": "set engine.micro_batch",
+    "gradient_accumulation_steps": "set engine.micro_batch",
+    "gradient_clipping": "set engine.clip_grad_norm",
+    "zero_optimization": "set engine.zero_stage",
+    "zero_optimization.stage": "set engine.zero_stage",
+    "zero_optimization.offload_optimizer": "set engine.zero_stage=3; masters stay on the device",
+    "zero_optimization.offload_param": "set engine.zero_stage=3; weights stay on the device",
+    "bf16": "set engine.precision=bf16 or fp32",
+    "fp16": "set engine.precision=bf16 or fp32",
+    "amp": "set engine.precision=bf16 or fp32",
+    "torch_autocast": "set engine.precision=bf16 or fp32",
+    "optimizer": "set optim.lr, optim.betas and optim.weight_decay (AdamW)",
+    "scheduler": "set optim.schedule and optim.warmup_images",
+    "communication_data_type": "drop it: sums over ranks are always fp32",
+    "data_types": "drop it: gradients are always accumulated in fp32",
+    "compile": "set engine.compile",
+    "activation_checkpointing": "set engine.checkpoint_blocks",
+    "checkpoint": "set save.every_images and save.keep_last",
+    "tensorboard": "drop it: RUN/tensorboard is always written",
+}
+
+
+def deepspeed_config(
+    config: EngineConfig, precision: str, plan: BatchPlan, world_size: int
+) -> dict[str, Any]:
+    """The DeepSpeed dictionary: derived from our settings, with `config.deepspeed` laid over it.
+
+    Raises ConfigError if the overlay conflicts with ours, naming the setting to use instead.
+    """
+    settings: dict[str, Any] = {
+        "train_batch_size": plan.micro * plan.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        # Without ZeRO the engine clips, see Engine.step.
+        "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            # Elements: 40 MB. DeepSpeed's own 5e8 is a buffer of 2 GB, made anew in every step.
+            "reduce_bucket_size": 10_000_000,
+        },
+        "steps_per_print": 10**12,
+        # bf16 gradients would otherwise also be summed over micro-batches and ranks in bf16.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return _overlaid(settings, config.deepspeed, plan, world_size)
+
+
+def derive(
+    config: EngineConfig, global_batch: int, world_size: int, device: torch.device
+) -> tuple[str, BatchPlan, dict[str, Any]]:
+    """All that follows from the settings on this device and number of ranks: precision, cut of the batch, DeepSpeed
+    dictionary. Raises ConfigError for what is refused."""
+    precision = resolve_precision(config.precision, device, config.zero_stage)
+    plan = plan_batch(global_batch, config.micro_batch, world_size)
+    return precision, plan, deepspeed_config(config, precision, plan, world_size)
+
+
+def _overlaid(
+    derived: dict[str, Any], overlay: Mapping[str, Any], plan: BatchPlan, world_size: int
+) -> dict[str, Any]:
+    out = copy.deepcopy(derived)
+    for path, value in _leaves(overlay):
+        *parents, last = path
+        ours: Any = derived
+        for key in parents:
+            ours = ours.get(key, {})
+        holds = ours.get(last, False if last == "enabled" else None)
+        if value in (holds, "auto"):
+            continue
+        dotted = ".".join(path)
+        if not _within(dotted, OPEN):
+            raise ConfigError(_refusal(dotted, value, holds, plan, world_size))
+        inner = out
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return out
+
+
+def _leaves(
+    overlay: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _within(path: str, paths: Iterable[str]) -> str:
+    """The longest of `paths` that is `path` or above it; empty if none is."""
+    above = (p for p in paths if path == p or path.startswith(f"{p}."))
+    return max(above, key=len, default="")
+
+
+def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
+    """One line: what was asked for, what holds, and the nearest valid setting."""
+    start = f"engine.deepspeed.{path}={value}"
+    owner = _within(path, OWNED)
+    if not owner or (owner == "zero_optimization" and path != owner):
+        close = difflib.get_close_matches(path, [*OPEN, *OWNED], n=1, cutoff=0.9)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(OPEN)}"
+        return f"{start} is not a setting that may be given here; {hint}"
+    holds = f"{ours}, which follows from our settings" if ours else "our settings"
+    return (
+        f"{start} conflicts with {holds}; {_nearest(path, value, plan, world_size) or OWNED[owner]}"
+    )
+
+
+def _nearest(path: str, value: Any, plan: BatchPlan, world_size: int) -> str:
+    """The valid setting of ours that comes closest to a refused value; empty if it cannot be named."""
+    share = plan.micro * plan.accumulation
+    if path == "bf16.enabled":
+        return f"nearest: engine.precision={'bf16' if value else 'fp32'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        return ""
+    found = {
+        "train_batch_size": f"global_batch={max(1, round(value / world_size)) * world_size}",
+        "train_micro_batch_size_per_gpu": f"engine.micro_batch={_divisor(share, value)}",
+        "gradient_accumulation_steps": f"engine.micro_batch={share // _divisor(share, value)}",
+        "gradient_clipping": f"engine.clip_grad_norm={value:g}",
+        "zero_optimization.stage": f"engine.zero_stage={min(3, int(value))}",
+    }.get(path)
+    return f"nearest: {found}" if found else ""

@@ -1,0 +1,150 @@
+"""Which piece of which parameter this rank keeps, under every ZeRO stage.
+
+The fp32 masters a rank keeps lie in flat *partitions*; a `Fragment` says which piece of which parameter lies
+where in them. The weight average and the resume state share that layout, so neither ever gathers a
+parameter, and neither knows the stage. How DeepSpeed names its own tensors is known here and nowhere else.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentddae.core import dist
+from latentddae.core.dist import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one parameter, and where it lies in this rank's flat partitions."""
+
+    name: str
+    start: int
+    """First element, counted in the flattened parameter."""
+    numel: int
+    partition: int
+    partition_start: int
+
+    def of(self, partitions: list[Tensor]) -> Tensor:
+        """This fragment's view into tensors laid out like the partitions: (numel,)."""
+        return partitions[self.partition].narrow(0, self.partition_start, self.numel)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A flat range of a tensor that the optimizer updates."""
+
+    owner: Tensor
+    """The key of Adam's state."""
+    start: int
+    numel: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The range in a tensor shaped like the owner: (numel,)."""
+        return tensor.detach().view(-1).narrow(0, self.start, self.numel)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything this rank keeps, and how the others learn of it."""
+
+    fragments: list[Fragment]
+    partitions: list[Partition]
+    publish: Callable[[], None]
+    """Make the weights all ranks compute with equal to the masters (a collective)."""
+
+
+def layout_of(
+    zero_stage: int,
+    zero: Any,
+    adam: torch.optim.Optimizer,
+    names: Mapping[nn.Parameter, str],
+    world: World,
+) -> Layout:
+    """The layout of a started engine. `zero` is DeepSpeed's optimizer, `adam` the one inside (stage 0: the same)."""
+    if zero_stage == 0:
+        return _replicated(adam, names, world)
+    if zero_stage == 3:
+        return _weights_cut(zero, names, world)
+    return _masters_cut(zero, names)
+
+
+def _replicated(
+    adam: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], world: World
+) -> Layout:
+    """No ZeRO: every rank holds all, and takes an equal share of it to average and to save."""
+    parameters = [p for group in adam.param_groups for p in group["params"]]
+    total = sum(p.numel() for p in parameters)
+    low, high = (total * r // world.size for r in (world.rank, world.rank + 1))
+    fragments: list[Fragment] = []
+    partitions: list[Partition] = []
+    offset = 0
+    for parameter in parameters:
+        start = min(max(low - offset, 0), parameter.numel())
+        end = min(max(high - offset, 0), parameter.numel())
+        if start < end:
+            fragments.append(Fragment(names[parameter], start, end - start, len(partitions), 0))
+            partitions.append(Partition(parameter, start, end - start))
+        offset += parameter.numel()
+
+    def publish() -> None:
+        mine = {id(part.owner): part for part in partitions}
+        for parameter in parameters:
+            state = adam.state[parameter]
+            for tensor in (parameter.data, *(state[kind] for kind in MOMENTS)):
+                box = torch.zeros_like(tensor)
+                if part := mine.get(id(parameter)):
+                    part.of(box).copy_(part.of(tensor))
+                # Bits and nothing: as integers, because a float sum would turn -0 into 0.
+                dist.sum_tensor(box.view(torch.int32))
+                tensor.copy_(box)
+
+    return Layout(fragments, partitions, publish)
+
+
+def _masters_cut(zero: Any, names: Mapping[nn.Parameter, str]) -> Layout:
+    """ZeRO 1 and 2: all masters end to end, cut into one partition per rank and parameter group."""
+    if hasattr(zero, "bf16_groups"):  # DeepSpeed's separate optimizer for stage 1 with bf16
+        groups, masters = zero.bf16_groups, zero.fp32_groups_flat_partition
+    else:
+        groups, masters = zero.bit16_groups, zero.single_partition_of_fp32_groups
+    fragments = []
+    for index, group in enumerate(groups):
+        for parameter in group:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is None:  # another rank holds this one
+                continue
+            low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            fragments.append(Fragment(names[parameter], low.start, low.numel, index, high.start))
+    partitions = [Partition(master, 0, master.numel()) for master in masters]
+    return Layout(fragments, partitions, zero.update_lp_params)
+
+
+def _weights_cut(zero: Any, names: Mapping[nn.Parameter, str], world: World) -> Layout:
+    """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank's pieces lie end to end."""
+    fragments = []
+    for index, group in enumerate(zero.fp16_groups):
+        offset = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            start = world.rank * size
+            numel = min(size, parameter.ds_numel - start)
+            if numel > 0:
+                fragments.append(Fragment(names[parameter], start, numel, index, offset))
+            offset += size
+    masters = zero.fp32_partitioned_groups_flat
+    partitions = [Partition(master, 0, master.numel()) for master in masters]
+
+    def publish() -> None:
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        small = zero.persistent_parameters  # kept whole on every rank besides
+        if small:
+            small[0].all_gather(small)
+
+    return Layout(fragments, partitions, publish)

@@ -1,0 +1,83 @@
+"""This process in a run: it joins the other ranks, holds the run folder, and leaves in good order.
+
+with distributed_run(Path("runs/demo"), "train", hang_timeout_s=1800) as here:
+    ...
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from latentddae.core import dist, files
+from latentddae.core.errors import RequeueError
+from latentddae.training import crash_loops
+from latentddae.training.preemption import StopRequest
+from latentddae.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """This process in a run: its rank and device, who may stop it, and who watches it."""
+
+    run: Path
+    world: dist.World
+    device: torch.device
+    stop: StopRequest
+    watchdog: Watchdog
+    retry: bool = False
+    """Start even if the starts before got nowhere."""
+
+    def wants_to_stop(self) -> bool:
+        """Whether this rank was asked to stop; one rank looks for the STOP file."""
+        if self.world.is_main:
+            self.stop.look_for_file()
+        return bool(self.stop)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, from rank 0 alone."""
+        if self.world.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def distributed_run(
+    run: Path, purpose: str, hang_timeout_s: float, retry: bool = False
+) -> Iterator[RunContext]:
+    """Join the other ranks and hold the run folder; leaves everything in order, whatever happens.
+
+    Raises ConfigError where another process holds the folder, RequeueError when a rank is lost.
+    """
+    stop = StopRequest(run)
+    world = dist.world_from_environment()
+    watchdog = Watchdog(hang_timeout_s, world)
+    try:
+        dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog speaks first
+        watchdog.meet(dist.clone_store())
+        with contextlib.ExitStack() as stack:
+            dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
+            here = RunContext(run, world, dist.device_for(world), stop, watchdog, retry)
+            if world.is_main and stop.remove_file():
+                here.say(f"{stop.file} is from before this start: removed")
+            try:
+                yield here
+            except RequeueError:
+                if world.is_main and stop.obeyed:  # the next start is not one more attempt
+                    stop.remove_file()
+                    crash_loops.note(run, "stopped")
+                raise
+    except RuntimeError as error:
+        if not dist.is_peer_failure(error):
+            raise
+        raise RequeueError(
+            f"rank {world.rank} lost another rank, whose message says why{watchdog.others()}; "
+            "give the same command again to continue from the last state"
+        ) from error
+    finally:
+        watchdog.stop()
+        stop.restore()
+        dist.stop()

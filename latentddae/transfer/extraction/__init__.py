@@ -1,0 +1,1 @@
+"""Network + images -> arrays of features."""

@@ -1,0 +1,1 @@
+"""Arrays -> probe results: pure functions, no files, ranks or command lines."""

@@ -1,0 +1,1 @@
+"""What is chosen on what: splits, cells, search, sessions."""

@@ -1,0 +1,163 @@
+"""Features of one chosen cell (noise level, block, pool) for train and test, ready for a probe."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from latentddae.core.errors import ConfigError, DataError, UsageError
+from latentddae.data.shards import ShardSet
+from latentddae.transfer.extraction import inputs
+from latentddae.transfer.extraction.extract import (
+    BATCH,
+    Block,
+    block_of,
+    check_blocks,
+    check_level,
+    check_pools,
+    collect,
+)
+from latentddae.transfer.extraction.pooling import KNOWN_POOLS
+
+TEST_SPLITS = ("test", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellChoice:
+    """One cell, and how it was looked at: the noises averaged and whether the input was noisy."""
+
+    level: float
+    block: Block
+    pool: str
+    draws: int = 1
+    noisy_input: bool = True
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+        check_pools([self.pool])
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What a probe takes: features (N, D) float32, labels (N,) int64, the held-out rows of train
+    (N,) bool."""
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+    heldout: np.ndarray
+
+    @property
+    def n_seen(self) -> dict[str, int]:
+        return {
+            "train": len(self.train_x),
+            "heldout": int(self.heldout.sum()),
+            "test": len(self.test_x),
+        }
+
+    def probe_with(self, probe: Callable[..., Any], **options: Any) -> Any:
+        """`probe(train_x, train_y, test_x, test_y, heldout, **options)`."""
+        return probe(self.train_x, self.train_y, self.test_x, self.test_y, self.heldout, **options)
+
+
+def cell_arrays(
+    checkpoint: Any,
+    train: ShardSet,
+    test: ShardSet,
+    split: inputs.Split,
+    cell: CellChoice,
+    *,
+    seed: int = 0,
+    batch: int = BATCH,
+    progress: bool = True,
+) -> Arrays:
+    """Extract one cell of a network for the chosen part of train and all of test."""
+    check_blocks([cell.block], checkpoint.model.config.depth)
+    everything = np.arange(len(test))
+    with tqdm(
+        total=len(split.train) + len(test), unit="img", unit_scale=True, mininterval=0.5,
+        desc=f"features of block {cell.block} at s={cell.level:g}", disable=not progress,
+    ) as bar:  # fmt: skip
+        train_x, test_x = (
+            collect(
+                checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices,
+                level=cell.level, blocks=[cell.block], pools=[cell.pool], seed=seed,
+                draws=cell.draws, batch=batch, noisy_input=cell.noisy_input, progress=bar.update,
+            )[cell.block, cell.pool]
+            for shards, indices in ((train, split.train), (test, everything))
+        )  # fmt: skip
+    return arrays_of(train_x, test_x, train, test, split)
+
+
+def arrays_of(
+    train_x: np.ndarray, test_x: np.ndarray, train: ShardSet, test: ShardSet, split: inputs.Split
+) -> Arrays:
+    """Put labels beside features of the split's train samples and of all test samples."""
+    if test.classes != train.classes:
+        raise DataError(f"train and test name different classes: {train.classes}, {test.classes}")
+    labels = inputs.labels_of(train, split.train)
+    return Arrays(
+        train_x, labels, test_x, inputs.labels_of(test, np.arange(len(test))), split.heldout
+    )
+
+
+def open_test(root: Path, name: str | None, checkpoint: Any) -> ShardSet:
+    """The split that is scored once: `name`, or the first of test and val that the folder has."""
+    if name is None:
+        manifest = ShardSet(root, "train").manifest
+        name = next((split for split in TEST_SPLITS if split in manifest["splits"]), "test")
+    return inputs.open_shards(root, name, checkpoint)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a command is told its cell and its test split."""
+    parser.add_argument("--cell", type=Path, help="grid.json: the cell that a grid chose")
+    parser.add_argument("--block", type=block_of, help="1 to depth; 3+4: side by side")
+    parser.add_argument("--level", help=inputs.LEVEL_HELP)
+    parser.add_argument("--pool", help=f"one of {KNOWN_POOLS}; with --cell, that pool's best cell")
+    parser.add_argument("--test-split", help="default: test, else val")
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    """A finished grid.json."""
+    try:
+        grid = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; run `latentddae grid` first"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(grid, dict) or grid.get("kind") != "grid":
+        raise DataError(f"{path} is not the result of `latentddae grid`")
+    return grid
+
+
+def chosen_cell(grid: dict[str, Any], pool: str | None = None) -> CellChoice:
+    """The best cell of a grid, or of one of its pools."""
+    if pool is not None and pool not in grid["chosen_by_pool"]:
+        raise UsageError(f"the grid has no pool {pool!r}; it has {', '.join(grid['pools'])}")
+    best = grid["chosen"] if pool is None else grid["chosen_by_pool"][pool]
+    return CellChoice(
+        level=best["level"], block=best["block"], pool=best["pool"],
+        draws=grid["draws"], noisy_input=grid["noisy_input"],
+    )  # fmt: skip
+
+
+def check_grid(grid: dict[str, Any], model_hash: str, train: ShardSet) -> None:
+    """Refuse a cell that was chosen on other weights or other data."""
+    if grid["checkpoint"]["model_hash"] != model_hash:
+        raise ConfigError(
+            f"the grid was computed with weights {grid['checkpoint']['model_hash']}, the "
+            f"checkpoint has {model_hash}; run `latentddae grid` on this checkpoint"
+        )
+    if grid["data"] != train.fingerprints:
+        raise ConfigError(
+            f"the grid was computed on data {grid['data']}, this folder is {train.fingerprints}"
+        )

@@ -1,0 +1,152 @@
+"""`latentddae look`: what the features of a cell find alike, and what they see in an image.
+
+Test images beside their nearest neighbours in train, and each image's tokens as colours: the first
+three principal components over all of them. Everything goes into look.json, pictures inside, which
+`latentddae report` shows. Images are decoded from the latents, or cut from --source.
+"""
+
+import argparse
+import base64
+import io
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentddae.core import dist
+from latentddae.core.errors import UsageError, run_command
+from latentddae.core.files import write_json
+from latentddae.data.preview import decoded, find_source, source_squares
+from latentddae.transfer.extraction.extract import collect, members_of, subset
+from latentddae.transfer.probes.knn import nearest
+from latentddae.transfer.protocol import session
+
+FILE = "look.json"
+BANK = 10_000
+"""Training samples among which neighbours are looked for, unless --limit says otherwise."""
+QUANTILES = (0.01, 0.99)
+"""Of each component's values: what becomes the darkest and the brightest."""
+
+
+def neighbours(opened: session.Opened, queries: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """For each test sample its `count` nearest training samples by cosine, best first."""
+    seed = opened.settings["seed"]
+    bank = opened.features(opened.train, opened.split.train, seed, "train")
+    asked = opened.features(opened.test, queries, seed, "test")
+    similarity, found = nearest(asked, bank, count)
+    places = opened.split.train[found.numpy()]
+    return [
+        {"index": int(query), "neighbours": list(zip(row.tolist(), near.tolist(), strict=True))}
+        for query, row, near in zip(queries, places, similarity, strict=True)
+    ]
+
+
+def token_maps(opened: session.Opened, samples: np.ndarray) -> np.ndarray:
+    """Tokens of test samples at the cell: (N, side, side, D) float32.
+
+    A pool of as many patches as there are tokens leaves the map as it is.
+    """
+    model, cell = opened.checkpoint.model, opened.cell
+    side = math.isqrt(model.config.tokens)
+    block = members_of(cell.block)[-1]
+    found = collect(
+        model, opened.checkpoint.objective, opened.checkpoint.latents, opened.test, samples,
+        level=cell.level, blocks=[block], pools=[f"grid{side}"], seed=opened.settings["seed"],
+        draws=cell.draws, noisy_input=cell.noisy_input,
+    )  # fmt: skip
+    return found[block, f"grid{side}"].reshape(len(samples), side, side, -1)
+
+
+def principal_colours(maps: np.ndarray) -> np.ndarray:
+    """The first three principal components of all tokens as red, green and blue: (N, h, w, D) ->
+    (N, h, w, 3) uint8. Each component's largest weight is positive, so colours do not flip."""
+    tokens = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
+    tokens = tokens - tokens.mean(axis=0)
+    _, vectors = np.linalg.eigh(tokens.T @ tokens)
+    axes = vectors[:, ::-1][:, :3]
+    largest = np.abs(axes).argmax(axis=0)
+    axes = axes * np.sign(axes[largest, np.arange(axes.shape[1])])
+    values = tokens @ axes
+    low, high = np.quantile(values, QUANTILES, axis=0)
+    scaled = (values - low) / np.maximum(high - low, np.finfo(np.float64).tiny)
+    colours = np.zeros((len(values), 3))
+    colours[:, : axes.shape[1]] = scaled.clip(0, 1)
+    return (255 * colours).round().astype(np.uint8).reshape(*maps.shape[:3], 3)
+
+
+def images_of(shards: Any, indices: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """(N, H, W, 3) uint8: from --source, else decoded from the latents' first view."""
+    if args.source:
+        source = find_source(shards, args.source)
+        assert source is not None
+        resolution = shards.manifest["pipeline"]["resolution"]
+        return source_squares(source, shards, indices, resolution)
+    return decoded(shards, indices, args.autoencoder)[:, 0]
+
+
+def as_text(image: np.ndarray) -> str:
+    """(H, W, 3) uint8 as a PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
+    """The content of look.json."""
+    test, train, seed = opened.test, opened.train, opened.settings["seed"]
+    queries = subset(test.keys(np.arange(len(test))), args.queries, seed)
+    rows = neighbours(opened, queries, args.neighbours)
+    colours = principal_colours(token_maps(opened, queries))
+    asked = images_of(test, queries, args)
+    places = np.unique([place for row in rows for place, _ in row["neighbours"]])
+    pictures = dict(zip(places.tolist(), images_of(train, places, args), strict=True))
+    names, truth, known = test.classes, test.labels, train.labels
+    shown = [
+        {
+            "image": as_text(image),
+            "class": names[truth[row["index"]]],
+            "tokens": as_text(map_),
+            "neighbours": [
+                {
+                    "image": as_text(pictures[place]),
+                    "class": names[known[place]],
+                    "similarity": round(similarity, 4),
+                    "right": bool(known[place] == truth[row["index"]]),
+                }
+                for place, similarity in row["neighbours"]
+            ],
+        }
+        for row, image, map_ in zip(rows, asked, colours, strict=True)
+    ]
+    facts = session.facts_of("look", {"bank": len(opened.split.train)}, opened)
+    return {**facts, "queries": shown}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="latentddae look", description="Nearest neighbours and token colours of test images."
+    )
+    session.add_arguments(parser)
+    parser.set_defaults(limit=BANK)
+    parser.add_argument("--queries", type=int, default=8, help="test images (default 8)")
+    parser.add_argument("--neighbours", type=int, default=6, help="of each (default 6)")
+    parser.add_argument("--source", help="images to show; default: decoded from the latents")
+    parser.add_argument("--autoencoder", help="default: the one the manifest names")
+    args = session.parse(parser, argv)
+    if args.queries < 1 or args.neighbours < 1:
+        raise UsageError("--queries and --neighbours must be 1 or more")
+    found = look(session.open_cell(args), args)
+    if dist.world_from_environment().is_main:
+        write_json(args.out / FILE, found)
+        neighbours_ = [near for query in found["queries"] for near in query["neighbours"]]
+        share = sum(near["right"] for near in neighbours_) / len(neighbours_)
+        print(
+            f"{args.out / FILE}: {len(found['queries'])} test images, {100 * share:.0f} % of their "
+            "nearest neighbours are of their class"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("look", main))

@@ -1,0 +1,117 @@
+"""Configuration: what is wrong is named by its dotted path; what is right survives a round trip."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from latentddae.core import config as configuration
+from latentddae.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    kind: ClassVar[str] = "small"
+    width: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    run: str
+    images: int = 10
+    limit: int | None = None
+    flag: bool = False
+    optim: Optim = field(default_factory=Optim)
+    model: Any = configuration.choice(lambda: {"small": Small, "wide": Small(width=64)}, Small)
+
+
+def load(*overrides: str) -> Run:
+    return configuration.load(Run, None, ["run=r", *overrides])
+
+
+def test_overrides_reach_nested_fields_with_their_types() -> None:
+    run = load(
+        "optim.lr=3e-4", "images=1e6", "limit=5", "optim.betas=[0.9,0.95]", "model.name=wide"
+    )
+    assert run.optim.lr == 3e-4
+    assert run.images == 1_000_000 and isinstance(run.images, int)
+    assert run.limit == 5
+    assert run.optim.betas == (0.9, 0.95)
+    assert run.model == Small(width=64)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "optim.lr?"]),
+        ("imagess=1", ["imagess", "images?"]),
+        ("optim.lr=fast", ["optim.lr", "expected float", "'fast'"]),
+        ("images=2.5", ["images", "expected int", "2.5"]),
+        ("flag=3", ["flag", "expected bool"]),
+        ("optim.lr=-1", ["optim.lr must be positive", "-1"]),
+        ("optim.schedule=cosin", ["optim.schedule", "cosine"]),
+        ("optim=3", ["optim", "mapping"]),
+        ("model.name=smal", ["model.name", "'smal'", "small"]),
+        ("model={name: wide, widht: 3}", ["model.widht", "model.width?"]),
+        ("optim.betas=3", ["optim.betas", "list"]),
+        ("--fast", ["key=value"]),
+    ],
+)
+def test_bad_values_name_path_and_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    for part in parts:
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 78
+
+
+def test_missing_required_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="missing required setting run"):
+        configuration.load(Run, None, [])
+
+
+def test_yaml_round_trip(tmp_path) -> None:
+    run = load("optim.lr=3e-4", "model.name=wide", "limit=7")
+    path = tmp_path / "run.yaml"
+    path.write_text(configuration.to_yaml(run))
+    assert configuration.load(Run, path, []) == run
+
+
+def test_command_line_beats_file_beats_base(tmp_path) -> None:
+    (tmp_path / "base.yaml").write_text("run: base\nimages: 1\noptim: {lr: 1.0e-3}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nimages: 2\n")
+    run = configuration.load(Run, tmp_path / "top.yaml", ["optim.schedule=cosine"])
+    assert (run.run, run.images, run.optim.lr, run.optim.schedule) == ("base", 2, 1e-3, "cosine")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 1\n- 2\n", "!!python/object/apply:os.system ['true']", "run: r\nrun: s\n"]
+)
+def test_files_that_are_not_plain_yaml_mappings_are_refused(tmp_path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        configuration.load(Run, path, ["run=r"])
+
+
+def test_circular_bases_are_refused(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        configuration.load(Run, tmp_path / "a.yaml", [])
+
+
+def test_differences_list_changed_leaves() -> None:
+    old, new = configuration.to_dict(load()), configuration.to_dict(load("optim.lr=1e-3"))
+    assert configuration.differences(old, new) == {"optim.lr": (1e-4, 1e-3)}

@@ -1,0 +1,198 @@
+"""Who am I: the launcher variables of deepspeed, torchrun, Slurm and none."""
+
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from latentddae.core import dist
+from latentddae.core.dist import (
+    World,
+    check_launcher_env,
+    device_for,
+    slurm_port,
+    world_from_environment,
+)
+from latentddae.core.errors import ConfigError
+
+
+def test_torchrun_and_deepspeed_variables() -> None:
+    env = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert world_from_environment(env) == World(3, 8, 1, "environment")
+
+
+def test_slurm_step_variables() -> None:
+    env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    assert world_from_environment(env) == World(5, 8, 1, "slurm")
+
+
+def test_an_interactive_allocation_is_not_a_launch() -> None:
+    assert world_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == World()
+    assert world_from_environment({}) == World()
+
+
+def test_launchers_win_over_slurm() -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
+    assert world_from_environment(env).size == 2
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ConfigError, match="inconsistent"):
+        world_from_environment({"RANK": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="rank 2 of 2"):
+        world_from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_a_batch_script_that_forgot_srun_is_refused() -> None:
+    """Slurm sets these in the script of a job with two tasks; one process would wait for the other for ever."""
+    env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    with pytest.raises(ConfigError, match="put `srun` before"):
+        world_from_environment(env)
+
+
+MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        ({}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, ""),
+        ({"RANK": "1"}, "without WORLD_SIZE"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, "without MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"},
+            "hide Slurm's 8 tasks",
+        ),
+        (  # torchrun, one on each of two nodes
+            {"RANK": "9", "WORLD_SIZE": "16", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+            | {"LOCAL_WORLD_SIZE": "8", **MEETING},
+            "",
+        ),
+    ],
+)
+def test_contradictions(env: dict[str, str], problem: str) -> None:
+    found = list(check_launcher_env(env))
+    assert len(found) == bool(problem)
+    assert problem in "".join(found)
+
+
+def test_every_step_of_every_job_meets_at_its_own_port() -> None:
+    jobs = [
+        {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)}
+        for job in range(4_000_000, 4_000_020)
+        for step in range(3)
+        for restart in range(3)
+    ]
+    ports = {slurm_port(env) for env in jobs}
+    assert len(ports) == len(jobs)
+    assert min(ports) >= 10000 and max(ports) < 32768
+    assert slurm_port({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}) == 10700
+
+
+def see(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_device_is_the_only_one_or_the_local_rank(monkeypatch) -> None:
+    """USER_PAINS 48: with one GPU per task every rank sees device 0 alone."""
+    see(monkeypatch, 1)
+    assert device_for(World(5, 8, 5), {}) == torch.device("cuda", 0)
+    see(monkeypatch, 8)
+    assert device_for(World(5, 8, 5), {}) == torch.device("cuda", 5)
+    with pytest.raises(ConfigError, match="local rank 8 has no GPU: 8 visible"):
+        device_for(World(8, 16, 8), {})
+
+
+def test_a_gpu_job_without_a_gpu_stops(monkeypatch) -> None:
+    see(monkeypatch, 0)
+    assert device_for(World(), {"SLURM_GPUS_ON_NODE": "0"}) == torch.device("cpu")
+    env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}
+    with pytest.raises(ConfigError, match=r"SLURM_GPUS_ON_NODE=8.*sees none.*''.*doctor"):
+        device_for(World(), env)
+
+
+def test_groups_of_deepspeed_get_our_timeout(ranks) -> None:
+    """Its data-parallel group is made without one, and torch's default of half an hour would hide a hang."""
+
+    def waits_for_a_rank_that_never_comes() -> int:
+        from latentddae.training.engine import _import_deepspeed
+
+        world = dist.start(timeout_s=3)
+        deepspeed = _import_deepspeed(torch.device("cpu"))
+        group = deepspeed.comm.new_group([0, 1])
+        if not world.is_main:
+            time.sleep(6)
+            return 0
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+        return 0 if time.monotonic() - began < 5.5 else 3
+
+    assert ranks(waits_for_a_rank_that_never_comes, size=2) == [0, 0]
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import torch
+    from latentddae import dist
+    from latentddae.core.errors import ConfigError
+    world = dist.start(timeout_s=60)
+    assert dist.gather_objects(world.rank) == list(range(world.size))
+    assert dist.broadcast_object(world.rank) == 0
+    assert dist.any_rank(world.rank == 1) == (world.size > 1)
+    assert not dist.any_rank(False)
+    total = dist.sum_tensor(torch.tensor([world.rank + 1.0]))
+    assert total.item() == world.size * (world.size + 1) / 2
+    assert dist.on_rank0(lambda: world.rank) == 0
+    def refuse():
+        raise ConfigError("no")
+    try:
+        dist.on_rank0(refuse)
+    except ConfigError as error:
+        assert str(error) == "no"
+    else:
+        raise AssertionError("rank 0's error did not reach this rank")
+    dist.stop()
+    print("fine", flush=True)
+    """
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_collectives(ranks: int, tmp_path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("fine") == ranks
+
+
+def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
+    """Each rank wishes at its own time; all hear of each wish at the same call, without waiting for it."""
+    wishes = {0: [0, 0, 1, 0, 0, 0], 1: [0, 1, 0, 0, 1, 0]}
+
+    def ask() -> None:
+        rank = dist.start(timeout_s=60).rank
+        agreement = dist.AsyncAnyReduce(torch.device("cpu"))
+        heard = [agreement.ask(bool(wish)) for wish in wishes[rank]]
+        assert heard == [False, False, True, True, False, True], heard
+        torch.testing.assert_close(
+            dist.max_tensor(torch.tensor([rank, -rank])), torch.tensor([1, 0])
+        )
+        dist.stop()
+
+    assert ranks(ask, 2) == [0, 0]
+
+
+def test_alone_a_wish_is_granted_at_once() -> None:
+    agreement = dist.AsyncAnyReduce(torch.device("cpu"))
+    assert [agreement.ask(wish) for wish in (False, True, False)] == [False, True, False]

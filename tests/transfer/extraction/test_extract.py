@@ -1,0 +1,279 @@
+"""Features: keyed by sample, the same in any batch and order, and no block runs that nobody asked for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.rng import key_positions
+from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import ShardSet, write_split
+from latentddae.models.dit import DiT, modulate
+from latentddae.models.frozen_trunk import FoldedTrunk
+from latentddae.models.timm_backbone import open_backbone
+from latentddae.transfer.extraction import extract as extraction
+from latentddae.transfer.extraction.extract import collect, extract, held_out, subset
+
+BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
+
+
+def collected(checkpoint, shards, indices, **options):
+    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, "dtype": "fp32", **options}
+    return collect(
+        checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices, **fields
+    )
+
+
+def test_equals_taps_of_a_hand_made_input(checkpoint, train):
+    """The slow way: noise by hand, all taps kept, pooled afterwards."""
+    index = np.array([3, 40, 7])
+    stored = torch.from_numpy(train.gather(index)[:, 0])
+    x0 = checkpoint.latents.mean(stored)
+    positions = key_positions(train.keys(index))
+    noise = extraction.noise_of(5, 0, positions, x0.shape[1:])
+    x = 0.7 * x0 + 0.3 * noise
+    taps = checkpoint.model.taps(x, torch.full((3,), 0.3), None, BLOCKS)
+    found = collected(checkpoint, train, index)
+    for block in BLOCKS:
+        np.testing.assert_allclose(found[block, "mean"], taps[block].mean(dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_changes_nothing(checkpoint, train, batch):
+    index = np.arange(50)
+    whole, parts = (collected(checkpoint, train, index, batch=b) for b in (50, batch))
+    assert all(np.abs(whole[cell] - parts[cell]).max() < 1e-5 for cell in whole)
+
+
+def test_order_changes_nothing(checkpoint, train):
+    order = np.random.default_rng(0).permutation(50)
+    straight = collected(checkpoint, train, np.arange(50), batch=16)
+    shuffled = collected(checkpoint, train, order, batch=16)
+    assert all(np.abs(straight[cell][order] - shuffled[cell]).max() < 1e-5 for cell in straight)
+
+
+def test_ranks_together_see_every_sample_once(checkpoint, train):
+    """Three ranks take every third sample: nothing doubled, nothing dropped, same numbers."""
+    whole = collected(checkpoint, train, np.arange(50))[2, "mean"]
+    merged = np.full_like(whole, np.nan)
+    for rank in range(3):
+        merged[rank::3] = collected(checkpoint, train, np.arange(rank, 50, 3))[2, "mean"]
+    assert np.abs(whole - merged).max() < 1e-5
+
+
+def test_labels_never_change_features(labelled_checkpoint, train, monkeypatch):
+    before = collected(labelled_checkpoint, train, np.arange(20))
+    monkeypatch.setattr(train, "labels", np.roll(train.labels, 1))
+    after = collected(labelled_checkpoint, train, np.arange(20))
+    assert all((before[cell] == after[cell]).all() for cell in before)
+
+
+def test_conditional_networks_are_given_the_null_label(labelled_checkpoint, train):
+    """The plain network with the null label says the same; with a class it says something else."""
+    index = np.arange(5)
+    found = collected(labelled_checkpoint, train, index)[3, "mean"]
+    x0 = extraction.clean_latents(labelled_checkpoint.latents, train, index)
+    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+
+    def taps(label):
+        y = torch.full((5,), label)
+        t = torch.full((5,), 0.3)
+        return labelled_checkpoint.model.taps(0.7 * x0 + 0.3 * noise, t, y, [3])[3].mean(dim=1)
+
+    np.testing.assert_allclose(found, taps(4), atol=1e-5)
+    assert np.abs(found - taps(0).numpy()).max() > 1e-4
+
+
+def test_stops_after_the_deepest_block(checkpoint, train, monkeypatch):
+    ran = []
+    attend = FoldedTrunk._attend
+
+    def counting(trunk, block, x):
+        ran.append(trunk.blocks.index(block) + 1)
+        return attend(trunk, block, x)
+
+    monkeypatch.setattr(FoldedTrunk, "_attend", counting)
+    found = collected(checkpoint, train, np.arange(4), blocks=(2,), batch=4)
+    assert ran == [1, 2]
+    assert list(found) == [(2, "mean"), (2, "grid2")]
+
+
+def test_a_network_that_does_not_fold_runs_as_it_is(checkpoint, train):
+    """Only `stream` is asked of it, and no block after the deepest runs."""
+    ran = []
+
+    class Plain(DiT):
+        def stream(self, x, t, y=None):
+            for number, tokens in super().stream(x, t, y):
+                ran.append(number)
+                yield number, tokens
+
+    plain = Plain(checkpoint.model.config)
+    plain.load_state_dict(checkpoint.model.state_dict())
+    found, folded = (
+        collected(replace(checkpoint, model=model), train, np.arange(4), blocks=(2,))
+        for model in (plain, checkpoint.model)
+    )
+    assert ran == [1, 2]
+    assert all(np.abs(found[cell] - folded[cell]).max() < 1e-5 for cell in found)
+    with pytest.raises(ConfigError, match="fold"):
+        collected(replace(checkpoint, model=plain), train, np.arange(4), dtype="bf16")
+    with pytest.raises(ConfigError, match="no adaLN"):
+        collected(replace(checkpoint, model=plain), train, np.arange(4), pools=("norm-mean",))
+
+
+def test_noise_is_common_to_all_levels_and_own_to_seed_draw_and_key():
+    positions = key_positions(["a", "b"])
+    noise = extraction.noise_of(0, 0, positions, (4, 8, 8))
+    assert noise[0].ne(noise[1]).any()
+    assert noise.ne(extraction.noise_of(1, 0, positions, (4, 8, 8))).any()
+    assert noise.ne(extraction.noise_of(0, 1, positions, (4, 8, 8))).any()
+    assert noise[1].equal(extraction.noise_of(0, 0, key_positions(["b"]), (4, 8, 8))[0])
+
+
+def test_draws_are_averaged(checkpoint, train):
+    index = np.arange(6)
+    three = collected(checkpoint, train, index, draws=3)[1, "mean"]
+    x0 = extraction.clean_latents(checkpoint.latents, train, index)
+    positions = key_positions(train.keys(index))
+    trunk = extraction.trunk_at(checkpoint.model, checkpoint.objective, 0.3, 1, "fp32")
+    single = []
+    for draw in range(3):
+        noise = extraction.noise_of(5, draw, positions, x0.shape[1:])
+        x = extraction.network_input(checkpoint.objective, x0, noise, 0.3)
+        single.append(extraction.pooled_blocks(trunk, x, (1,), ("mean",))[1, "mean"])
+    np.testing.assert_allclose(three, torch.stack(single).mean(dim=0), atol=1e-6)
+
+
+def test_clean_input_does_not_depend_on_the_seed_but_on_the_level(checkpoint, train):
+    def clean(**options):
+        return collected(checkpoint, train, np.arange(6), noisy_input=False, **options)[3, "mean"]
+
+    assert (clean(seed=1) == clean(seed=2)).all()
+    assert np.abs(clean(level=0.1) - clean(level=0.5)).max() > 1e-4  # fresh time weights are small
+
+
+def test_block_k_is_what_a_forward_hook_on_block_k_sees(checkpoint, train):
+    """USER_PAINS #26: counted from 1, depth included."""
+    index, seen = np.arange(4), {}
+    found = collected(checkpoint, train, index)
+    x0 = extraction.clean_latents(checkpoint.latents, train, index)
+    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, y, k=k: seen.update({k: y.mean(dim=1)}))
+        for k, block in enumerate(checkpoint.model.blocks, start=1)
+    ]
+    try:
+        with torch.no_grad():
+            checkpoint.model(0.7 * x0 + 0.3 * noise, torch.full((4,), 0.3))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen.keys() == set(BLOCKS)
+    assert all(np.abs(found[k, "mean"] - seen[k].numpy()).max() < 1e-5 for k in seen)
+
+
+def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
+    for wrong in ({"blocks": (4,)}, {"blocks": (0,)}, {"blocks": ()}, {"pools": ("mode",)}):
+        with pytest.raises(UsageError):
+            next(
+                iter(
+                    extract(
+                        checkpoint.model, checkpoint.objective, checkpoint.latents, train,
+                        np.arange(2), **{"level": 0.1, "blocks": (1,), **wrong},
+                    )
+                )
+            )  # fmt: skip
+    with pytest.raises(ConfigError, match="encode the data"):
+        extraction.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
+
+
+def test_held_out_part_follows_the_keys():
+    keys = [f"train/{i}" for i in range(2000)]
+    mask = held_out(keys, 0.2, seed=0)
+    assert abs(mask.mean() - 0.2) < 3 * (0.2 * 0.8 / 2000) ** 0.5
+    order = np.random.default_rng(0).permutation(2000)
+    assert (held_out([keys[i] for i in order], 0.2, seed=0) == mask[order]).all()
+    assert (held_out(keys, 0.2, seed=1) != mask).any()
+
+
+def test_subset_is_of_the_right_size_and_follows_the_keys():
+    keys = [f"{i}" for i in range(100)]
+    chosen = subset(keys, 30, seed=0)
+    assert len(set(chosen)) == 30
+    assert (np.diff(chosen) > 0).all()
+    backwards = subset(keys[::-1], 30, seed=0)
+    assert {keys[i] for i in chosen} == {keys[::-1][i] for i in backwards}
+    assert (subset(keys, None, seed=0) == np.arange(100)).all()
+
+
+def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
+    """The same call, on pixels; early exit and pools included."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 3, 16, 16), dtype=np.uint8)
+    spec = LatentSpec(kind="image", channels=3, size=16)
+    write_split(tmp_path, "train", spec, images, [0] * 5, list("abcde"), classes=("x",))
+    pixels = ShardSet(tmp_path, "train")
+    control = open_backbone("timm:test_vit@random")
+    extraction.check_data(control.latents, pixels)
+    pools = ("mean", "cls", "norm-cls", "max")
+    found = collected(control, pixels, np.arange(5), level=0.0, blocks=(2, "1+2"), pools=pools)
+    again = collected(control, pixels, np.array([3]), level=0.0, blocks=(2,), pools=pools)
+    assert found["1+2", "cls"].shape == (5, 128)
+    np.testing.assert_allclose(found[2, "cls"][3:4], again[2, "cls"], atol=1e-5)
+    mean, std = found[2, "norm-cls"].mean(axis=1), found[2, "norm-cls"].std(axis=1)
+    np.testing.assert_allclose(mean, 0, atol=1e-4)
+    np.testing.assert_allclose(std, 1, atol=1e-2)
+    with pytest.raises(ConfigError, match="--autoencoder"):
+        extraction.check_data(control.latents, train)
+
+
+def test_only_backbones_have_a_class_token(checkpoint, train):
+    with pytest.raises(ConfigError, match="no class token"):
+        collected(checkpoint, train, np.arange(2), pools=("cls",))
+
+
+def test_bfloat16_features_are_bit_equal_in_any_batch_and_order(checkpoint, train):
+    """Bfloat16 would turn another summation order into other features."""
+    order = np.random.default_rng(0).permutation(50)
+    straight = collected(checkpoint, train, np.arange(50), batch=50, dtype="bf16")
+    shuffled = collected(checkpoint, train, order, batch=7, dtype="bf16")
+    exact = collected(checkpoint, train, np.arange(50))
+    for cell in straight:
+        assert (straight[cell][order] == shuffled[cell]).all()
+        gap = np.linalg.norm(straight[cell] - exact[cell]) / np.linalg.norm(exact[cell])
+        assert 0 < gap < 1e-2
+
+
+def test_joined_blocks_stand_side_by_side(checkpoint, train):
+    found = collected(checkpoint, train, np.arange(4), blocks=("3+1", 1, 3))
+    assert list(found) == [
+        (1, "mean"),
+        (1, "grid2"),
+        (3, "mean"),
+        (3, "grid2"),
+        ("3+1", "mean"),
+        ("3+1", "grid2"),
+    ]
+    both = np.concatenate([found[3, "mean"], found[1, "mean"]], axis=1)
+    assert (found["3+1", "mean"] == both).all()
+    for wrong in ("3+4", "3+", "x", "0+1"):
+        with pytest.raises(UsageError):
+            collected(checkpoint, train, np.arange(2), blocks=(wrong,))
+
+
+def test_adaln_normalised_tokens_pooled(checkpoint, train):
+    """The slow way: taps, the block's own modulated LayerNorm, the mean."""
+    index = np.arange(3)
+    found = collected(checkpoint, train, index, blocks=(2,), pools=("norm-mean", "norm-max"))
+    x0 = extraction.clean_latents(checkpoint.latents, train, index)
+    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    t = torch.full((3,), 0.3)
+    model = checkpoint.model
+    with torch.no_grad():
+        tokens = model.taps(0.7 * x0 + 0.3 * noise, t, None, [2])[2]
+        shift, scale = model.blocks[1].adaLN_modulation(model.condition(t)).chunk(6, dim=1)[:2]
+        normed = modulate(tokens, shift, scale)
+    np.testing.assert_allclose(found[2, "norm-mean"], normed.mean(dim=1), atol=1e-5)
+    np.testing.assert_allclose(found[2, "norm-max"], normed.amax(dim=1), atol=2e-5)

@@ -1,0 +1,157 @@
+"""Sets by name: their metric and splits reach the probes, and several splits are one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.files import read_json_lines
+from latentddae.data.shards import ShardSet, write_split
+from latentddae.data.sources.named import NAMES, TORCHVISION
+from latentddae.transfer import suite
+from latentddae.transfer.probes import logistic
+from latentddae.transfer.probes.recipes import RECIPES
+from latentddae.transfer.protocol.joined import JoinedSets
+
+from ..conftest import tiny_spec
+from .conftest import CONFIG, write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pets_and_flowers(tmp_path_factory):
+    """Two data folders with planted classes; `flowers102` has a val split with fewer views."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    prototypes = random.normal(size=(3, 4, 8, 8)) * 2
+    for name, splits in (("pets", ("train", "test")), ("flowers102", ("train", "val", "test"))):
+        for split in splits:
+            views = ("original", "mirror") if split == "train" else ("original",)
+            count = 24 if split == "val" else 48
+            labels = np.arange(count) % 3
+            mean = prototypes[labels] + random.normal(size=(count, 4, 8, 8))
+            moments = np.concatenate([mean, np.full_like(mean, -4.0)], axis=1)
+            stored = np.stack([moments] * len(views), axis=1).astype(np.float16)
+            keys = [f"{split}/{i}" for i in range(count)]
+            spec = tiny_spec(views=views)
+            write_split(
+                root / name, split, spec, stored, labels.tolist(), keys, classes=("a", "b", "c")
+            )
+    return root
+
+
+def test_joined_splits_are_their_parts_end_to_end(pets_and_flowers):
+    train, val = (ShardSet(pets_and_flowers / "flowers102", split) for split in ("train", "val"))
+    both = JoinedSets([train, val])
+    assert (len(both), both.split) == (72, "train+val")
+    order = np.random.default_rng(0).permutation(72)
+    parts = np.concatenate([train.gather(np.arange(48))[:, :1], val.gather(np.arange(24))])
+    np.testing.assert_array_equal(both.gather(order), parts[order])
+    np.testing.assert_array_equal(both.gather(order, np.zeros(72, int)), parts[order][:, 0])
+    keys = [*train.keys(np.arange(48)), *val.keys(np.arange(24))]
+    assert both.keys(order) == [keys[i] for i in order]
+    assert both.labels.tolist() == [*train.labels, *val.labels]
+    assert both.spec.views == ("original",)
+    assert both.fingerprints["codec"] == train.fingerprints["codec"]
+    assert both.fingerprints["content"] not in (
+        train.fingerprints["content"], val.fingerprints["content"],
+    )  # fmt: skip
+
+
+def test_splits_without_a_common_view_are_refused(pets_and_flowers):
+    parts = [ShardSet(pets_and_flowers / "pets", split) for split in ("train", "test")]
+    parts[1].spec = replace(parts[1].spec, views=("copy1",))
+    with pytest.raises(ConfigError, match="no view in common"):
+        JoinedSets(parts)
+
+
+def test_a_suite_judges_each_set_by_its_own_custom(
+    pets_and_flowers, tmp_path, capsys, no_pictures, monkeypatch
+):
+    train = ShardSet(pets_and_flowers / "pets", "train")
+    checkpoint = write_checkpoint(tmp_path / "export", train)
+    config = tmp_path / "suite.yaml"
+    sets = f"root: {pets_and_flowers}\nsets: [pets, flowers102]\n"
+    config.write_text(f"{sets}levels: [0.1, 0.3]\nsearch: 1\n")
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+    suite.main([*arguments, "--config", str(config)])
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]
+    assert [(row["set"], row["metric"]) for row in rows] == [
+        ("pets", "mean_per_class"), ("flowers102", "mean_per_class"),
+    ]  # fmt: skip
+    assert all(row["linear"] > 0.9 and row["knn"] > 0.9 for row in rows)
+    assert "48 test samples" in said
+    (line,) = read_json_lines(tmp_path / "out" / "flowers102" / "linear" / "results.jsonl")
+    assert (line["n_seen"]["train"], line["metric"]) == (72, "mean_per_class")
+    grid = json.loads((tmp_path / "out" / "pets" / "grid" / "grid.json").read_text())
+    assert len(grid["levels"]) == 3
+    monkeypatch.setattr(logistic, "probe", lambda *_: pytest.fail("measured again"))
+    suite.main([*arguments, "--config", str(config)])  # a second run reads what is there
+    assert json.loads((tmp_path / "out" / "suite.json").read_text())["rows"] == rows
+
+
+def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
+    data = pets_and_flowers / "flowers102"
+    checkpoint = write_checkpoint(tmp_path / "export", ShardSet(data, "train"))
+    common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path)]
+    cell = ["--block", "1", "--level", "0.1", "--train-splits", "train,test"]
+    with pytest.raises(UsageError, match="test is one of --train-splits"):
+        logistic.main([*common, *cell])
+    with pytest.raises(UsageError, match="name data folders"):
+        suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path)])
+
+
+def test_every_torchvision_set_is_known_with_splits_that_it_has():
+    assert set(NAMES) - set(suite.SETS) == {"stl10-unlabeled"}
+    for name, known in suite.SETS.items():
+        if name in TORCHVISION and TORCHVISION[name].splits:
+            assert {*known.train, known.test} <= set(TORCHVISION[name].splits), name
+            official = set(TORCHVISION[name].splits) - {"test"}
+            assert official == set(known.train), name
+    assert suite.SETS["flowers102"].metric == "mean_per_class"
+    assert suite.SETS["cifar10"].metric == "top1"
+
+
+def test_the_shipped_suite_is_read():
+    config = suite.build(suite.SuiteConfig, suite.merge(ROOT / "configs/transfer/suite.yaml"))
+    assert set(config.sets) <= set(suite.SETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "published"), [("cifar10", 121, 0.8573), ("tiny_imagenet", 81, 0.6657)]
+)
+def test_ddaes_own_protocol_runs_as_shipped(name, time, published, tmp_path, capsys):
+    """On a network of 14 tiny blocks, with the copies that the recipe trains on."""
+    from latentddae.diffusion import OBJECTIVES
+    from latentddae.models import zoo
+
+    views = ("original", "copy1", "copy2")
+    random = np.random.default_rng(0)
+    stored = random.normal(size=(24, 3, 8, 8, 8)).astype(np.float16)
+    for split in ("train", "val"):
+        keys = [f"{split}/{i}" for i in range(24)]
+        labels = [i % 2 for i in range(24)]
+        spec = tiny_spec(views=views)
+        write_split(tmp_path / "data", split, spec, stored, labels, keys, classes=("a", "b"))
+    train = ShardSet(tmp_path / "data", "train")
+    config = replace(CONFIG, depth=14, learn_sigma=True)
+    model = zoo.build(config)
+    folder = zoo.save(
+        tmp_path / "export", model=config, objective=OBJECTIVES["ddpm"](), latents=train.spec,
+        weights={"ema": model.state_dict()}, info={"classes": ["a", "b"]},
+    )  # fmt: skip
+    file = ROOT / f"configs/transfer/ddae_{name}.yaml"
+    arguments = ["--checkpoint", folder, "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    logistic.main([*map(str, arguments), "--config", str(file), "--epochs", "2"])
+    (line,) = read_json_lines(tmp_path / "out" / "results.jsonl")
+    assert line["cell"]["t"] == pytest.approx(time)
+    assert (line["cell"]["block"], line["cell"]["pool"]) == (14, "mean")
+    assert line["published"] == pytest.approx(published)
+    assert line["protocol"]["name"] == "ddae/1"
+    assert line["protocol"]["rates"] == list(RECIPES["ddae"].rates)
+    assert f"published {100 * published:.2f} %" in capsys.readouterr().out
