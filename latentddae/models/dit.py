@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentddae.core.errors import ConfigError
 from latentddae.models.attention import attention
+from latentddae.models.network import Condition, Conditioning, as_condition
 
 FREQUENCIES = 256  # width of the sinusoid that carries the time
 POS_EMBED_TOLERANCE = 1e-5  # a file's table was rounded to float32 by someone else's code
@@ -317,7 +318,7 @@ class DiT(nn.Module):
         """The label that stands for none, or None where the model has no labels."""
         return self.config.num_classes or None
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Tensor:
         """(N, C, H, W), (N,) network time, (N,) labels -> (N, C or 2C, H, W) float32.
 
         No labels means the null label. An unconditional model ignores labels.
@@ -327,7 +328,7 @@ class DiT(nn.Module):
             tokens = self._run_block(number, tokens, c)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 
-    def stream(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, output of block k (N, T, D) float32) for k = 1 ... depth, running block k only
         when asked.
         """
@@ -344,7 +345,7 @@ class DiT(nn.Module):
         return block(tokens, c)
 
     def taps(
-        self, x: Tensor, t: Tensor, y: Tensor | None, blocks: Iterable[int]
+        self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]
     ) -> dict[int, Tensor]:
         """The outputs of the blocks asked for, {k: (N, T, D)}; the trunk stops after the last of
         them.
@@ -362,7 +363,7 @@ class DiT(nn.Module):
                 break
         return found
 
-    def _embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(self, x: Tensor, t: Tensor, y: Conditioning) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and the condition (N, D), both float32."""
         return self.patch_tokens(x), self.condition(t.expand(len(x)), y)
 
@@ -376,15 +377,18 @@ class DiT(nn.Module):
             )
         return self.x_embedder(x).to(self.pos_embed.dtype) + self.pos_embed
 
-    def condition(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """What modulates all blocks: (N,) network time, (N,) labels or None for the null label ->
-        (N, D) float32."""
+    def condition(self, t: Tensor, y: Conditioning = None) -> Tensor:
+        """What modulates all blocks: (N,) network time and labels (N,), or None for the null label
+        -> (N, D) float32.
+
+        Raises ConfigError for conditioning that this network has no input for.
+        """
         c = self.t_embedder(t)
+        label = _label_of(as_condition(y))
         if self.y_embedder is not None:
-            labels = (
-                torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
-            )
-            c = c + self.y_embedder(labels).to(c.dtype)
+            if label is None:
+                label = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
+            c = c + self.y_embedder(label).to(c.dtype)
         return c
 
     @torch.no_grad()
@@ -424,6 +428,14 @@ class DiT(nn.Module):
             self.pos_embed = self.pos_embed.to(wide(self.pos_embed.dtype))
             self._fill_pos_embed()
         return self
+
+
+def _label_of(condition: Condition) -> Tensor | None:
+    if condition.augment is not None:
+        raise ConfigError("this network takes no augmentation labels")
+    if condition.self_cond is not None:
+        raise ConfigError("this network takes no self-conditioning")
+    return condition.label
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

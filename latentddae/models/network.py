@@ -1,0 +1,104 @@
+"""What every network offers, so that objectives, samplers, training and transfer ask for no class.
+
+prediction = model(x, t, y)                       # y: labels (N,), a Condition, or None
+for k, tokens in model.stream(x, t, y): ...       # block k, 1 ... depth: tokens (N, T, D)
+model.flops(), model.diagnostics(x, t, y)
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """All that a network may be told besides the image and the time; None: not given."""
+
+    label: Tensor | None = None
+    """(N,) int64 class labels. None is the null label; unconditional networks ignore labels."""
+    augment: Tensor | None = None
+    """(N, A) augmentation parameters (EDM, arXiv 2206.00364, appendix F.2)."""
+    self_cond: Tensor | None = None
+    """(N, C, H, W) an earlier estimate of x0 (self-conditioning, arXiv 2208.04202)."""
+
+
+Conditioning = Tensor | Condition | None
+"""What `model(x, t, y)` takes as y: labels (N,), a Condition, or None."""
+
+
+def as_condition(y: Conditioning) -> Condition:
+    """The record for any form of conditioning; plain tensors are labels (N,) int64."""
+    return y if isinstance(y, Condition) else Condition(label=y)
+
+
+class NetworkConfig(Protocol):
+    """The fields that every network's config record has."""
+
+    kind: ClassVar[str]
+
+    @property
+    def input_size(self) -> int:
+        """Height and width of the input."""
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def depth(self) -> int:
+        """Blocks whose output can be read."""
+
+    @property
+    def num_classes(self) -> int:
+        """0: unconditional."""
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Twice the output channels, the second half for a learned variance."""
+
+
+class Network(Protocol):
+    """A denoising network. Every implementation is an nn.Module as well."""
+
+    checkpoint_blocks: int
+    """Every n-th block recomputes its activations in the backward pass; 0: none does."""
+
+    @property
+    def config(self) -> NetworkConfig: ...
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no label"; None for an unconditional network."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Tensor:
+        """(N, C, H, W), (N,) network time -> (N, C or 2C, H, W) float32."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Tensor:
+        """`forward`, as nn.Module calls it."""
+
+    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (k, output of block k (N, T, D)) for k = 1 ... depth; block k runs when asked for."""
+
+    def taps(
+        self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]
+    ) -> dict[int, Tensor]:
+        """{k: output of block k (N, T, D)}. No block after the last one asked for runs.
+
+        Raises ConfigError for a block outside 1 ... depth.
+        """
+
+    # What callers use of nn.Module, from which a Protocol cannot inherit.
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def eval(self) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
