@@ -1,6 +1,9 @@
-"""`latentddae <command> ...`: finds the command's module and runs its `main`. Imports
-nothing heavy itself."""
+"""`latentddae <command> ...`: import the command's module and run its `main`.
 
+Only the module of the command that was asked for is imported, so `--help` stays quick.
+"""
+
+import difflib
 import importlib
 import sys
 
@@ -8,56 +11,69 @@ from latentddae import __version__
 from latentddae.core.errors import run_command
 from latentddae.training.preemption import listen_early
 
-COMMANDS = {  # command -> (module with main(argv), one line for --help)
-    "demo": ("latentddae.demo", "the whole story on real images, on a laptop CPU"),
-    "encode": ("latentddae.data.encoding.encode", "images -> latent shards"),
-    "verify": ("latentddae.data.verify", "check a data folder and list what is wrong"),
-    "info": ("latentddae.data.info", "what a data folder holds"),
-    "preview": ("latentddae.data.preview", "decode samples beside their sources to a PNG"),
-    "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
-    "export": (
-        "latentddae.training.export",
-        "a run's state -> portable weights, on one CPU process",
-    ),
-    "compare-curve": (
-        "latentddae.training.reference_curve",
-        "set a run's loss against a reference curve",
-    ),
-    "features": (
-        "latentddae.transfer.extraction.store",
-        "pooled features of whole splits as files",
-    ),
-    "grid": ("latentddae.transfer.grid", "probe every block at every noise level"),
-    "linear": ("latentddae.transfer.probes.logistic", "linear probe on one cell"),
-    "knn": ("latentddae.transfer.probes.knn", "k-nearest-neighbour probe on one cell"),
-    "finetune": ("latentddae.transfer.finetune", "train a pretrained trunk on, with a linear head"),
-    "look": (
-        "latentddae.transfer.visualize",
-        "nearest neighbours and token colours, for the report",
-    ),
-    "suite": ("latentddae.transfer.suite", "grid and probes on several transfer sets"),
-    "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank and CKA of features"),
-    "noise-classifier": ("latentddae.transfer.noise_classifier", "accuracy over all noise levels"),
-    "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),
-    "correspond": ("latentddae.transfer.correspond", "nearest-neighbour correspondence (PCK)"),
-    "compare": ("latentddae.transfer.compare", "the network against its controls, one table"),
-    "sample": ("latentddae.generation.sample", "generate images from a checkpoint"),
-    "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision and recall of samples"),
-    "doctor": ("latentddae.doctor", "can this machine train, and if not, what is wrong"),
-    "report": ("latentddae.transfer.report", "results -> one self-contained HTML page"),
+GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
+    "data": {
+        "encode": ("latentddae.data.encoding.encode", "images -> latent shards"),
+        "info": ("latentddae.data.info", "contents of a data folder"),
+        "verify": ("latentddae.data.verify", "check a data folder and list every problem"),
+        "preview": ("latentddae.data.preview", "decoded samples beside their sources, as a PNG"),
+    },
+    "pretrain": {
+        "train": ("latentddae.train", "pretrain a diffusion model on shards (DeepSpeed)"),
+        "export": ("latentddae.training.export", "a state of a run -> portable weights, on CPU"),
+        "compare-curve": (
+            "latentddae.training.reference_curve",
+            "a run's loss against a reference curve",
+        ),
+    },
+    "transfer": {
+        "grid": ("latentddae.transfer.grid", "ridge probe of every block at every noise level"),
+        "linear": ("latentddae.transfer.probes.logistic", "linear probe of one cell"),
+        "knn": ("latentddae.transfer.probes.knn", "k-nearest-neighbour probe of one cell"),
+        "compare": ("latentddae.transfer.compare", "the network against its baselines, one table"),
+        "suite": ("latentddae.transfer.suite", "grid and probes on several data sets"),
+        "finetune": ("latentddae.transfer.finetune", "fine-tune a pretrained trunk for classes"),
+        "features": ("latentddae.transfer.extraction.store", "features of whole splits as files"),
+        "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank, CKA of blocks"),
+        "noise-classifier": (
+            "latentddae.transfer.noise_classifier",
+            "one classifier for all noise levels, and its accuracy curve",
+        ),
+        "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),
+        "correspond": ("latentddae.transfer.correspond", "nearest-token correspondence (PCK)"),
+        "visualize": ("latentddae.transfer.visualize", "nearest neighbours and token colours"),
+        "report": ("latentddae.transfer.report", "results of runs -> one self-contained HTML page"),
+    },
+    "generate": {
+        "sample": ("latentddae.generation.sample", "images from a checkpoint"),
+        "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision, recall of samples"),
+    },
+    "tools": {
+        "demo": ("latentddae.demo", "the whole pipeline on real images, on a laptop CPU"),
+        "doctor": ("latentddae.doctor", "check that this machine can train"),
+    },
 }
+COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
 
-REQUEUED = (
-    "train",
-    "finetune",
-)  # a signal asks these to save and leave, from their first moment on
+# A signal asks these to save and exit, from their first moment on.
+REQUEUED = ("train", "finetune")
 
 
 def usage() -> str:
-    lines = ["usage: latentddae <command> [options]", "", "commands:"]
-    lines += [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
+    """The text of `latentddae --help`."""
+    lines = ["usage: latentddae <command> [options]"]
+    for job, commands in GROUPS.items():
+        lines += ["", f"{job}:"]
+        lines += [f"  {name:<17} {text}" for name, (_, text) in commands.items()]
     lines += ["", "`latentddae <command> --help` explains a command."]
     return "\n".join(lines)
+
+
+def unknown(command: str) -> str:
+    """The error message for a command that does not exist, with the nearest one that does."""
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
+    return f"latentddae: error: unknown command {command!r}; {hint}"
 
 
 def run(argv: list[str]) -> int:
@@ -69,8 +85,7 @@ def run(argv: list[str]) -> int:
         print(f"latentddae {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"latentddae: error: unknown command {argv[0]!r}; known: {known}", file=sys.stderr)
+        print(unknown(argv[0]), file=sys.stderr)
         return 2
     if argv[0] in REQUEUED:
         listen_early()

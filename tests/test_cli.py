@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from latentddae.cli import COMMANDS, run
+from latentddae.cli import COMMANDS, GROUPS, run
 from latentddae.core.errors import (
     ConfigError,
     DataError,
@@ -26,10 +26,22 @@ def test_every_command_explains_itself(command: str, capsys) -> None:
     assert f"latentddae {command}" in capsys.readouterr().out
 
 
-def test_unknown_command_lists_the_known_ones(capsys) -> None:
+def test_a_misspelt_command_names_the_nearest(capsys) -> None:
     assert run(["trian"]) == 2
     error = capsys.readouterr().err
-    assert "trian" in error and "train" in error and error.count("\n") == 1
+    assert error == "latentddae: error: unknown command 'trian'; did you mean train?\n"
+    assert run(["xyz"]) == 2
+    error = capsys.readouterr().err
+    assert all(command in error for command in COMMANDS) and error.count("\n") == 1
+
+
+def test_help_lists_every_command_once_below_its_job(capsys) -> None:
+    assert run(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(listed) == sorted(COMMANDS)
+    assert [line[:-1] for line in lines if line.endswith(":")] == list(GROUPS)
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Each RUN folder is searched for what the other commands leave there: metrics.jsonl (loss),
 grid.json (heat maps), compare.json (the table), results.jsonl (other probes with their confusion, geometry,
-accuracy over noise, dense transfer), look.json (neighbours, token colours), environment.jsonl (commands and
+accuracy over noise, dense transfer), visualize.json (neighbours, token colours), environment.jsonl (commands and
 versions), pictures.json ([{"file": ..., "caption": ...}]) and grid.png of `latentddae sample`. What is absent is
 left out. A CSV of all results is written beside the page.
 """
@@ -43,7 +43,7 @@ from latentddae.transfer.reporting.page import (
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.jsonl"
 PICTURES = "pictures.json"
-LOOK = "look.json"
+VISUALIZE = "visualize.json"
 PROBES = ("linear", "knn", "finetune")
 STUDIES = ("geometry", "noise_classifier", "segment", "correspond")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -60,7 +60,7 @@ class Found:
     probes: list[dict[str, Any]]  # other results with an accuracy
     studies: list[dict[str, Any]]  # results of the commands named in STUDIES
     confusions: list[tuple[str, dict[str, Any]]]  # of the best probe: its name, classes and counts
-    looks: list[dict[str, Any]]  # of look.json
+    looks: list[dict[str, Any]]  # of visualize.json
     pictures: list[tuple[str, Path]]  # caption, PNG
     starts: list[dict[str, Any]]  # of environment.jsonl
 
@@ -89,7 +89,7 @@ def find(run: Path) -> Found:
         probes=probes,
         studies=[line for line in lines if line.get("kind") in STUDIES],
         confusions=parts.best_confusion(run, probes, _read),
-        looks=[_read(path) for path in sorted(run.rglob(LOOK))],
+        looks=[_read(path) for path in sorted(run.rglob(VISUALIZE))],
         pictures=_recorded_pictures(run),
         starts=[line for path in sorted(run.rglob(ENVIRONMENT)) for line in read_json_lines(path)],
     )

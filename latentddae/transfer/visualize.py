@@ -1,8 +1,8 @@
-"""`latentddae look`: what the features of a cell find alike, and what they see in an image.
+"""`latentddae visualize`: nearest neighbours and token colours of test images, for one cell.
 
 Test images beside their nearest neighbours in train, and each image's tokens as colours: the first
-three principal components over all of them. Everything goes into look.json, pictures inside, which
-`latentddae report` shows. Images are decoded from the latents, or cut from --source.
+three principal components over all of them. Everything goes into visualize.json, pictures inside,
+which `latentddae report` shows. Images are decoded from the latents, or cut from --source.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from latentddae.transfer.extraction.extract import collect, members_of, subset
 from latentddae.transfer.probes.knn import nearest
 from latentddae.transfer.protocol import session
 
-FILE = "look.json"
+FILE = "visualize.json"
 BANK = 10_000
 """Training samples among which neighbours are looked for, unless --limit says otherwise."""
 QUANTILES = (0.01, 0.99)
@@ -94,7 +94,7 @@ def as_text(image: np.ndarray) -> str:
 
 
 def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
-    """The content of look.json."""
+    """The content of visualize.json."""
     test, train, seed = opened.test, opened.train, opened.settings["seed"]
     queries = subset(test.keys(np.arange(len(test))), args.queries, seed)
     rows = neighbours(opened, queries, args.neighbours)
@@ -120,13 +120,14 @@ def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
         }
         for row, image, map_ in zip(rows, asked, colours, strict=True)
     ]
-    facts = session.facts_of("look", {"bank": len(opened.split.train)}, opened)
+    facts = session.facts_of("visualize", {"bank": len(opened.split.train)}, opened)
     return {**facts, "queries": shown}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="latentddae look", description="Nearest neighbours and token colours of test images."
+        prog="latentddae visualize",
+        description="Nearest neighbours and token colours of test images."
     )
     session.add_arguments(parser)
     parser.set_defaults(limit=BANK)
@@ -149,4 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("look", main))
+    sys.exit(run_command("visualize", main))

@@ -96,7 +96,7 @@ def studies():
 
 
 def look():
-    """Two queries with three neighbours, as `latentddae look` writes them."""
+    """Two queries with three neighbours, as `latentddae visualize` writes them."""
     random = np.random.default_rng(0)
 
     def image(side):
@@ -153,7 +153,7 @@ def run(tmp_path):
     counts[0, 2], counts[1, 0] = 7, 3
     confusion = {"kind": "confusion", "classes": [HOSTILE, "b", "c"], "counts": counts.tolist()}
     (folder / "probes/confusion-two.json").write_text(json.dumps(confusion))
-    (folder / "look.json").write_text(json.dumps(look()))
+    (folder / "visualize.json").write_text(json.dumps(look()))
     png_file(folder / "sheet.png")
     (folder / "pictures.json").write_text(json.dumps([{"file": "sheet.png", "caption": HOSTILE}]))
     return folder
@@ -284,7 +284,7 @@ def test_what_is_wrong_is_named(run, tmp_path):
 
 def test_build_page_takes_any_sections():
     text = build_page(
-        HOSTILE, HOSTILE, [Section(HOSTILE, html.table(["a"], [[Bar(2.0)], [Bar(-1.0, 0.1)]]))]
+        HOSTILE, HOSTILE, [Section(HOSTILE, page.table(["a"], [[Bar(2.0)], [Bar(-1.0, 0.1)]]))]
     )
     assert Reader(text).text.count(HOSTILE) == 5  # title, h1, lead, link, heading
     assert "width:100.00%" in text

@@ -45,7 +45,7 @@ def run(pixels, out, *rest):
     checkpoint, data = pixels
     where = ("--checkpoint", checkpoint, "--data", data, "--out", out)
     visualize.main(list(map(str, (*where, "--block", 1, "--level", 0.05, *rest))))
-    return json.loads((out / "look.json").read_text())
+    return json.loads((out / "visualize.json").read_text())
 
 
 def opened(text):
@@ -72,7 +72,7 @@ def test_neighbours_are_of_the_same_colour_and_best_first(pixels, tmp_path, caps
 
 
 def test_the_report_shows_what_was_found(pixels, tmp_path):
-    run(pixels, tmp_path / "run" / "look", "--queries", 2, "--neighbours", 3)
+    run(pixels, tmp_path / "run" / "visualize", "--queries", 2, "--neighbours", 3)
     text = write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
     assert text.count("data:image/png") == 2 * (1 + 3) + 2 * 2
     assert "Nearest neighbours" in text
