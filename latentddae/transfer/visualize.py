@@ -127,7 +127,7 @@ def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="latentddae visualize",
-        description="Nearest neighbours and token colours of test images."
+        description="Nearest neighbours and token colours of test images.",
     )
     session.add_arguments(parser)
     parser.set_defaults(limit=BANK)
