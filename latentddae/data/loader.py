@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentddae.core import rng
 from latentddae.core.errors import ConfigError
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet, shard_layout
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        samples: SampleSet,
         *,
         global_batch: int,
         seed: int,
@@ -81,10 +81,11 @@ class Loader:
             raise ConfigError(
                 f"impossible loader: rank {rank} of {world}, {workers} workers, prefetch {prefetch}"
             )
-        self.shards, self.global_batch, self.seed = shards, global_batch, seed
+        self.samples, self.global_batch, self.seed = samples, global_batch, seed
         self.rank, self.world = rank, world
         self.prefetch, self.workers, self.group_shards = prefetch, workers, group_shards
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._starts = shard_layout(samples).starts
         self._epochs: dict[int, np.ndarray] = {}  # the last two epochs' orders
 
     def batches(self, images_seen: int = 0) -> Generator[Batch]:
@@ -111,13 +112,13 @@ class Loader:
         positions = images_seen + self.rank * local + np.arange(local)
         indices = self.indices(positions)
         position = torch.from_numpy(positions)
-        views = len(self.shards.spec.views)
+        views = len(self.samples.spec.views)
         chosen = np.zeros(local, np.int64)
         if views > 1:
             chosen = (rng.uniform(self.seed, "view", position) * views).long().numpy()
         batch = Batch(
-            moments=torch.from_numpy(self.shards.gather(indices, chosen)),
-            label=torch.from_numpy(self.shards.labels[indices]),
+            moments=torch.from_numpy(self.samples.gather(indices, chosen)),
+            label=torch.from_numpy(self.samples.labels[indices]),
             position=position,
             index=torch.from_numpy(indices),
         )
@@ -126,7 +127,7 @@ class Loader:
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """Which sample stands at each position of the run: (N,) -> (N,) int64. Epochs follow one
         another, uncut."""
-        epochs, places = np.divmod(positions, len(self.shards))
+        epochs, places = np.divmod(positions, len(self.samples))
         out = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -136,13 +137,10 @@ class Loader:
     def _order(self, epoch: int) -> np.ndarray:
         known = self._epochs.get(epoch)
         if known is None:
-            starts = self.shards.shard_starts
-            known = order(self.seed, epoch, len(self.shards), starts, self.group_shards)
+            known = order(self.seed, epoch, len(self.samples), self._starts, self.group_shards)
             kept = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs = {
-                **kept,
-                epoch: known,
-            }  # one assignment: threads see the old dict or the new one
+            # One assignment: threads see the old dict or the new one.
+            self._epochs = {**kept, epoch: known}
         return known
 
 

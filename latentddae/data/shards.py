@@ -255,10 +255,12 @@ class ShardSet:
         shards = [shard for shard in entry["shards"] if shard["samples"]]
         _allow_open_files(len(shards))
         opened = [self._open(shard) for shard in shards]
-        self._names = [shard["file"] for shard in shards]
+        self.shard_names = [shard["file"] for shard in shards]
+        """File name of each shard that holds samples."""
         self._first = np.array([first for first, _, _ in opened], np.int64)
         self._stride = np.array([stride for _, stride, _ in opened], np.int64)
-        self._starts = np.cumsum([0] + [shard["samples"] for shard in shards])
+        self.shard_starts = np.cumsum([0] + [shard["samples"] for shard in shards])
+        """(shards + 1,) int64: index of each shard's first sample, then the number of samples."""
         self.labels = np.concatenate([np.empty(0, np.int64), *(labels for _, _, labels in opened)])
         if not len(self.labels):
             raise DataError(f"{self.root}: split {split} holds no samples")
@@ -270,17 +272,6 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def shard_names(self) -> list[str]:
-        """File name of each shard that holds samples."""
-        return self._names
-
-    @property
-    def shard_starts(self) -> np.ndarray:
-        """Index of each shard's first sample, and the number of samples at the end: (shards +
-        1,)."""
-        return self._starts
 
     def _open(self, entry: dict[str, Any]) -> tuple[int, int, np.ndarray]:
         """Map one shard and check it against its index; its first offset, stride and labels."""
@@ -350,8 +341,8 @@ class ShardSet:
             raise IndexError(f"indices outside [0, {len(self)})")
         shape = self._shape if views is None else self._shape[1:]
         size = math.prod(shape) * self.spec.stored_dtype.itemsize
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        starts = self._first[shards] + (indices - self._starts[shards]) * self._stride[shards]
+        shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
+        starts = self._first[shards] + (indices - self.shard_starts[shards]) * self._stride[shards]
         if views is not None:
             starts = starts + np.asarray(views, np.int64) * size
         places = zip(shards.tolist(), starts.tolist(), strict=True)
@@ -364,13 +355,15 @@ class ShardSet:
             return self._maps[shard][start : start + size]
         data = os.pread(self._files[shard], size, start)
         if len(data) < size:
-            raise DataError(f"shard {self._names[shard]} was cut short at byte {start + len(data)}")
+            raise DataError(
+                f"shard {self.shard_names[shard]} was cut short at byte {start + len(data)}"
+            )
         return data
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """The samples' keys, read from the tar headers."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        numbers = self._first[shards] + (indices - self._starts[shards]) * self._stride[shards]
+        shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
+        numbers = self._first[shards] + (indices - self.shard_starts[shards]) * self._stride[shards]
         headers = numbers - len(self._npy_header) - BLOCK
         return [self._key(*place) for place in zip(shards.tolist(), headers.tolist(), strict=True)]
 
@@ -383,7 +376,7 @@ class ShardSet:
         path = f"{prefix}/{name}" if prefix else name
         key = path.removesuffix(f".{MEMBERS[self.spec.kind]}")
         if not KEY.fullmatch(key):
-            raise DataError(f"shard {self._names[shard]}: {path!r} is no sample's name")
+            raise DataError(f"shard {self.shard_names[shard]}: {path!r} is no sample's name")
         return key
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from latentddae.core import config as configuration
 from latentddae.core import dist, files, runlog
 from latentddae.core.errors import ConfigError, DataError, RequeueError
 from latentddae.data.loader import Batch, Loader
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet, shard_layout
 from latentddae.planning.flops import peak_flops
 from latentddae.training import crash_loops, states
 from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
@@ -50,7 +50,7 @@ class Job:
     info: dict[str, Any]
     """Stored with every state beside the contract: what an export needs."""
     model: nn.Module
-    shards: ShardSet
+    shards: SampleSet
     data: DataConfig
     options_of: OptionsOf | None = None
     """Learning-rate factor and weight decay of a parameter, by its name."""
@@ -396,8 +396,7 @@ class Loop:
         local = self.config.global_batch // world.size
         positions = self.images + world.rank * local + np.arange(local)
         indices = self.loader.indices(positions)
-        numbers = np.unique(np.searchsorted(shards.shard_starts, indices, side="right") - 1)
-        names = ", ".join(shards.shard_names[i] for i in numbers[:4])
+        names = ", ".join(shard_layout(shards).shards_of(indices)[:4])
         keys = ", ".join(shards.keys(indices[:4]))
         return f"at {self.images:,} images; shards {names}; keys {keys}, ..."
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import exclusive, read_json_lines, text_hash, write_json
-from latentddae.data.aligned import Aligned, same_samples
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
 from latentddae.models.dit import randomize_gates
 from latentddae.models.timm_backbone import PREFIX
@@ -58,10 +58,10 @@ class Subject:
 
     checkpoint: Any
     grid: dict[str, Any]
-    train: ShardSet
-    test: ShardSet
-    pixel_train: ShardSet | None = None
-    pixel_test: ShardSet | None = None
+    train: SampleSet
+    test: SampleSet
+    pixel_train: SampleSet | None = None
+    pixel_test: SampleSet | None = None
     source: str = ""
     weights: str = "ema"
 
@@ -88,8 +88,8 @@ class Entry:
     none."""
 
     group: str
-    train: Any  # a ShardSet, or one seen through Aligned
-    test: Any
+    train: SampleSet
+    test: SampleSet
     network: Any = None
     cell: CellChoice | None = None
 
@@ -149,8 +149,8 @@ def backbone_entries(
         raise ConfigError("--timm backbones read images: give --pixels")
     for name in config.timm:
         assert subject.pixel_train is not None and subject.pixel_test is not None
-        train: Any = Aligned(subject.pixel_train, subject.train)
-        test: Any = Aligned(subject.pixel_test, subject.test)
+        train = Reordered(subject.pixel_train, subject.train)
+        test = Reordered(subject.pixel_test, subject.test)
         network = inputs.open_checkpoint(PREFIX + name)
         pools = (*subject.grid["pools"], *(["cls"] if network.model.has_class_token else []))
         settings = grids.GridConfig(
@@ -259,7 +259,7 @@ def _arrays(
             seed=seed, batch=batch, progress=progress,
         )  # fmt: skip
     train_x, test_x = (
-        flat_latents(own.spec, own, same_samples(reference, indices, own))
+        flat_latents(own.spec, own, match_keys(reference, indices, own))
         for reference, indices, own in (
             (subject.train, split.train, entry.train),
             (subject.test, np.arange(len(subject.test)), entry.test),

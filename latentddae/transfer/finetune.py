@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from latentddae.core import config as configuration
 from latentddae.core import dist, files, rng
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.loader import Batch, Loader
-from latentddae.data.part import Part
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models import zoo
 from latentddae.training.config import DataConfig, RunConfig, add_run_arguments, contract
 from latentddae.training.deepspeed_config import DTYPES, resolve_precision
@@ -162,7 +162,7 @@ class Task:
     def job(self) -> Job:
         """As the loop takes it."""
         config, world = self.config, self.here.world
-        part = cast(ShardSet, Part(self.train, self.fit))  # all that a Loader asks for
+        part = Subset(self.train, self.fit)
         fixed = contract(config, self.train)
         return Job(
             config=config,
@@ -221,7 +221,7 @@ class Task:
             for name in KINDS
         }
 
-    def _accuracy(self, state: State, name: str, shards: ShardSet, indices: np.ndarray) -> float:
+    def _accuracy(self, state: State, name: str, shards: SampleSet, indices: np.ndarray) -> float:
         """Share of right answers, each rank reading its share of the samples (a collective)."""
         classifier = self._of_state(state, name)
         mine = indices[self.here.world.rank :: self.here.world.size]
@@ -233,7 +233,7 @@ class Task:
         return float(dist.sum_tensor(right)) / len(indices)
 
     @torch.inference_mode()
-    def predict(self, classifier: Classifier, shards: ShardSet, index: np.ndarray) -> Tensor:
+    def predict(self, classifier: Classifier, shards: SampleSet, index: np.ndarray) -> Tensor:
         """Classes of samples, from posterior means of the original view: (N,) int64."""
         x0 = clean_latents(self.checkpoint.latents, shards, index).to(self.here.device)
         noise = x0
@@ -290,7 +290,7 @@ def plain(batch: Batch) -> tuple[Tensor, ...]:
 
 
 def with_partners(
-    part: ShardSet, config: FinetuneConfig, world: dist.World
+    part: SampleSet, config: FinetuneConfig, world: dist.World
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
     """Each sample followed by the one at the mirrored place of the global batch, whatever rank has
     it."""

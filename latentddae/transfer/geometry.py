@@ -23,7 +23,7 @@ from tqdm import tqdm
 from latentddae.core.errors import DataError, UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.core.rng import key_positions, uniform
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import (
     BATCH,
@@ -119,7 +119,7 @@ def chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
 
 def two_views(
     checkpoint: Any,
-    shards: ShardSet,
+    shards: SampleSet,
     indices: np.ndarray,
     *,
     level: float,
@@ -146,7 +146,7 @@ def two_views(
         yield views[0], views[1]
 
 
-def mixed_order(shards: ShardSet, indices: np.ndarray, seed: int) -> np.ndarray:
+def mixed_order(shards: SampleSet, indices: np.ndarray, seed: int) -> np.ndarray:
     """Samples in an order that follows from their keys: class folders come in order, and a mini-batch
     of one class would look less uniform than it is."""
     ranks = uniform(seed, "geometry/order", key_positions(shards.keys(indices)))
@@ -224,7 +224,7 @@ def pictures(found: dict[str, Any]) -> bytes:
 
 def run(
     checkpoint: Any,
-    shards: ShardSet,
+    shards: SampleSet,
     indices: np.ndarray,
     scratch: Path,
     *,

@@ -28,7 +28,7 @@ from latentddae.core import dist
 from latentddae.core.config import to_dict
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import (
     BATCH,
@@ -86,7 +86,7 @@ class GridConfig:
 
 def run(
     checkpoint: Any,
-    train: ShardSet,
+    train: SampleSet,
     out: Path,
     config: GridConfig,
     *,
@@ -149,7 +149,7 @@ def run(
 
 def _levels(
     checkpoint: Any,
-    train: ShardSet,
+    train: SampleSet,
     out: Path,
     config: GridConfig,
     settings: dict[str, Any],
@@ -184,7 +184,7 @@ def progress_bar(total: int, name: str, show: bool) -> Any:
 
 def judge_level(
     checkpoint: Any,
-    train: ShardSet,
+    train: SampleSet,
     level: float,
     blocks: tuple[Block, ...],
     split: inputs.Split,

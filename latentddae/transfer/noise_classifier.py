@@ -22,8 +22,7 @@ from latentddae.core import rng
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.data.loader import Batch, Loader
-from latentddae.data.part import Part
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet, Subset
 from latentddae.training.deepspeed_config import DTYPES
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer.extraction import inputs
@@ -105,14 +104,19 @@ class Reader:
 
 
 def train_head(
-    reader: Reader, part: Part, classes: int, settings: Settings, seed: int, progress: bool = True
+    reader: Reader,
+    part: SampleSet,
+    classes: int,
+    settings: Settings,
+    seed: int,
+    progress: bool = True,
 ) -> Head:
     """Every draw is keyed by (seed, images seen): sample order, view, posterior, level, noise."""
     head = Head(reader.width, classes, seed).to(reader.device)
     optim = OptimConfig(lr=settings.lr, schedule="cosine")
     adam = torch.optim.Adam(head.parameters(), lr=settings.lr)
     batch = min(settings.batch, len(part))
-    loader = Loader(part, global_batch=batch, seed=seed)  # type: ignore[arg-type]
+    loader = Loader(part, global_batch=batch, seed=seed)
     total = settings.epochs * len(part)
     batches = loader.batches()
     bar = tqdm(total=total, unit="img", unit_scale=True, disable=not progress)
@@ -143,7 +147,7 @@ def drawn(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tens
 
 @torch.no_grad()
 def accuracy_curve(
-    reader: Reader, head: Head, test: ShardSet, seed: int, count: int = TEST_LEVELS
+    reader: Reader, head: Head, test: SampleSet, seed: int, count: int = TEST_LEVELS
 ) -> list[dict[str, Any]]:
     """Share of right answers on test at the times of a sampler's grid of `count` steps, cleanest
     first; the noise follows each sample's key and is the same at all levels."""
@@ -202,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     test = cells.open_test(args.data, args.test_split, checkpoint)
     for shards in (train, test):
         inputs.labels_of(shards, np.arange(len(shards)))
-    part = Part(train, subset(train.keys(np.arange(len(train))), args.limit, seed))
+    part = Subset(train, subset(train.keys(np.arange(len(train))), args.limit, seed))
     reader = Reader(checkpoint, args.block)
     head = train_head(reader, part, len(train.classes), settings, seed)
     row = {

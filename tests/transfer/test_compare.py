@@ -166,7 +166,7 @@ def test_untrained_weights_are_neither_the_trained_ones_nor_those_of_another_see
 
 def test_pixels_of_other_images_are_refused(subject, train):
     with pytest.raises(DataError, match="lacks 32 of the 32 samples"):
-        comparison.same_samples(subject.test, np.arange(32), train)
+        comparison.match_keys(subject.test, np.arange(32), train)
 
 
 def test_a_grid_of_other_weights_or_data_is_refused(subject, tmp_path):

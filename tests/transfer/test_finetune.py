@@ -12,8 +12,8 @@ from latentddae.core import config as configuration
 from latentddae.core import files
 from latentddae.core.errors import run_command
 from latentddae.data.loader import Loader
-from latentddae.data.part import Part
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import Subset, shard_layout
 from latentddae.models import zoo
 from latentddae.training import states as states
 from latentddae.transfer import finetune
@@ -100,7 +100,7 @@ def test_a_trained_trunk_learns_planted_classes(start, tmp_path, ranks) -> None:
 def test_heldout_samples_are_never_trained_on(checkpoint, tiny_shards) -> None:
     train = ShardSet(tiny_shards, "train")
     rows = np.flatnonzero(np.arange(96) % 5 != 0)
-    part = Part(train, rows)
+    part = Subset(train, rows)
     batches = Loader(part, global_batch=7, seed=0, workers=0).batches()
     seen = [next(batches) for _ in range(11)]
     index = np.concatenate([batch.index.numpy() for batch in seen])
@@ -111,7 +111,7 @@ def test_heldout_samples_are_never_trained_on(checkpoint, tiny_shards) -> None:
         place = rows[batch.index.numpy()]
         assert np.array_equal(batch.moments.numpy(), train.gather(place)[:, 0])
         assert np.array_equal(batch.label.numpy(), train.labels[place])
-    shard = np.searchsorted(part.shard_starts, index, side="right") - 1
+    shard = np.searchsorted(shard_layout(part).starts, index, side="right") - 1
     assert np.array_equal(shard, rows[index] // 40)
 
 

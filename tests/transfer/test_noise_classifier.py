@@ -8,7 +8,7 @@ import torch
 
 from latentddae.core import rng
 from latentddae.core.errors import run_command
-from latentddae.data.part import Part
+from latentddae.data.subsets import Subset
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.models import zoo
 from latentddae.transfer import noise_classifier
@@ -61,7 +61,7 @@ def test_every_draw_follows_from_the_position(reader, train) -> None:
 
 
 def test_planted_classes_are_read_where_there_is_signal(reader, train, test) -> None:
-    part = Part(train, np.arange(len(train)))
+    part = Subset(train, np.arange(len(train)))
     head = noise_classifier.train_head(
         reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
     )
@@ -72,7 +72,7 @@ def test_planted_classes_are_read_where_there_is_signal(reader, train, test) -> 
 
 
 def test_training_is_repeatable(reader, train) -> None:
-    part, settings = Part(train, np.arange(40)), Settings(epochs=2, batch=16)
+    part, settings = Subset(train, np.arange(40)), Settings(epochs=2, batch=16)
     first, second = (
         noise_classifier.train_head(reader, part, 4, settings, seed=0, progress=False)
         for _ in range(2)

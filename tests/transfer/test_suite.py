@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.errors import UsageError
 from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
 from latentddae.transfer import suite
 from latentddae.transfer.probes import logistic
 from latentddae.transfer.probes.recipes import RECIPES
-from latentddae.transfer.protocol.joined import JoinedSets
 
 from ..conftest import tiny_spec
 from .conftest import CONFIG, write_checkpoint
@@ -42,31 +41,6 @@ def pets_and_flowers(tmp_path_factory):
                 root / name, split, spec, stored, labels.tolist(), keys, classes=("a", "b", "c")
             )
     return root
-
-
-def test_joined_splits_are_their_parts_end_to_end(pets_and_flowers):
-    train, val = (ShardSet(pets_and_flowers / "flowers102", split) for split in ("train", "val"))
-    both = JoinedSets([train, val])
-    assert (len(both), both.split) == (72, "train+val")
-    order = np.random.default_rng(0).permutation(72)
-    parts = np.concatenate([train.gather(np.arange(48))[:, :1], val.gather(np.arange(24))])
-    np.testing.assert_array_equal(both.gather(order), parts[order])
-    np.testing.assert_array_equal(both.gather(order, np.zeros(72, int)), parts[order][:, 0])
-    keys = [*train.keys(np.arange(48)), *val.keys(np.arange(24))]
-    assert both.keys(order) == [keys[i] for i in order]
-    assert both.labels.tolist() == [*train.labels, *val.labels]
-    assert both.spec.views == ("original",)
-    assert both.fingerprints["codec"] == train.fingerprints["codec"]
-    assert both.fingerprints["content"] not in (
-        train.fingerprints["content"], val.fingerprints["content"],
-    )  # fmt: skip
-
-
-def test_splits_without_a_common_view_are_refused(pets_and_flowers):
-    parts = [ShardSet(pets_and_flowers / "pets", split) for split in ("train", "test")]
-    parts[1].spec = replace(parts[1].spec, views=("copy1",))
-    with pytest.raises(ConfigError, match="no view in common"):
-        JoinedSets(parts)
 
 
 def test_a_suite_judges_each_set_by_its_own_custom(

@@ -20,7 +20,7 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.rng import key_positions, normal, uniform
 from latentddae.data.latents import LatentSpec
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.models.frozen_trunk import Output, fold, foldable
 from latentddae.models.timm_backbone import Backbone, BackboneTrunk
 from latentddae.training.deepspeed_config import resolve_precision
@@ -78,7 +78,7 @@ def extract(
     model: Any,
     objective: Any,
     spec: LatentSpec | None,
-    shards: ShardSet,
+    shards: SampleSet,
     indices: np.ndarray,
     *,
     level: float,
@@ -212,7 +212,7 @@ def noise_of(seed: int, draw: int, positions: Tensor, shape: Sequence[int]) -> T
     return normal(seed, f"features/noise/{draw}", positions, shape)
 
 
-def clean_latents(spec: LatentSpec, shards: ShardSet, index: np.ndarray) -> Tensor:
+def clean_latents(spec: LatentSpec, shards: SampleSet, index: np.ndarray) -> Tensor:
     """Posterior means of the original view at training scale: (N, C, h, w) float32."""
     view = spec.views.index("original") if "original" in spec.views else 0
     return spec.mean(torch.from_numpy(np.ascontiguousarray(shards.gather(index)[:, view])))
@@ -222,7 +222,7 @@ def collect(
     model: Any,
     objective: Any,
     spec: LatentSpec,
-    shards: ShardSet,
+    shards: SampleSet,
     indices: np.ndarray,
     **options: Any,
 ) -> dict[Cell, np.ndarray]:
@@ -246,7 +246,7 @@ def collect(
 
 
 def flat_latents(
-    spec: LatentSpec, shards: ShardSet, indices: np.ndarray, batch: int = 1024
+    spec: LatentSpec, shards: SampleSet, indices: np.ndarray, batch: int = 1024
 ) -> np.ndarray:
     """What the network sees before noise, flattened: (len(indices), C h w) float32. Pixels for a
     pixel set."""
@@ -302,7 +302,7 @@ def check_level(level: float) -> float:
     return level
 
 
-def check_data(spec: LatentSpec | None, shards: ShardSet) -> None:
+def check_data(spec: LatentSpec | None, shards: SampleSet) -> None:
     """Refuse shards that were not made by the autoencoder, at the scale and shape the network was
     trained on. A network without a spec takes images of any size."""
     if spec is None:

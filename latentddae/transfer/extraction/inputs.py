@@ -20,6 +20,7 @@ from latentddae.core import dist
 from latentddae.core.errors import DataError, UsageError
 from latentddae.core.files import append_json_line, read_json_lines, text_hash
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
@@ -54,7 +55,7 @@ class Split:
         return self.train[~self.heldout]
 
 
-def split_train(shards: ShardSet, *, holdout: float, seed: int, limit: int | None) -> Split:
+def split_train(shards: SampleSet, *, holdout: float, seed: int, limit: int | None) -> Split:
     """Decided by the samples' keys and the seed: the same for latents and pixels, any order, any
     machine."""
     chosen = subset(shards.keys(np.arange(len(shards))), limit, seed)
@@ -127,7 +128,7 @@ def open_shards(root: Path, split: str, checkpoint: Any) -> ShardSet:
     return shards
 
 
-def labels_of(shards: ShardSet, indices: np.ndarray) -> np.ndarray:
+def labels_of(shards: SampleSet, indices: np.ndarray) -> np.ndarray:
     """Labels of samples (N,) int64; refused where a sample has none."""
     labels = np.asarray(shards.labels)[indices].astype(np.int64)
     if len(labels) and labels.min() < 0:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from latentddae.core.errors import ConfigError, DataError, UsageError
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import (
     BATCH,
@@ -68,8 +69,8 @@ class Arrays:
 
 def cell_arrays(
     checkpoint: Any,
-    train: ShardSet,
-    test: ShardSet,
+    train: SampleSet,
+    test: SampleSet,
     split: inputs.Split,
     cell: CellChoice,
     *,
@@ -96,7 +97,7 @@ def cell_arrays(
 
 
 def arrays_of(
-    train_x: np.ndarray, test_x: np.ndarray, train: ShardSet, test: ShardSet, split: inputs.Split
+    train_x: np.ndarray, test_x: np.ndarray, train: SampleSet, test: SampleSet, split: inputs.Split
 ) -> Arrays:
     """Put labels beside features of the split's train samples and of all test samples."""
     if test.classes != train.classes:
@@ -150,7 +151,7 @@ def chosen_cell(grid: dict[str, Any], pool: str | None = None) -> CellChoice:
     )  # fmt: skip
 
 
-def check_grid(grid: dict[str, Any], model_hash: str, train: ShardSet) -> None:
+def check_grid(grid: dict[str, Any], model_hash: str, train: SampleSet) -> None:
     """Refuse a cell that was chosen on other weights or other data."""
     if grid["checkpoint"]["model_hash"] != model_hash:
         raise ConfigError(

@@ -13,33 +13,11 @@ from torch import Tensor
 from latentddae.core.errors import DataError
 from latentddae.core.rng import purpose_key, uniform
 from latentddae.data.latents import LatentSpec
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SingleView
 from latentddae.transfer.protocol.session import Opened
 
 Feed = Callable[[int], np.ndarray]
 """Features of all training samples in an epoch: (N, D) float32 on every rank. A collective."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SeenThrough:
-    """A shard set of which each sample shows one view only."""
-
-    shards: ShardSet
-    views: np.ndarray  # (len(shards),) int64
-
-    @property
-    def spec(self) -> LatentSpec:
-        return one_view(self.shards.spec)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """(N,) indices -> (N, 1, *stored_shape)."""
-        return self.shards.gather(indices, self.views[indices])[:, None]
-
-    def keys(self, indices: np.ndarray) -> list[str]:
-        return self.shards.keys(indices)
 
 
 def one_view(spec: LatentSpec) -> LatentSpec:
@@ -66,7 +44,7 @@ def draw(opened: Opened, seed: int, number: int) -> np.ndarray:
     chosen = choose(opened.positions, seed, f"probe/view/{number}", len(allowed))
     views[opened.split.train] = allowed[chosen]
     return opened.features(
-        SeenThrough(train, views),
+        SingleView(train, views),
         opened.split.train,
         purpose_key(seed, f"probe/draw/{number}")[0],
         f"draw {number + 1}",

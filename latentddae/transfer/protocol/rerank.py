@@ -16,7 +16,7 @@ import numpy as np
 
 from latentddae.core import dist
 from latentddae.core.files import text_hash, write_json
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect, subset
 from latentddae.transfer.probes import logistic
@@ -48,7 +48,7 @@ def _rank(cell: dict[str, Any]) -> tuple[float, float, int]:
     return -cell["accuracy"], cell["level"], cell["block"]
 
 
-def samples(train: ShardSet, split: inputs.Split, seed: int) -> inputs.Split:
+def samples(train: SampleSet, split: inputs.Split, seed: int) -> inputs.Split:
     """All held-out samples and at most SAMPLES of those that fit, in the order of the split."""
     fit = split.fit[subset(train.keys(split.fit), SAMPLES, seed)]
     keep = split.heldout | np.isin(split.train, fit)
@@ -57,7 +57,7 @@ def samples(train: ShardSet, split: inputs.Split, seed: int) -> inputs.Split:
 
 def judge(
     checkpoint: Any,
-    train: ShardSet,
+    train: SampleSet,
     split: inputs.Split,
     cells: Sequence[dict[str, Any]],
     options: dict[str, Any],
@@ -102,7 +102,7 @@ def read(path: Path, identity: str) -> list[dict[str, Any]] | None:
 
 def run(
     checkpoint: Any,
-    train: ShardSet,
+    train: SampleSet,
     folder: Path,
     settings: dict[str, Any],
     split: inputs.Split,

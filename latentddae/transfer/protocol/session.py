@@ -24,7 +24,7 @@ from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.files import read_json_lines, text_hash, write_atomic
 from latentddae.core.rng import key_positions
 from latentddae.data.latents import LatentSpec
-from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.store import Stored
@@ -43,8 +43,8 @@ class Opened:
 
     checkpoint: Any
     described: dict[str, Any]
-    train: ShardSet
-    test: ShardSet
+    train: SampleSet
+    test: SampleSet
     split: inputs.Split
     cell: CellChoice
     settings: dict[str, Any]
@@ -58,7 +58,12 @@ class Opened:
     """Features on disk, read in place of running the network."""
 
     def features(
-        self, shards: Any, indices: np.ndarray, seed: int, name: str, spec: LatentSpec | None = None
+        self,
+        shards: SampleSet,
+        indices: np.ndarray,
+        seed: int,
+        name: str,
+        spec: LatentSpec | None = None,
     ) -> np.ndarray:
         """The cell's features of these samples, (N, D) float32 on every rank; each extracts a
         share. `spec` stands in for the checkpoint's."""
@@ -77,7 +82,9 @@ class Opened:
             )  # fmt: skip
         return shares.joined(next(iter(found.values())))
 
-    def _read(self, stored: Stored, shards: Any, indices: np.ndarray, seed: int) -> np.ndarray:
+    def _read(
+        self, stored: Stored, shards: SampleSet, indices: np.ndarray, seed: int
+    ) -> np.ndarray:
         """Rows of the folder, (N, D) float16; the map itself where all rows are wanted."""
         weights = self.described["model_hash"]
         stored.check(weights, shards.split, shards.fingerprints, self.cell)
