@@ -67,8 +67,8 @@ def main() -> None:
             "euler": (euler, 1),
             "heun": (heun, 2),
         }
-        if objective.frame != "linear":
-            runs["heun, frame=linear"] = (partial(heun, frame="linear"), 2)
+        if objective.ode_coordinates != "linear":
+            runs["heun, ode_coordinates=linear"] = (partial(heun, ode_coordinates="linear"), 2)
         for title, (sampler, calls) in runs.items():
             found = errors(sampler, objective, truth, noise)
             order = slope(found)

@@ -176,7 +176,7 @@ def host_time_per_step() -> None:
                 def free(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
                     return answer
 
-                sampler(objective, free, noise, steps=HOST_STEPS, draw=lambda step: noise)
+                sampler(objective, free, noise, steps=HOST_STEPS, noise_sampler=lambda step: noise)
 
             label = f"{kind} {name}"
             variants[label] = run

@@ -121,7 +121,7 @@ def pretraining(config: TrainConfig, here: RunContext) -> Job:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x0, t, noise, labels; every draw is keyed by (seed, purpose, global position)."""
         x0 = spec.sample(moments, rng.normal(seed, "posterior", position, spec.shape))
-        t = objective.times(rng.uniform(seed, "time", position))
+        t = objective.sample_timesteps(rng.uniform(seed, "time", position))
         noise = rng.normal(seed, "noise", position, spec.shape)
         if not config.conditional:
             return x0, t, noise, None

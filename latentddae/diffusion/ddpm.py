@@ -27,7 +27,9 @@ from latentddae.diffusion.levels import (
     per_sample,
 )
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
-from latentddae.diffusion.objective import Model, Spacing
+from latentddae.diffusion.objective import Model
+
+Spacing = Literal["leading", "even"]
 
 PIXEL_BIN = 1.0 / 255.0  # half the width of an 8-bit level on [-1, 1]
 PIXEL_EDGE = 0.999  # beyond it the outermost bins are open
@@ -70,7 +72,7 @@ class DDPM:
     """Denoising over a discrete schedule."""
 
     kind: ClassVar[str] = "ddpm"
-    frame: ClassVar[Literal["linear", "ve"]] = "linear"
+    ode_coordinates: ClassVar[Literal["linear", "ve"]] = "linear"
 
     preset: Literal["dit", "ddae"] = "dit"
     """Whose conventions: see the top of this file."""
@@ -102,7 +104,7 @@ class DDPM:
         return 0 if self.preset == "dit" else 1
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def level_range(self) -> tuple[float, float]:
         return self.to_level(float(self.first_time)), self.to_level(float("inf"))
 
     def tables(self, device: torch.device) -> Tables:
@@ -125,7 +127,7 @@ class DDPM:
         return self.steps - 1 - from_end + self.first_time
 
     def _node(self, t: Tensor) -> Tensor:
-        """Table node of own times: first_time is node 1."""
+        """Table node of timesteps: first_time is node 1."""
         return (t - self.first_time + 1).clamp(1, self.steps)
 
     def _log_snr(self, t: Tensor) -> Tensor:
@@ -143,11 +145,11 @@ class DDPM:
         log_snr = self._log_snr(t.double())
         return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
-    def times(self, u: Tensor) -> Tensor:
+    def sample_timesteps(self, u: Tensor) -> Tensor:
         """Uniform over the T times, int64."""
         return (u * self.steps).long().clamp(max=self.steps - 1) + self.first_time
 
-    def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
+    def sampling_timesteps(self, steps: int, spacing: Spacing = "leading") -> Tensor:
         """int64 times. leading: every (T / steps)-th from the cleanest (DDIM); even: both ends
         included (DiT's respacing)."""
         if steps > self.steps:
@@ -158,7 +160,7 @@ class DDPM:
             index = torch.arange(steps) * self.steps // steps
         return index.flip(0) + self.first_time
 
-    def start(self, noise: Tensor) -> Tensor:
+    def initial_latent(self, noise: Tensor) -> Tensor:
         return noise
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -167,20 +169,22 @@ class DDPM:
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x_t, t if self.preset == "dit" else t / self.steps
 
-    def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
         """mse, plus vb where the variance is learned (the hybrid loss): (N,)."""
-        terms = self.loss_terms(model, x0, y, t, noise)
+        terms = self.loss_terms(model, x0, condition, t, noise)
         return sum(terms.values(), torch.zeros_like(terms["mse"]))
 
     def loss_terms(
-        self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """`mse`: squared error of the prediction; `vb`: variational bound in bits per dimension,
         which trains the variance only (improved DDPM, section 3.1). Integer times; (N,) each."""
         channels = x0.shape[1]
         alpha, sigma = (per_sample(v, x0) for v in self.alpha_sigma(t))
         x_t = alpha * x0 + sigma * noise
-        output = self._call(model, x_t, t, y)
+        output = self._call(model, x_t, t, condition)
         prediction = output[:, :channels]
         target = self._target(x0, noise, alpha, sigma)
         mse = mean_over_elements((prediction - target) ** 2)
@@ -204,8 +208,8 @@ class DDPM:
         weight = {"noise": (alpha / sigma) ** 2, "x0": torch.ones_like(sigma), "v": sigma**-2}
         return weight[self.predict].float()
 
-    def _call(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        output = model(*self.network_input(x_t, t), y)
+    def _call(self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        output = model(*self.network_input(x_t, t), condition)
         if self.learn_sigma and output.shape[1] != 2 * x_t.shape[1]:
             raise ConfigError(
                 f"a learned variance needs {2 * x_t.shape[1]} output channels, the model has "
@@ -213,8 +217,10 @@ class DDPM:
             )
         return output
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self._x0(self._call(model, x_t, t, y)[:, : x_t.shape[1]], x_t, t)
+    def denoise(
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        return self._x0(self._call(model, x_t, t, condition)[:, : x_t.shape[1]], x_t, t)
 
     def _x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         if self.predict == "x0":
@@ -229,14 +235,14 @@ class DDPM:
         model: Model,
         x_t: Tensor,
         t: Tensor,
-        y: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         previous: Tensor | None = None,
         clip: bool = False,
     ) -> Posterior:
         """One ancestral step from integer times t to `previous` (default t - 1; below the first
         time is the clean end). `clip` keeps the believed x0 in [-1, 1]."""
-        output = self._call(model, x_t, t, y)
+        output = self._call(model, x_t, t, condition)
         return self._posterior(output, x_t, t, t - 1 if previous is None else previous, clip)
 
     def _posterior(

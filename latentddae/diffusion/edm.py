@@ -18,15 +18,15 @@ from latentddae.diffusion.levels import (
     ratio_of_level,
 )
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
-from latentddae.diffusion.objective import Model, Spacing
+from latentddae.diffusion.objective import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class EDM:
-    """The denoiser of EDM; own time t is sigma."""
+    """The denoiser of EDM; timestep t is sigma."""
 
     kind: ClassVar[str] = "edm"
-    frame: ClassVar[Literal["linear", "ve"]] = "ve"
+    ode_coordinates: ClassVar[Literal["linear", "ve"]] = "ve"
     learn_sigma: ClassVar[bool] = False
 
     sigma_data: float = 1.0
@@ -50,7 +50,7 @@ class EDM:
             )
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def level_range(self) -> tuple[float, float]:
         return level_of_ratio(self.sigma_min), level_of_ratio(self.sigma_max)
 
     def to_level(self, t: Real) -> Real:
@@ -63,17 +63,16 @@ class EDM:
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
-    def times(self, u: Tensor) -> Tensor:
+    def sample_timesteps(self, u: Tensor) -> Tensor:
         return (self.p_mean + self.p_std * torch.special.ndtri(u)).exp()
 
-    def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
+    def sampling_timesteps(self, steps: int) -> Tensor:
         """Equation 5: evenly spaced in sigma^(1 / rho) from sigma_max down to sigma_min."""
-        del spacing
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return (high + ramp * (low - high)) ** self.rho
 
-    def start(self, noise: Tensor) -> Tensor:
+    def initial_latent(self, noise: Tensor) -> Tensor:
         return noise * self.sigma_max
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -89,15 +88,19 @@ class EDM:
         total = t**2 + self.sigma_data**2
         return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt()
 
-    def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
         """lambda(sigma) |D - x0|^2, mean over elements: (N,); `none` leaves lambda out."""
-        error = self.denoise(model, self.add_noise(x0, t, noise), t, y) - x0
+        error = self.denoise(model, self.add_noise(x0, t, noise), t, condition) - x0
         squared = mean_over_elements(error**2)
         if self.weighting == "none":
             return squared
         return squared * x0_weight(self.weighting, self.to_level(t), self.sigma_data)
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        output = model(*self.network_input(x_t, t), y)[:, : x_t.shape[1]]
+    def denoise(
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        output = model(*self.network_input(x_t, t), condition)[:, : x_t.shape[1]]
         c_skip, c_out = self.preconditioning(t)
         return per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * output

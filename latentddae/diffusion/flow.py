@@ -1,7 +1,7 @@
 """Flow matching on the straight path, velocity prediction (rectified flow; SiT, arXiv 2401.08740).
 
 x_t = (1 - s) x0 + s noise, where s is the noise level. The network predicts the velocity dx/dt in
-the objective's own time t: t = s here by default (1 is noise), t = 1 - s for SiT and LightningDiT
+the timestep t: t = s here by default (1 is noise), t = 1 - s for SiT and LightningDiT
 (`time: data`).
 """
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from latentddae.diffusion.levels import Real, mean_over_elements, mix, per_sample
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
-from latentddae.diffusion.objective import Model, Spacing
+from latentddae.diffusion.objective import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Flow:
     """Velocity matching on the linear path."""
 
     kind: ClassVar[str] = "flow"
-    frame: ClassVar[Literal["linear", "ve"]] = "linear"
+    ode_coordinates: ClassVar[Literal["linear", "ve"]] = "linear"
     learn_sigma: ClassVar[bool] = False
-    reach: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    level_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     time: Literal["noise", "data"] = "noise"
     """What t = 1 is."""
@@ -34,7 +34,7 @@ class Flow:
     logit_std: float = 1.0
     shift: float = 1.0
     """Levels become shift s / (1 + (shift - 1) s) in training and in sampling: above 1 more noise.
-    LightningDiT's shift 0.3, written for its own time, is 1 / 0.3 here."""
+    LightningDiT's shift 0.3, written for time that runs from noise to data, is 1 / 0.3 here."""
     cosine_weight: float = 0.0
     """Weight of 1 - cos(predicted, true velocity) over channels (LightningDiT uses 1)."""
     weighting: Weighting = "none"
@@ -57,7 +57,7 @@ class Flow:
         s = self.to_level(t)
         return 1 - s, s
 
-    def times(self, u: Tensor) -> Tensor:
+    def sample_timesteps(self, u: Tensor) -> Tensor:
         s = u
         if self.sampling == "logit_normal":
             s = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
@@ -66,11 +66,10 @@ class Flow:
     def shifted(self, s: Tensor) -> Tensor:
         return self.shift * s / (1 + (self.shift - 1) * s)
 
-    def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
-        del spacing
+    def sampling_timesteps(self, steps: int) -> Tensor:
         return self.to_time(self.shifted(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
 
-    def start(self, noise: Tensor) -> Tensor:
+    def initial_latent(self, noise: Tensor) -> Tensor:
         return noise
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -81,13 +80,15 @@ class Flow:
         return x_t, t
 
     def velocity(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """dx_t/dt in own time, which the network predicts."""
+        """dx_t/dt with respect to t, which the network predicts."""
         return noise - x0 if self.time == "noise" else x0 - noise
 
-    def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
         """Mean squared velocity error, plus the cosine term if asked for: (N,)."""
         x_t = self.add_noise(x0, t, noise)
-        predicted = model(*self.network_input(x_t, t), y)[:, : x0.shape[1]]
+        predicted = model(*self.network_input(x_t, t), condition)[:, : x0.shape[1]]
         target = self.velocity(x0, noise)
         loss = mean_over_elements((predicted - target) ** 2)
         if self.weighting != "none":
@@ -98,7 +99,9 @@ class Flow:
             loss = loss + self.cosine_weight * mean_over_elements(1 - cosine)
         return loss
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        velocity = model(*self.network_input(x_t, t), y)[:, : x_t.shape[1]]
+    def denoise(
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        velocity = model(*self.network_input(x_t, t), condition)[:, : x_t.shape[1]]
         rest = -t if self.time == "noise" else 1 - t  # of the way along the straight path to x0
         return x_t + per_sample(rest, x_t) * velocity

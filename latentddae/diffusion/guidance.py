@@ -53,7 +53,7 @@ def guided(model: Model, guidance: Guidance) -> Model:
         labels = torch.cat([y, torch.full_like(y, null_label)])
         labelled, null = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         count = x.shape[1] if guidance.channels is None else guidance.channels
-        pulled = torch.lerp(null[:, :count], labelled[:, :count], guidance.scale)
-        return torch.cat([pulled, labelled[:, count:]], dim=1)
+        guided_channels = torch.lerp(null[:, :count], labelled[:, :count], guidance.scale)
+        return torch.cat([guided_channels, labelled[:, count:]], dim=1)
 
     return call

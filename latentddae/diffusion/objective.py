@@ -10,14 +10,13 @@ from torch import Tensor
 from latentddae.diffusion.levels import Real
 
 Model = Callable[..., Tensor]  # (x, network time, labels or None) -> (N, C or 2C, H, W)
-Spacing = Literal["leading", "even"]
 
 
 class Objective(Protocol):
     """A frozen record. x_t = alpha x0 + sigma noise; the clean end is alpha = 1, sigma = 0."""
 
     kind: ClassVar[str]
-    frame: ClassVar[Literal["linear", "ve"]]
+    ode_coordinates: ClassVar[Literal["linear", "ve"]]
     """Coordinates in which the ODE is solved: x / (alpha + sigma) against s, or x / alpha against
     sigma / alpha. With x0 and noise held fixed the path is a straight line in either."""
 
@@ -26,35 +25,39 @@ class Objective(Protocol):
         """Whether the network must have 2C output channels."""
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def level_range(self) -> tuple[float, float]:
         """The levels the network is trained on, cleanest and noisiest."""
 
     def to_time(self, s: Real) -> Real:
-        """Level -> own time."""
+        """Noise level -> timestep."""
 
     def to_level(self, t: Real) -> Real:
-        """Own time -> level."""
+        """Timestep -> noise level."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The path: signal and noise amplitude at own times, (N,) -> (N,), (N,)."""
+        """The path: signal and noise amplitude at timesteps, (N,) -> (N,), (N,)."""
 
-    def times(self, u: Tensor) -> Tensor:
+    def sample_timesteps(self, u: Tensor) -> Tensor:
         """Training times for uniform u in (0, 1): (N,) -> (N,)."""
 
-    def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
+    def sampling_timesteps(self, steps: int) -> Tensor:
         """Times at which a sampler calls the network: (steps,), noisiest first, without the end."""
 
-    def start(self, noise: Tensor) -> Tensor:
+    def initial_latent(self, noise: Tensor) -> Tensor:
         """The latent that sampling starts from, for standard normal noise."""
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t: (N, C, H, W), (N,), (N, C, H, W) -> (N, C, H, W)."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is fed for x_t at own times t."""
+        """What the network is fed for x_t at timesteps t."""
 
-    def loss(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+    ) -> Tensor:
         """Training loss per sample: (N,) float32."""
 
-    def denoise(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """The clean latent the network expects behind x_t: (N, C, H, W)."""

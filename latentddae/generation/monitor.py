@@ -92,6 +92,6 @@ def heldout_losses(
         x0 = shards.spec.mean(stored).to(device)
         noise = rng.normal(seed, "held-out noise", positions, shards.spec.shape).to(device)
         u = ((positions + 0.5) * GOLDEN_RATIO) % 1.0
-        t = objective.times(u.float()).to(device)
+        t = objective.sample_timesteps(u.float()).to(device)
         parts.append(objective.loss(model, x0, None, t, noise).float().cpu())
     return torch.cat(parts)

@@ -58,7 +58,7 @@ class SampleConfig:
     """balanced (i modulo classes), random, none (the null label), or a list "3,7" taken in turn."""
     guidance: Guidance = field(default_factory=Guidance)
     clip: bool = False
-    """Keep the believed clean image in [-1, 1]; for pixel models."""
+    """Keep the predicted clean image in [-1, 1]; for pixel models."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights."""
 
@@ -107,7 +107,7 @@ def generate(
     settings: SampleConfig | None = None,
     *,
     batch: int = 64,
-    watch: Any = None,
+    callback: Any = None,
     **changes: Any,
 ) -> Tensor:
     """Latents at training scale of the given image indices: (len(indices), C, h, w) on the CPU.
@@ -115,7 +115,9 @@ def generate(
     Settings come as a record, or as its fields: generate(checkpoint, range(64), steps=20).
     """
     settings = settings or SampleConfig(**changes)
-    return torch.cat([x0.cpu() for _, x0 in batches(checkpoint, indices, settings, batch, watch)])
+    return torch.cat(
+        [x0.cpu() for _, x0 in batches(checkpoint, indices, settings, batch, callback)]
+    )
 
 
 def batches(
@@ -123,7 +125,7 @@ def batches(
     indices: Sequence[int],
     settings: SampleConfig,
     batch: int,
-    watch: Any = None,
+    callback: Any = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (image indices, their x0 (n, C, h, w) float32) in batches."""
     if not indices:
@@ -135,7 +137,7 @@ def batches(
         positions = torch.tensor(list(indices[first : first + batch]), dtype=torch.int64)
         y = labels_for(settings.labels, model.config.num_classes, positions, seed)
 
-        def draw(step: int, positions: Tensor = positions) -> Tensor:
+        def noise_sampler(step: int, positions: Tensor = positions) -> Tensor:
             return rng.normal(seed, f"sampler step {step}", positions, shape).to(device)
 
         x0 = SAMPLERS[settings.sampler](
@@ -146,8 +148,8 @@ def batches(
             steps=settings.steps,
             guidance=settings.guidance,
             clip=settings.clip,
-            draw=draw,
-            watch=watch,
+            noise_sampler=noise_sampler,
+            callback=callback,
             **settings.options,
         )
         yield positions.tolist(), x0.float()
@@ -160,19 +162,19 @@ def decode(checkpoint: zoo.Checkpoint, x0: Tensor, autoencoder: Any, batch: int 
 
 
 def trajectory(checkpoint: zoo.Checkpoint, settings: SampleConfig, autoencoder: Any) -> np.ndarray:
-    """A sheet: one row per image, the believed clean image from the first step to the last."""
-    believed: list[Tensor] = []
+    """A sheet: one row per image, the predicted clean image from the first step to the last."""
+    predictions: list[Tensor] = []
     generate(
         checkpoint,
         range(TRAJECTORY_IMAGES),
         settings,
         batch=TRAJECTORY_IMAGES,
-        watch=lambda step, x0, x: believed.append(x0.float().cpu()),
+        callback=lambda step, x0, x: predictions.append(x0.float().cpu()),
     )
-    if not believed:
+    if not predictions:
         raise ConfigError(f"sampler {settings.sampler} takes steps of its own: no trajectory")
-    chosen = np.linspace(0, len(believed) - 1, min(TRAJECTORY_COLUMNS, len(believed))).round()
-    columns = [decode(checkpoint, believed[int(i)], autoencoder) for i in chosen]
+    chosen = np.linspace(0, len(predictions) - 1, min(TRAJECTORY_COLUMNS, len(predictions))).round()
+    columns = [decode(checkpoint, predictions[int(i)], autoencoder) for i in chosen]
     rows = np.stack(columns, axis=1)
     return sheet(rows.reshape(-1, *rows.shape[2:]), len(columns))
 
@@ -291,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cfg-channels", type=int, help="guide the first so many channels only; DiT: 3")
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     add("--allow-cfg-below-1", action="store_true")
-    add("--clip", action="store_true", help="keep the believed image in [-1, 1] (pixel models)")
+    add("--clip", action="store_true", help="keep the predicted image in [-1, 1] (pixel models)")
     add("--dtype", choices=tuple(DTYPES), default="fp32")
     add("--batch", type=int, default=64)
     add("--only", type=int, action="append", metavar="INDEX", help="make this image alone")
@@ -384,7 +386,7 @@ def check(checkpoint: zoo.Checkpoint, settings: SampleConfig, num: int) -> None:
         raise ConfigError(f"ancestral sampling is DDPM's, the checkpoint's objective is {kind}")
     if settings.guidance.scale != 1 and settings.labels == "none":
         raise ConfigError("guidance needs labels; labels none leaves nothing to guide towards")
-    checkpoint.objective.grid(settings.steps)
+    checkpoint.objective.sampling_timesteps(settings.steps)
 
 
 if __name__ == "__main__":

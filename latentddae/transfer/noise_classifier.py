@@ -97,7 +97,7 @@ class Reader:
 
     @torch.no_grad()
     def features(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Clean latents and noise (N, C, h, w), own times (N,) -> (N, D) float32."""
+        """Clean latents and noise (N, C, h, w), timesteps (N,) -> (N, D) float32."""
         x, network_t = self.objective.network_input(self.objective.add_noise(x0, t, noise), t)
         tokens = self.model.taps(x, network_t, null_labels(self.model, len(x)), (self.block,))
         return pool_mean(tokens[self.block])
@@ -140,7 +140,7 @@ def drawn(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tens
     posterior = rng.normal(seed, "posterior", position, shape)
     x0 = reader.latents.sample(batch.moments.to(reader.device), posterior)
     noise = rng.normal(seed, "noise-classifier/noise", position, shape)
-    t = reader.objective.times(rng.uniform(seed, "noise-classifier/time", position))
+    t = reader.objective.sample_timesteps(rng.uniform(seed, "noise-classifier/time", position))
     features = reader.features(x0, noise, t)
     return features, reader.objective.to_level(t), batch.label.to(reader.device)
 
@@ -151,7 +151,7 @@ def accuracy_curve(
 ) -> list[dict[str, Any]]:
     """Share of right answers on test at the times of a sampler's grid of `count` steps, cleanest
     first; the noise follows each sample's key and is the same at all levels."""
-    times = reader.objective.grid(count).flip(0).float().to(reader.device)
+    times = reader.objective.sampling_timesteps(count).flip(0).float().to(reader.device)
     right = torch.zeros(count, dtype=torch.float64)
     for start in range(0, len(test), TEST_BATCH):
         index = np.arange(start, min(start + TEST_BATCH, len(test)))

@@ -63,7 +63,7 @@ def curve(name: str) -> dict[str, Any]:
         positions = torch.arange(step * BATCH, (step + 1) * BATCH)
         x0 = pictures(positions)
         noise = rng.normal(0, "noise", positions, (4, 8, 8)).double()
-        t = objective.times(rng.uniform(0, "time", positions).double())
+        t = objective.sample_timesteps(rng.uniform(0, "time", positions).double())
         loss = objective.loss(model, x0, None, t, noise)
         optimizer.zero_grad()
         loss.mean().backward()

@@ -60,7 +60,7 @@ def test_scale_1_costs_one_pass_and_equals_the_labelled_output() -> None:
 
 @pytest.mark.parametrize("objective", [Flow(), Flow(time="data"), DDPM(variance="large")])
 def test_the_interval_saves_passes_outside(objective: Any) -> None:
-    model, levels = Counted(), objective.to_level(objective.grid(10).double())
+    model, levels = Counted(), objective.to_level(objective.sampling_timesteps(10).double())
     inside = int(((levels >= 0.25) & (levels <= 0.75)).sum())
     assert 0 < inside < 10
     guidance = Guidance(scale=2.0, low=0.25, high=0.75)
@@ -70,9 +70,15 @@ def test_the_interval_saves_passes_outside(objective: Any) -> None:
         model = Counted()
         draw = lambda step: noise()  # noqa: E731
         ancestral(
-            objective, model, noise(), torch.tensor([1, 4]), steps=10, guidance=guidance, draw=draw
+            objective,
+            model,
+            noise(),
+            torch.tensor([1, 4]),
+            steps=10,
+            guidance=guidance,
+            noise_sampler=draw,
         )
-        even = objective.to_level(objective.grid(10, spacing="even").double())
+        even = objective.to_level(objective.sampling_timesteps(10, spacing="even").double())
         assert model.rows == 2 * (10 + int(((even >= 0.25) & (even <= 0.75)).sum()))
 
 

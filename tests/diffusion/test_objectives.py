@@ -55,7 +55,7 @@ def exact_network(objective: Any, x0: Tensor) -> Any:
 @each_objective
 def test_denoise_inverts_add_noise(objective: Any) -> None:
     x0, noise, u = data()
-    t = objective.times(u)
+    t = objective.sample_timesteps(u)
     x_t = objective.add_noise(x0, t, noise)
     model = exact_network(objective, x0.double())
     found = objective.denoise(model, x_t.double(), t)
@@ -65,7 +65,7 @@ def test_denoise_inverts_add_noise(objective: Any) -> None:
 @each_objective
 def test_the_exact_network_has_no_loss(objective: Any) -> None:
     x0, noise, u = data(dtype=torch.float64)
-    t = objective.times(u)
+    t = objective.sample_timesteps(u)
 
     def model(x_in: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
         return exact_network(objective, x0)(x_in, time, y)
@@ -82,7 +82,7 @@ def test_the_exact_network_has_no_loss(objective: Any) -> None:
 
 @each_objective
 def test_round_trips_of_the_noise_axis(objective: Any) -> None:
-    low, high = objective.reach
+    low, high = objective.level_range
     s = torch.linspace(max(low, 1e-3), min(high, 0.999), 201, dtype=torch.float64)
     t = objective.to_time(s)
     torch.testing.assert_close(objective.to_level(t), s, rtol=0, atol=1e-6)
@@ -99,7 +99,7 @@ def test_round_trips_of_the_noise_axis(objective: Any) -> None:
 
 @each_objective
 def test_snr_falls_as_the_level_rises(objective: Any) -> None:
-    low, high = objective.reach
+    low, high = objective.level_range
     s = torch.linspace(low + 1e-4, high - 1e-4, 301, dtype=torch.float64)
     alpha, sigma = objective.alpha_sigma(objective.to_time(s))
     assert ((alpha / sigma).diff() < 0).all()
@@ -120,7 +120,7 @@ def test_cross_checks_of_the_field() -> None:
     alpha, sigma = ddpm.alpha_sigma(torch.tensor([121, 81]))
     assert (alpha**2).tolist() == pytest.approx([0.8527, 0.9283], abs=5e-5)
     assert (sigma / alpha).tolist() == pytest.approx([0.416, 0.278], abs=5e-4)
-    assert ddpm.reach == pytest.approx((0.0099, 0.9937), abs=5e-5)
+    assert ddpm.level_range == pytest.approx((0.0099, 0.9937), abs=5e-5)
     assert ddpm.to_time(0.001) == 0
     assert ddpm.to_time(0.999) == 999
     paper = OBJECTIVES["ddpm"](preset="ddae")
@@ -131,11 +131,11 @@ def test_cross_checks_of_the_field() -> None:
 
 def test_edm_grid_is_the_papers() -> None:
     """FACTS 1.3: the 18-step table, counted from the clean end."""
-    sigmas = EDM().grid(18).flip(0).tolist()
+    sigmas = EDM().sampling_timesteps(18).flip(0).tolist()
     found = [sigmas[i - 1] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 18)]
     table = [0.002, 0.0075, 0.0229, 0.0600, 0.1395, 0.296, 0.585, 1.088, 1.92, 8.40, 80]
     assert found == pytest.approx(table, rel=5e-3)
-    assert EDM().grid(1).tolist() == [80]
+    assert EDM().sampling_timesteps(1).tolist() == [80]
 
 
 def test_network_inputs_of_the_conventions() -> None:
@@ -153,25 +153,27 @@ def test_network_inputs_of_the_conventions() -> None:
 
 def test_training_times_follow_their_distributions() -> None:
     u = (torch.arange(20000) + 0.5) / 20000
-    log_sigma = EDM(p_mean=-0.4, p_std=1.5).times(u).log()
+    log_sigma = EDM(p_mean=-0.4, p_std=1.5).sample_timesteps(u).log()
     assert log_sigma.mean() == pytest.approx(-0.4, abs=1e-3)
     assert log_sigma.std() == pytest.approx(1.5, abs=2e-3)
-    logit = Flow(sampling="logit_normal", logit_mean=0.3).times(u).logit()
+    logit = Flow(sampling="logit_normal", logit_mean=0.3).sample_timesteps(u).logit()
     assert logit.mean() == pytest.approx(0.3, abs=1e-3)
     assert logit.std() == pytest.approx(1.0, abs=2e-3)
-    assert torch.equal(Flow().times(u), u)
+    assert torch.equal(Flow().sample_timesteps(u), u)
     shifted = Flow(shift=3.0)
-    assert shifted.times(torch.tensor([0.5])).item() == pytest.approx(0.75)
+    assert shifted.sample_timesteps(torch.tensor([0.5])).item() == pytest.approx(0.75)
     backwards = Flow(shift=3.0, time="data")
-    assert backwards.to_level(backwards.times(torch.tensor([0.5]))).item() == pytest.approx(0.75)
+    assert backwards.to_level(
+        backwards.sample_timesteps(torch.tensor([0.5]))
+    ).item() == pytest.approx(0.75)
     # LightningDiT writes t' = s t / (1 + (s - 1) t) for time 1 = data: its shift is our 1 / shift
     t = torch.tensor([0.2, 0.7])
     theirs = 0.3 * t / (1 + (0.3 - 1) * t)
     ours = Flow(shift=1 / 0.3, time="data")
     torch.testing.assert_close(ours.to_time(ours.shifted(ours.to_level(t))), theirs)
-    counts = DDPM().times(u).bincount(minlength=1000)
+    counts = DDPM().sample_timesteps(u).bincount(minlength=1000)
     assert counts.tolist() == [20] * 1000
-    paper = DDPM(preset="ddae").times(torch.tensor([1e-7, 1 - 1e-7]))
+    paper = DDPM(preset="ddae").sample_timesteps(torch.tensor([1e-7, 1 - 1e-7]))
     assert paper.tolist() == [1, 1000]
 
 
@@ -236,8 +238,8 @@ def test_a_learned_sigma_head_and_labels_pass_through(objective: Any) -> None:
         return torch.cat([x, 0 * x], dim=1)
 
     y = torch.tensor([0, 1, 2, 10])
-    assert objective.loss(model, x0, y, objective.times(u), noise).shape == (4,)
-    assert objective.denoise(model, x0, objective.times(u), y).shape == x0.shape
+    assert objective.loss(model, x0, y, objective.sample_timesteps(u), noise).shape == (4,)
+    assert objective.denoise(model, x0, objective.sample_timesteps(u), y).shape == x0.shape
     assert all(torch.equal(labels, y) for labels in seen)
 
 
@@ -328,7 +330,7 @@ def test_any_number_of_classes_trains_and_gives_features(kind: str, num_classes:
     randomize_gates(model, seed=0)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     x0, noise, u = data(4)
-    t = objective.times(u)
+    t = objective.sample_timesteps(u)
     labels = torch.tensor([0, max(num_classes - 1, 0), num_classes, num_classes])
     objective.loss(model, x0, labels if num_classes else None, t, noise).mean().backward()
     if num_classes:

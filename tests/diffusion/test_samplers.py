@@ -84,7 +84,7 @@ def test_ddim_equals_diffusers(
     noise, y = start
     objective = DDPM(predict=predict, schedule=schedule)
     ours = Recorder()
-    ddim(objective, network, noise, y, steps=10, eta=eta, draw=keyed_draw, watch=ours)
+    ddim(objective, network, noise, y, steps=10, eta=eta, noise_sampler=keyed_draw, callback=ours)
     theirs = DDIMScheduler(
         1000,
         1e-4,
@@ -119,7 +119,7 @@ def test_ancestral_equals_diffusers(
     noise, y = start
     objective = DDPM(predict=predict, variance=variance)
     ours = Recorder()
-    ancestral(objective, network, noise, y, steps=8, draw=keyed_draw, watch=ours)
+    ancestral(objective, network, noise, y, steps=8, noise_sampler=keyed_draw, callback=ours)
     names = {"learned": "learned_range", "large": "fixed_large", "small": "fixed_small"}
     theirs = DDPMScheduler(
         1000,
@@ -130,7 +130,7 @@ def test_ancestral_equals_diffusers(
         clip_sample=False,
         prediction_type=PREDICTIONS[predict],
     )
-    times = objective.grid(8, spacing="even")
+    times = objective.sampling_timesteps(8, spacing="even")
     assert times.tolist() == [999, 856, 714, 571, 428, 285, 143, 0]
     theirs.set_timesteps(timesteps=times.tolist())
     states, x = [], noise
@@ -151,7 +151,7 @@ def test_edm_euler_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor]) 
     noise, y = start
     ours = Recorder()
     objective = EDM(sigma_data=0.5)
-    euler(objective, network, noise, y, steps=12, watch=ours)
+    euler(objective, network, noise, y, steps=12, callback=ours)
     theirs = EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, rho=7)
     theirs.set_timesteps(12)
     states, x = [], noise * 80
@@ -170,15 +170,15 @@ def test_heun_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor], objec
 
     noise, y = start
     ours = Recorder()
-    heun(objective, network, noise, y, steps=9, watch=ours, frame="ve")
-    times = objective.grid(9)
+    heun(objective, network, noise, y, steps=9, callback=ours, ode_coordinates="ve")
+    times = objective.sampling_timesteps(9)
     ratios = ratio_of_level(objective.to_level(times.double()))
     theirs = HeunDiscreteScheduler(1000, 1e-4, 0.02, "linear", prediction_type="epsilon")
     theirs.set_timesteps(9)
     inner = ratios.repeat_interleave(2)[1:]
     theirs.sigmas = torch.cat([inner, torch.zeros(1, dtype=torch.float64)])
     alphas = objective.alpha_sigma(times)[0]
-    states, x = [], objective.start(noise) / alphas[0]
+    states, x = [], objective.initial_latent(noise) / alphas[0]
     for call, label in enumerate(theirs.timesteps):
         node = (call + 1) // 2  # every point but the first is visited twice
         x0 = objective.denoise(network, x * alphas[node], times[node].expand(3), y)
@@ -194,7 +194,7 @@ def test_flow_euler_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor])
     noise, y = start
     ours = Recorder()
     objective = Flow(shift=3.0)
-    euler(objective, network, noise, y, steps=10, watch=ours)
+    euler(objective, network, noise, y, steps=10, callback=ours)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
     states, x = [], noise
@@ -210,7 +210,7 @@ def test_flow_heun_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor]) 
 
     noise, y = start
     ours = Recorder()
-    heun(Flow(), network, noise, y, steps=6, watch=ours)
+    heun(Flow(), network, noise, y, steps=6, callback=ours)
     theirs = FlowMatchHeunDiscreteScheduler(shift=1.0)
     theirs.set_timesteps(6)
     levels = torch.linspace(1, 1 / 6, 6, dtype=torch.float64).repeat_interleave(2)[1:]
@@ -263,7 +263,9 @@ def test_every_sampler_recovers_a_mixture(objective: Any, sampler: Any, options:
         return torch.randn(count, 2, 1, 1, generator=generator, dtype=torch.float64)
 
     noise = rng.normal(7, "mixture", index, (2, 1, 1)).double()
-    x = sampler(objective, as_network(objective, MIXTURE), noise, draw=draw, **options).flatten(1)
+    x = sampler(
+        objective, as_network(objective, MIXTURE), noise, noise_sampler=draw, **options
+    ).flatten(1)
     gap = x.mean(0) - MIXTURE.mean()
     covariance = MIXTURE.covariance()
     error = 4 * (covariance.diagonal() / count).sqrt()  # four standard errors of a mean
@@ -286,11 +288,11 @@ def test_ode_recovers_a_gaussian_map() -> None:
 
 def exact_flow(objective: Any, noise: Tensor) -> Tensor:
     """Where the probability flow of GAUSSIAN takes `noise` from the noisiest level."""
-    time = torch.tensor([objective.to_time(objective.reach[1])], dtype=torch.float64)
+    time = torch.tensor([objective.to_time(objective.level_range[1])], dtype=torch.float64)
     alpha, sigma = (float(v[0]) for v in objective.alpha_sigma(time))
     mean, std = GAUSSIAN.means[0].view(2, 1, 1), float(GAUSSIAN.stds[0])
     spread = math.sqrt(alpha**2 * std**2 + sigma**2)
-    return mean + std * (objective.start(noise) - alpha * mean) / spread
+    return mean + std * (objective.initial_latent(noise) - alpha * mean) / spread
 
 
 def order(sampler: Callable, objective: Any, coarse: int, fine: int) -> float:
@@ -307,10 +309,10 @@ def order(sampler: Callable, objective: Any, coarse: int, fine: int) -> float:
 
 @pytest.mark.parametrize("objective", [Flow(), EDM()], ids=["flow", "edm"])
 def test_orders_of_convergence(objective: Any) -> None:
-    """Euler 1 and Heun 2, in either frame."""
+    """Euler 1 and Heun 2, in either coordinates."""
     assert order(euler, objective, 64, 256) == pytest.approx(1, abs=0.1)
     assert order(heun, objective, 32, 128) == pytest.approx(2, abs=0.25)
-    linear = functools.partial(heun, frame="linear")
+    linear = functools.partial(heun, ode_coordinates="linear")
     assert order(linear, objective, 32, 128) == pytest.approx(2, abs=0.25)
 
 
@@ -331,8 +333,12 @@ def test_batch_companions_do_not_matter(network: DiT) -> None:
             options["eta"] = 0.5
         if name == "ode":
             options |= {"rtol": 1e-2, "atol": 1e-2}
-        whole = sampler(objective, network, noise, y, draw=draw_for([0, 1, 2, 3, 4]), **options)
-        alone = sampler(objective, network, noise[3:4], y[3:4], draw=draw_for([3]), **options)
+        whole = sampler(
+            objective, network, noise, y, noise_sampler=draw_for([0, 1, 2, 3, 4]), **options
+        )
+        alone = sampler(
+            objective, network, noise[3:4], y[3:4], noise_sampler=draw_for([3]), **options
+        )
         torch.testing.assert_close(whole[3:4], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -347,8 +353,8 @@ def test_clipping_keeps_the_believed_image_in_range(network: DiT, start: Any) ->
             y,
             steps=5,
             clip=True,
-            draw=keyed_draw,
-            watch=lambda step, x0, x: seen.append(x0.abs().max()),
+            noise_sampler=keyed_draw,
+            callback=lambda step, x0, x: seen.append(x0.abs().max()),
         )
     assert max(seen) <= 1
 
@@ -358,17 +364,17 @@ def test_refusals(network: DiT, start: Any) -> None:
     for sampler in SAMPLERS.values():
         if sampler is not ode:
             with pytest.raises(ConfigError, match="at least 1 step, got 0"):
-                sampler(DDPM(), network, noise, y, steps=0, draw=keyed_draw)
+                sampler(DDPM(), network, noise, y, steps=0, noise_sampler=keyed_draw)
     with pytest.raises(ConfigError, match="1001 sampling steps"):
         euler(DDPM(), network, noise, y, steps=1001)
-    with pytest.raises(ConfigError, match=r"needs draw"):
+    with pytest.raises(ConfigError, match=r"needs noise_sampler"):
         ancestral(DDPM(), network, noise, y, steps=2)
-    with pytest.raises(ConfigError, match=r"needs draw"):
+    with pytest.raises(ConfigError, match=r"needs noise_sampler"):
         ddim(Flow(), network, noise, y, steps=2, eta=1.0)
     with pytest.raises(ConfigError, match="ddim with eta 1"):
-        ancestral(Flow(), network, noise, y, steps=2, draw=keyed_draw)
-    with pytest.raises(ConfigError, match="frame ve"):
-        heun(Flow(), network, noise, y, steps=2, frame="ve")
+        ancestral(Flow(), network, noise, y, steps=2, noise_sampler=keyed_draw)
+    with pytest.raises(ConfigError, match="ode_coordinates ve"):
+        heun(Flow(), network, noise, y, steps=2, ode_coordinates="ve")
     with pytest.raises(ConfigError, match="eta"):
         ddim(Flow(), network, noise, y, steps=2, eta=1.5)
     with pytest.raises(ConfigError, match="euler_maruyama"):

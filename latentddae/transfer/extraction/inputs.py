@@ -165,7 +165,7 @@ def precision_of(checkpoint: Any) -> str:
 
 
 def level_of(text: str, objective: Any) -> float:
-    """A noise level s from "0.2" or "s=0.2", "t=121" (the objective's own time),
+    """A noise level s from "0.2" or "s=0.2", "t=121" (the objective's timestep),
     "sigma_over_alpha=0.4" (or sigma=) or "log_snr=1.5" (or logsnr=)."""
     unit, _, number = text.strip().rpartition("=")
     unit = ALIASES.get(unit, unit)
@@ -181,8 +181,8 @@ def level_of(text: str, objective: Any) -> float:
         objective.to_time(level), value, rel_tol=1e-6, abs_tol=1e-6
     ):
         if value == 0:
-            return 0.0  # clean, also where the objective's own times begin at 1
-        raise UsageError(f"noise level {text!r}: the objective's own time does not reach there")
+            return 0.0  # clean, also where the objective's timesteps begin at 1
+        raise UsageError(f"noise level {text!r}: the objective has no timestep there")
     return check_level(level)
 
 
