@@ -28,6 +28,7 @@ from latentddae.diffusion.levels import (
 )
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model
+from latentddae.models.network import Conditioning
 
 Spacing = Literal["leading", "even"]
 
@@ -170,14 +171,14 @@ class DDPM:
         return x_t, t if self.preset == "dit" else t / self.steps
 
     def loss(
-        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Conditioning, t: Tensor, noise: Tensor
     ) -> Tensor:
         """mse, plus vb where the variance is learned (the hybrid loss): (N,)."""
         terms = self.loss_terms(model, x0, condition, t, noise)
         return sum(terms.values(), torch.zeros_like(terms["mse"]))
 
     def loss_terms(
-        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Conditioning, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """`mse`: squared error of the prediction; `vb`: variational bound in bits per dimension,
         which trains the variance only (improved DDPM, section 3.1). Integer times; (N,) each."""
@@ -208,7 +209,7 @@ class DDPM:
         weight = {"noise": (alpha / sigma) ** 2, "x0": torch.ones_like(sigma), "v": sigma**-2}
         return weight[self.predict].float()
 
-    def _call(self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def _call(self, model: Model, x_t: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         output = model(*self.network_input(x_t, t), condition)
         if self.learn_sigma and output.shape[1] != 2 * x_t.shape[1]:
             raise ConfigError(
@@ -218,7 +219,7 @@ class DDPM:
         return output
 
     def denoise(
-        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Conditioning = None
     ) -> Tensor:
         return self._x0(self._call(model, x_t, t, condition)[:, : x_t.shape[1]], x_t, t)
 
@@ -235,7 +236,7 @@ class DDPM:
         model: Model,
         x_t: Tensor,
         t: Tensor,
-        condition: Tensor | None = None,
+        condition: Conditioning = None,
         *,
         previous: Tensor | None = None,
         clip: bool = False,

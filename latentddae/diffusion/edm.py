@@ -19,6 +19,7 @@ from latentddae.diffusion.levels import (
 )
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model
+from latentddae.models.network import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class EDM:
         return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt()
 
     def loss(
-        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Conditioning, t: Tensor, noise: Tensor
     ) -> Tensor:
         """lambda(sigma) |D - x0|^2, mean over elements: (N,); `none` leaves lambda out."""
         error = self.denoise(model, self.add_noise(x0, t, noise), t, condition) - x0
@@ -99,7 +100,7 @@ class EDM:
         return squared * x0_weight(self.weighting, self.to_level(t), self.sigma_data)
 
     def denoise(
-        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Conditioning = None
     ) -> Tensor:
         output = model(*self.network_input(x_t, t), condition)[:, : x_t.shape[1]]
         c_skip, c_out = self.preconditioning(t)

@@ -14,6 +14,7 @@ from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.levels import per_sample
 from latentddae.diffusion.objective import Model, Objective
+from latentddae.models.network import Conditioning
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Mixture:
 def as_network(objective: Objective, mixture: Mixture) -> Model:
     """The network output that makes `objective.denoise` return the mixture's exact denoiser."""
 
-    def model(x_in: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
-        del y
+    def model(x_in: Tensor, time: Tensor, condition: Conditioning = None) -> Tensor:
+        del condition
         x_t, t = undo_network_input(objective, x_in, time)
         x0 = mixture.denoise(x_t, *objective.alpha_sigma(t))
         return output_for(objective, x0, x_t, t)

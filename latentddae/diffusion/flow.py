@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from latentddae.diffusion.levels import Real, mean_over_elements, mix, per_sample
 from latentddae.diffusion.loss_weights import Weighting, x0_weight
 from latentddae.diffusion.objective import Model
+from latentddae.models.network import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class Flow:
         return noise - x0 if self.time == "noise" else x0 - noise
 
     def loss(
-        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Conditioning, t: Tensor, noise: Tensor
     ) -> Tensor:
         """Mean squared velocity error, plus the cosine term if asked for: (N,)."""
         x_t = self.add_noise(x0, t, noise)
@@ -100,7 +101,7 @@ class Flow:
         return loss
 
     def denoise(
-        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Conditioning = None
     ) -> Tensor:
         velocity = model(*self.network_input(x_t, t), condition)[:, : x_t.shape[1]]
         rest = -t if self.time == "noise" else 1 - t  # of the way along the straight path to x0

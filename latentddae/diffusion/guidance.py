@@ -3,13 +3,14 @@
 Scale 1 is the labelled model itself and costs one pass; so does a level outside the interval.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion.objective import Model
+from latentddae.models.network import Condition, Conditioning, as_condition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,24 @@ def guided(model: Model, guidance: Guidance) -> Model:
     if null_label is None:
         raise ConfigError("guidance needs a model with labels; this one is unconditional")
 
-    def call(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        if y is None:
+    def call(x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        labelled_condition = as_condition(condition)
+        label = labelled_condition.label
+        if label is None:
             raise ConfigError("guidance needs labels; choose some or set the scale to 1")
-        labels = torch.cat([y, torch.full_like(y, null_label)])
-        labelled, null = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        null_condition = replace(labelled_condition, label=torch.full_like(label, null_label))
+        both = concatenate(labelled_condition, null_condition)
+        labelled, null = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         count = x.shape[1] if guidance.channels is None else guidance.channels
         guided_channels = torch.lerp(null[:, :count], labelled[:, :count], guidance.scale)
         return torch.cat([guided_channels, labelled[:, count:]], dim=1)
 
     return call
+
+
+def concatenate(a: Condition, b: Condition) -> Condition:
+    """Two conditions that hold the same fields, joined along the batch: (N, ...) -> (2N, ...)."""
+    pairs = {field.name: (getattr(a, field.name), getattr(b, field.name)) for field in fields(a)}
+    return Condition(
+        **{name: None if u is None else torch.cat([u, v]) for name, (u, v) in pairs.items()}
+    )

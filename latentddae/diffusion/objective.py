@@ -8,8 +8,10 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from latentddae.diffusion.levels import Real
+from latentddae.models.network import Conditioning
 
-Model = Callable[..., Tensor]  # (x, network time, labels or None) -> (N, C or 2C, H, W)
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""A network: (x (N, C, H, W), network time (N,), condition) -> (N, C or 2C, H, W)."""
 
 
 class Objective(Protocol):
@@ -53,11 +55,11 @@ class Objective(Protocol):
         """What the network is fed for x_t at timesteps t."""
 
     def loss(
-        self, model: Model, x0: Tensor, condition: Tensor | None, t: Tensor, noise: Tensor
+        self, model: Model, x0: Tensor, condition: Conditioning, t: Tensor, noise: Tensor
     ) -> Tensor:
         """Training loss per sample: (N,) float32."""
 
     def denoise(
-        self, model: Model, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+        self, model: Model, x_t: Tensor, t: Tensor, condition: Conditioning = None
     ) -> Tensor:
         """The clean latent the network expects behind x_t: (N, C, H, W)."""

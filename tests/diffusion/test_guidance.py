@@ -1,4 +1,4 @@
-"""USER_PAINS #34: the traps of classifier-free guidance."""
+"""The traps of classifier-free guidance: scale 1 and 0, channels, intervals, conditions."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, Flow
 from latentddae.diffusion.guidance import Guidance, guided
 from latentddae.diffusion.samplers import ancestral, euler
+from latentddae.models.network import Condition, Conditioning, as_condition
 
 
 class Counted:
@@ -18,9 +19,11 @@ class Counted:
     def __init__(self, null_label: int | None = 10, double: bool = False) -> None:
         self.null_label, self.rows, self.double = null_label, 0, double
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Conditioning) -> Tensor:
         self.rows += len(x)
-        value = torch.zeros(len(x)) if y is None else y.float()
+        self.condition = as_condition(y)
+        label = self.condition.label
+        value = torch.zeros(len(x)) if label is None else label.float()
         out = value[:, None, None, None].expand_as(x)
         return torch.cat([out, 100 + out], dim=1) if self.double else out
 
@@ -45,6 +48,19 @@ def test_a_learned_variance_stays_the_labelled_one() -> None:
     y = torch.tensor([1, 4])
     out = guided(Counted(double=True), Guidance(scale=3.0))(noise(), torch.zeros(2), y)
     assert out[0, :, 0, 0].tolist() == [-17] * 4 + [101] * 4
+
+
+def test_only_the_label_becomes_the_null_label() -> None:
+    model, augment = Counted(), torch.randn(2, 3)
+    told = Condition(label=torch.tensor([1, 4]), augment=augment, self_cond=noise() + 1)
+    guided(model, Guidance(scale=3.0))(noise(), torch.zeros(2), told)
+    seen = model.condition
+    assert seen.label is not None
+    assert seen.label.tolist() == [1, 4, 10, 10]
+    assert seen.augment is not None
+    assert torch.equal(seen.augment, torch.cat([augment, augment]))
+    assert seen.self_cond is not None
+    assert torch.equal(seen.self_cond, torch.cat([noise() + 1, noise() + 1]))
 
 
 def test_scale_1_costs_one_pass_and_equals_the_labelled_output() -> None:
