@@ -296,7 +296,7 @@ def host_time() -> None:
 def background_save() -> None:
     """How long a state written in the background keeps the loop from its next step, in steps."""
     sizes = (f"global_batch={BATCH}", f"total_images={8 * BATCH}", f"log_every_images={BATCH}")
-    saves = ("save.background=true", f"save.every_images={3 * BATCH}", "probe_images=0")
+    saves = ("save.background=true", f"save.every_images={3 * BATCH}", "diagnostics_images=0")
     with tempfile.TemporaryDirectory() as folder:
         rows = run_of(Path(folder), "model.name=dit_s_2", "engine.precision=fp32", *sizes, *saves)
     # A pause stands in the line after it; the last state is not waited for by a step.

@@ -73,10 +73,10 @@ def train(config: TrainConfig, retry: bool = False) -> Path:
     RequeueError when a signal stopped the run after a complete save.
     """
     run = Path(config.run)
-    with distributed_run(run, "train", config.hang_timeout_s, retry) as here:
-        loop = Loop(pretraining(config, here), here)
+    with distributed_run(run, "train", config.hang_timeout_s, retry) as context:
+        loop = Loop(pretraining(config, context), context)
         loop.run_to_end()
-        here.watchdog.enter("exporting")
+        context.watchdog.enter("exporting")
         state = loop.saver.newest()
         return dist.on_rank0(lambda: export(state, run / "export"))
 
@@ -105,13 +105,13 @@ def describe(config: TrainConfig) -> str:
     )
 
 
-def pretraining(config: TrainConfig, here: RunContext) -> Job:
+def pretraining(config: TrainConfig, context: RunContext) -> Job:
     """A diffusion model on latents, as the loop takes it."""
     shards = dist.on_all_ranks(lambda: _open_data(config.data))
     config = resolve(config, shards)
     spec, seed, objective = shards.spec, config.seed, config.objective
     monitor = _open_monitor(config, shards)
-    model = zoo.build(config.model, seed=seed).to(here.device)
+    model = zoo.build(config.model, seed=seed).to(context.device)
 
     def tensors(batch: Batch) -> tuple[Tensor, ...]:
         return batch.moments, batch.label, batch.position
@@ -132,18 +132,18 @@ def pretraining(config: TrainConfig, here: RunContext) -> Job:
         x0, t, noise, y = inputs(*stored)
         return objective.loss(model, x0, y, t, noise), objective.to_level(t)
 
-    def probe(*stored: Tensor) -> dict[str, Tensor]:
+    def diagnostics(*stored: Tensor) -> dict[str, Tensor]:
         x0, t, noise, y = inputs(*stored)
         x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
         return extremes(model, x, network_time, y)
 
-    def look(state: State) -> dict[str, float]:
+    def evaluate(state: State) -> dict[str, float]:
         """Samples and scores; rank 0 works, the others wait."""
 
         def scores() -> dict[str, float]:
             assert monitor is not None
-            folder = export(state, here.run / "export")
-            return monitor.look(zoo.load(folder, device=here.device))
+            folder = export(state, context.run / "export")
+            return monitor.look(zoo.load(folder, device=context.device))
 
         return dist.on_rank0(scores)
 
@@ -164,10 +164,10 @@ def pretraining(config: TrainConfig, here: RunContext) -> Job:
         data=config.data,
         tensors=tensors,
         loss=loss,
-        probe=probe,
+        diagnostics=diagnostics,
         flops_per_image=training_flops(config.model),
-        look=look,
-        look_every_images=config.monitor.every_images,
+        evaluate=evaluate,
+        eval_every_images=config.monitor.every_images,
         snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),
     )
 

@@ -121,7 +121,7 @@ def test_loss_falls(tiny_shards, tmp_path, ranks) -> None:
 def test_a_signal_saves_and_asks_to_be_requeued(tiny_shards, tmp_path, ranks) -> None:
     """SIGTERM to one of two ranks: both save the same step and leave with 75; the rerun ends like the whole run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    options = ("total_images=1280", "log_every_images=16", "probe_images=0")
+    options = ("total_images=1280", "log_every_images=16", "diagnostics_images=0")
     assert ranks(lambda: start(whole, tiny_shards, *options), 2) == [0, 0]
 
     def interrupted() -> int:
@@ -221,8 +221,8 @@ def poison(monkeypatch, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The loss of these positions is not a number."""
     honest = train.pretraining
 
-    def pretraining(config, here):
-        job = honest(config, here)
+    def pretraining(config, context):
+        job = honest(config, context)
 
         def loss(moments, label, position):
             value, level = job.loss(moments, label, position)

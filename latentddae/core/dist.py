@@ -301,7 +301,7 @@ class AsyncAnyReduce:
         self._wish = AsyncHostScalar(device)
         self._reduced: Callable[[], Any] = lambda: None
 
-    def ask(self, wish: bool) -> bool:
+    def update(self, wish: bool) -> bool:
         """True on every rank if any rank's wish was true at the call before (a collective); alone,
         the wish itself."""
         if self._alone:

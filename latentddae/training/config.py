@@ -90,7 +90,7 @@ class RunConfig:
     seed: int = 0
     log_every_images: int = 10_000
     """Lines of metrics.jsonl end at its multiples, and at every save."""
-    probe_images: int = 4
+    diagnostics_images: int = 4
     """Samples of each rank on which the largest activation and attention logit are looked at for a line; 0: none."""
     wandb: str = ""
     """Project of Weights & Biases that gets the numbers too (WANDB_MODE=offline: kept here); empty: none."""
@@ -103,8 +103,10 @@ class RunConfig:
         for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.probe_images < 0:
-            raise ValueError(f"probe_images must be 0 (none) or more, got {self.probe_images}")
+        if self.diagnostics_images < 0:
+            raise ValueError(
+                f"diagnostics_images must be 0 (none) or more, got {self.diagnostics_images}"
+            )
         if self.hang_timeout_s <= 0:
             raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
         if not self.run:
@@ -140,7 +142,7 @@ SAFE_TO_CHANGE = (
     "data.workers",
     "total_images",
     "log_every_images",
-    "probe_images",
+    "diagnostics_images",
     "wandb",
     "max_bad_steps",
     "hang_timeout_s",

@@ -17,7 +17,7 @@ FILE = "starts.jsonl"
 LIMIT = 3  # starts without progress, as in NVIDIA's resiliency extension
 
 
-def begin(run: Path, images: int, retry: bool = False) -> None:
+def record_start(run: Path, images: int, retry: bool = False) -> None:
     """Note a start at `images`; raises ConfigError after LIMIT of them without progress, unless `retry`."""
     failed = 0
     for row in reversed(files.read_json_lines(run / FILE)):
@@ -30,23 +30,23 @@ def begin(run: Path, images: int, retry: bool = False) -> None:
             f"cause in the messages of those starts ({run / FILE}), then add --retry once"
         )
     if retry:
-        note(run, "retry")
+        record_event(run, "retry")
     where = {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     files.append_json_line(run / FILE, {"event": "start", "images": images, **where})
 
 
-def note(run: Path, event: str) -> None:
+def record_event(run: Path, event: str) -> None:
     """The last start has saved, was stopped on request, or has finished."""
     files.append_json_line(run / FILE, {"event": event})
 
 
-def never_saved(run: Path) -> bool:
+def has_never_saved(run: Path) -> bool:
     """Whether the run was started and no start of it came as far as a state."""
     rows = files.read_json_lines(run / FILE)
     return bool(rows) and not any(r["event"] == "saved" or r.get("images") for r in rows)
 
 
-def withdraw(run: Path) -> None:
+def withdraw_start(run: Path) -> None:
     """Take the last start back: it was refused, nothing was tried."""
     rows = files.read_json_lines(run / FILE)[:-1]
     if rows:

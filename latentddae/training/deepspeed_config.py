@@ -37,7 +37,7 @@ class EngineConfig:
     attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
     """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see OPEN)."""
+    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see ALLOWED_OVERRIDES)."""
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -102,7 +102,7 @@ def _divisor(number: int, near: float) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-OPEN = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
+ALLOWED_OVERRIDES = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
     "comms_logger",
     "dump_state",
     "flops_profiler",
@@ -121,7 +121,7 @@ OPEN = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never
     "zero_optimization.use_multi_rank_bucket_allreduce",
 )
 
-OWNED = {  # what follows from a setting of ours -> what to do instead
+DERIVED_KEYS = {  # what follows from a setting of ours -> what to do instead
     "train_batch_size": "set global_batch",
     "train_micro_batch_size_per_gpu": "set engine.micro_batch",
     "gradient_accumulation_steps": "set engine.micro_batch",
@@ -197,7 +197,7 @@ def _overlaid(
         if value in (holds, "auto"):
             continue
         dotted = ".".join(path)
-        if not _within(dotted, OPEN):
+        if not _within(dotted, ALLOWED_OVERRIDES):
             raise ConfigError(_refusal(dotted, value, holds, plan, world_size))
         inner = out
         for key in parents:
@@ -225,15 +225,15 @@ def _within(path: str, paths: Iterable[str]) -> str:
 def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
     """One line: what was asked for, what holds, and the nearest valid setting."""
     start = f"engine.deepspeed.{path}={value}"
-    owner = _within(path, OWNED)
+    owner = _within(path, DERIVED_KEYS)
     if not owner or (owner == "zero_optimization" and path != owner):
-        close = difflib.get_close_matches(path, [*OPEN, *OWNED], n=1, cutoff=0.9)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(OPEN)}"
+        close = difflib.get_close_matches(
+            path, [*ALLOWED_OVERRIDES, *DERIVED_KEYS], n=1, cutoff=0.9
+        )
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(ALLOWED_OVERRIDES)}"
         return f"{start} is not a setting that may be given here; {hint}"
     holds = f"{ours}, which follows from our settings" if ours else "our settings"
-    return (
-        f"{start} conflicts with {holds}; {_nearest(path, value, plan, world_size) or OWNED[owner]}"
-    )
+    return f"{start} conflicts with {holds}; {_nearest(path, value, plan, world_size) or DERIVED_KEYS[owner]}"
 
 
 def _nearest(path: str, value: Any, plan: BatchPlan, world_size: int) -> str:

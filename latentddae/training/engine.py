@@ -64,7 +64,7 @@ class Engine:
         initial = {}
         if self.precision == "bf16":  # DeepSpeed takes its masters from the bf16 cast
             initial = {name: p.detach().clone().flatten() for name, p in trainable.items()}
-        self._keep_constants()
+        self._keep_non_trainable_state()
         self._prepare_blocks()
         groups = parameter_groups(trainable.items(), self.optim, self.options_of)
         betas = (self.optim.betas[0], self.optim.betas[1])
@@ -87,7 +87,7 @@ class Engine:
             piece = initial[fragment.name].narrow(0, fragment.start, fragment.numel)
             fragment.of(self.masters).copy_(piece)
 
-    def _keep_constants(self) -> None:
+    def _keep_non_trainable_state(self) -> None:
         """Note what no optimizer moves, before DeepSpeed casts and cuts it; one copy, on rank 0."""
         parameters = dict(self.model.named_parameters())
         stored = self.model.state_dict().keys() - parameters.keys()
@@ -98,14 +98,14 @@ class Engine:
             if not parameter.requires_grad and self.world.is_main
         }
 
-    def constants(self) -> dict[str, Tensor]:
+    def non_trainable_state(self) -> dict[str, Tensor]:
         """Frozen parameters as given and persistent buffers as they are: whole on rank 0, {} elsewhere."""
         if not self.world.is_main:
             return {}
         return self._frozen | {name: self.model.get_buffer(name) for name in self._buffers}
 
     @torch.no_grad()
-    def put_constants(self, saved: Mapping[str, Tensor]) -> None:
+    def load_non_trainable_state(self, saved: Mapping[str, Tensor]) -> None:
         """Continue from saved constants: buffers take their values, frozen parameters must have them already
         (a collective).
 

@@ -114,7 +114,7 @@ def _entries(
     """
     with torch.device("meta"):
         wanted = zoo.build(model_config).state_dict()
-    constants, shapes = reader.constants(), reader.shapes
+    constants, shapes = reader.non_trainable_state(), reader.shapes
     if not constants:  # states of the first versions left out what the configuration fixes
         constants = dict(zoo.build(model_config).named_buffers())
     stored = {**shapes, **{name: tuple(value.shape) for name, value in constants.items()}}

@@ -1,7 +1,7 @@
-"""The one training loop: steps, log lines, looks, resume states, stops. What is trained enters as a `Job`.
+"""The one training loop: steps, log rows, evaluations, resume states, stops. What is trained enters as a `Job`.
 
-    with distributed_run(run, "train", hang_timeout_s) as here:
-        Loop(job, here).run_to_end()
+    with distributed_run(run, "train", hang_timeout_s) as context:
+        Loop(job, context).run_to_end()
 
 The clock is images seen. Giving the same command again continues from the newest intact state. Between
 two log lines nothing here reads a value back from the device.
@@ -29,10 +29,16 @@ from latentddae.training import crash_loops, states
 from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
-from latentddae.training.loss_alarms import LossWatch
+from latentddae.training.loss_alarms import LossMonitor
 from latentddae.training.optimizers import OptionsOf, lr_at
 from latentddae.training.process import RunContext
-from latentddae.training.run_metrics import Window, memory_bytes, sampled, speed, update_ratio
+from latentddae.training.run_metrics import (
+    MetricsWindow,
+    memory_bytes,
+    speed,
+    subsample,
+    update_ratio,
+)
 from latentddae.training.saver import Saver
 from latentddae.training.states import State
 from latentddae.training.step_timer import Stopwatch, clock_for
@@ -58,13 +64,13 @@ class Job:
     """What `loss` takes, for this rank's share of a batch; cut into micro-batches together."""
     loss: Callable[..., tuple[Tensor, Tensor]]
     """Per-sample loss and noise level, (N,) each; every draw keyed by the global position."""
-    look: Callable[[State], dict[str, Any]] | None = None
-    """Scores of the state just saved (a collective): called every `look_every_images` and at the end."""
+    evaluate: Callable[[State], dict[str, Any]] | None = None
+    """Scores of the state just saved (a collective): called every `eval_every_images` and at the end."""
     snapshot: Callable[[State, Path], object] | None = None
     """Write the portable checkpoint of a state into a folder, see SaveConfig.keep_every."""
-    look_every_images: int = 0
-    probe: Callable[..., dict[str, Tensor]] | None = None
-    """Largest numbers inside the model for a few samples, from what `loss` takes; looked at when a line is logged."""
+    eval_every_images: int = 0
+    diagnostics: Callable[..., dict[str, Tensor]] | None = None
+    """Largest numbers inside the model for a few samples, from what `loss` takes; measured when a row is logged."""
     flops_per_image: float = 0.0
     """Of a training step, for the achieved FLOP/s; 0: unknown."""
 
@@ -86,30 +92,30 @@ class Step(NamedTuple):
 class Loop:
     """The state of a run in this process, and its loop."""
 
-    def __init__(self, job: Job, here: RunContext) -> None:
-        self.job, self.here, self.config = job, here, job.config
+    def __init__(self, job: Job, context: RunContext) -> None:
+        self.job, self.context, self.config = job, context, job.config
         state = self._find_state()
         self.images = 0 if state is None else state.images
-        dist.on_rank0(lambda: crash_loops.begin(here.run, self.images, here.retry))
+        dist.on_rank0(lambda: crash_loops.record_start(context.run, self.images, context.retry))
         self._leave_if_stopped()
         try:
             self._build(state)
         except ConfigError:
-            dist.on_rank0(lambda: crash_loops.withdraw(here.run))
+            dist.on_rank0(lambda: crash_loops.withdraw_start(context.run))
             raise
 
     def _leave_if_stopped(self) -> None:
-        if dist.any_rank(self.here.wants_to_stop(), self.here.device):
-            raise self.here.stop.error("before the first step; nothing is lost")
+        if dist.any_rank(self.context.wants_to_stop(), self.context.device):
+            raise self.context.stop.error("before the first step; nothing is lost")
 
     def _build(self, state: State | None) -> None:
-        job, here, config = self.job, self.here, self.config
+        job, context, config = self.job, self.context, self.config
         self.engine = Engine(
             job.model,
             config.engine,
             config.optim,
-            here.world,
-            here.device,
+            context.world,
+            context.device,
             config.global_batch,
             job.options_of,
         )
@@ -118,47 +124,49 @@ class Loop:
             self.engine.broadcast_masters()
         else:
             states.load(state, self.engine, self.ema)
-            here.say(f"continuing {here.run} at {self.images:,} images")
+            context.say(f"continuing {context.run} at {self.images:,} images")
         self.saver = Saver(
-            here.run,
+            context.run,
             config.save,
             self.engine,
             self.ema,
             {"contract": job.contract, **job.info},
             images=self.images,
             snapshot=job.snapshot,
-            say=here.say,
+            say=context.say,
         )
         self.loader = Loader(
             job.shards,
             global_batch=config.global_batch,
             seed=config.seed,
-            rank=here.world.rank,
-            world=here.world.size,
+            rank=context.world.rank,
+            world=context.world.size,
             workers=job.data.workers,
             group_shards=job.data.group_shards,
         )
         self.bad_steps = 0
-        self.unsettled: Step | None = None
-        self.stops = dist.AsyncAnyReduce(here.device)
-        self.window = Window()
-        self.watch = LossWatch(() if state is None else state.info.get("recent_losses", ()))
+        self.pending_step: Step | None = None
+        self.stops = dist.AsyncAnyReduce(context.device)
+        self.window = MetricsWindow()
+        self.loss_monitor = LossMonitor(
+            () if state is None else state.info.get("recent_losses", ())
+        )
         self.log: runlog.RunLog | None = None
         dist.on_rank0(self._open_log)
-        self.stopwatch = Stopwatch(clock_for(here.device))
+        self.stopwatch = Stopwatch(clock_for(context.device))
 
     def _find_state(self) -> State | None:
         """The newest intact state that this configuration may continue (a collective)."""
-        run = self.here.run
+        run = self.context.run
         folder = run / "state"
-        state, faults = states.newest_intact(folder, self.here.world)
+        state, faults = states.newest_intact(folder, self.context.world)
 
         def check() -> None:
             for fault in faults.values():
-                self.here.say(f"warning: {fault}; using an older state")
+                self.context.say(f"warning: {fault}; using an older state")
             if state is None:
                 started = files.read_json_lines(run / "metrics.jsonl")
-                if faults or (started and not crash_loops.never_saved(run)):
+                if faults or (started and not crash_loops.has_never_saved(run)):
                     raise ConfigError(
                         f"{run} holds a run but no intact state in {folder}; "
                         "choose another run folder or delete this one"
@@ -180,7 +188,7 @@ class Loop:
 
     def run_to_end(self) -> None:
         """Train until `total_images` and save; raises RequeueError after a stop in good order."""
-        config, here = self.config, self.here
+        config, context = self.config, self.context
         progress = self._progress()
         batches = self.loader.batches(self.images)
         self._leave_if_stopped()
@@ -189,30 +197,30 @@ class Loop:
         try:
             while self.images < config.total_images:
                 self.stopwatch.start("data")
-                here.watchdog.enter("waiting for data", self._whereabouts)
+                context.watchdog.enter("waiting for data", self._whereabouts)
                 batch = self._next(batches)
                 self.stopwatch.start("other")
-                here.watchdog.enter("in a step or waiting for another rank", self._whereabouts)
+                context.watchdog.enter("in a step or waiting for another rank", self._whereabouts)
                 logging = self._reaches(config.log_every_images)
-                looking = self._reaches(self.job.look_every_images)
-                before = [w.clone() for w in sampled(self.engine.masters)] if logging else []
+                evaluating = self._reaches(self.job.eval_every_images)
+                before = [w.clone() for w in subsample(self.engine.masters)] if logging else []
                 self.step(batch)
                 progress.update(config.global_batch)
-                stopping = self.stops.ask(here.wants_to_stop())
+                stopping = self.stops.update(context.wants_to_stop())
                 done = self.images >= config.total_images
-                saving = self.saver.due(self.images) or looking or done or stopping
+                saving = self.saver.due(self.images) or evaluating or done or stopping
                 if logging or saving:  # whatever a state has behind it is on disk before it
-                    self.settle()
+                    self.finish_step()
                     row = self._write_line(self._measure(before, batch) if logging else {})
                     progress.set_postfix(loss=row["loss"], refresh=False)
                     self.saver.poll()
                 if saving:
-                    self._save(at_once=looking or done or stopping)
-                if looking:
-                    self._look()
+                    self._save(at_once=evaluating or done or stopping)
+                if evaluating:
+                    self._evaluate()
                 if stopping and not done:
-                    raise here.stop.error(f"at {self.images:,} images; the state is saved")
-            dist.on_rank0(lambda: crash_loops.note(here.run, "finished"))
+                    raise context.stop.error(f"at {self.images:,} images; the state is saved")
+            dist.on_rank0(lambda: crash_loops.record_event(context.run, "finished"))
         finally:
             batches.close()
             self.saver.close()
@@ -233,7 +241,7 @@ class Loop:
     def _reaches(self, every: int) -> bool:
         """Whether the step at hand reaches a multiple of so many images, or the end; 0: never.
 
-        Multiples, not distances: an interrupted run logs and looks where an uninterrupted one does.
+        Multiples, not distances: an interrupted run logs and evaluates where an uninterrupted one does.
         """
         after = self.images + self.config.global_batch
         if not every:
@@ -242,7 +250,7 @@ class Loop:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step on this rank's share of a global batch."""
-        device, time_for = self.here.device, self.stopwatch.start
+        device, time_for = self.context.device, self.stopwatch.start
         losses, levels = [], []
         for part in self.engine.micro_batches(*self.job.tensors(batch)):
             time_for("forward")
@@ -253,22 +261,22 @@ class Loop:
             self.engine.backward(mean * torch.where(mean.isfinite(), 1.0, torch.nan))
             losses.append(loss.detach())
             levels.append(level)
-        self.settle()
+        self.finish_step()
         time_for("optimizer")
         norm = self.engine.step(lr_at(self.config.optim, self.images, self.config.total_images))
         self.images += self.config.global_batch
-        self.unsettled = Step(self.images, batch, torch.cat(losses), torch.cat(levels), norm)
+        self.pending_step = Step(self.images, batch, torch.cat(losses), torch.cat(levels), norm)
         time_for("other")
 
-    def settle(self) -> None:
+    def finish_step(self) -> None:
         """Take the last step into the averages and the log, or report that it was skipped (a collective then).
 
         Whether it was skipped the device decides: the host asks when the work of the next step is queued behind
         it, and before anything is saved.
         """
-        if self.unsettled is None:
+        if self.pending_step is None:
             return
-        step, self.unsettled = self.unsettled, None
+        step, self.pending_step = self.pending_step, None
         if not self.engine.applied():
             self.window.skip()
             self._report_skipped(step)
@@ -292,7 +300,7 @@ class Loop:
         if not named:  # nothing but their sum went wrong
             event |= {"cause": "gradient", "keys": self._keys_before(step.images), "levels": []}
         what = f"{event['cause']} not finite at {step.images:,} images"
-        self.here.say(f"warning: {what}, step skipped; keys: {event['keys']}")
+        self.context.say(f"warning: {what}, step skipped; keys: {event['keys']}")
         self._note(event)
         if self.bad_steps >= self.config.max_bad_steps:
             self.saver.finish()
@@ -306,18 +314,20 @@ class Loop:
         collective)."""
         self.stopwatch.start("log")
         measured: dict[str, Any] = {
-            "update_ratio": update_ratio(before, sampled(self.engine.masters))
+            "update_ratio": update_ratio(before, subsample(self.engine.masters))
         }
-        if self.job.probe is not None and self.config.probe_images:
-            few = (t[: self.config.probe_images] for t in self.job.tensors(batch))
-            for name, value in self.job.probe(*(t.to(self.here.device) for t in few)).items():
+        if self.job.diagnostics is not None and self.config.diagnostics_images:
+            few = (t[: self.config.diagnostics_images] for t in self.job.tensors(batch))
+            for name, value in self.job.diagnostics(
+                *(t.to(self.context.device) for t in few)
+            ).items():
                 measured[name] = dist.max_tensor(value).tolist()
         return measured
 
     def _write_line(self, measured: dict[str, Any]) -> dict[str, Any]:
         """One row of metrics.jsonl about the steps since the last (a collective), and warnings."""
         self.stopwatch.start("log")
-        config, device, window = self.config, self.here.device, self.window
+        config, device, window = self.config, self.context.device, self.window
         numbers, losses = window.read(device)
         rates = self._rates()
         before = self.images - config.global_batch
@@ -330,23 +340,23 @@ class Loop:
             **measured,
             **rates,
         }
-        for warned in self.watch.see(losses):
+        for warned in self.loss_monitor.update(losses):
             images = window.images[warned.step]
             keys = self._keys_before(images)
-            self.here.say(
-                f"warning: {warned.event} at {images:,} images: {warned.loss:.4g}, usual was "
-                f"{warned.usual:.4g}; first keys: {keys}"
+            self.context.say(
+                f"warning: {warned.event} at {images:,} images: {warned.loss:.4g}, median was "
+                f"{warned.median:.4g}; first keys: {keys}"
             )
-            about = {"loss": warned.loss, "usual": warned.usual, "keys": keys}
+            about = {"loss": warned.loss, "median": warned.median, "keys": keys}
             self._note({"images": images, "event": warned.event, **about})
         self._note(row)
-        self.window = Window()
+        self.window = MetricsWindow()
         self.stopwatch.start("other")
         return row
 
     def _rates(self) -> dict[str, float]:
         """Speed and memory since the last line (a collective); the worst rank's wait and memory."""
-        device, world = self.here.device, self.here.world
+        device, world = self.context.device, self.context.world
         peak = None
         if device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device))
@@ -364,25 +374,25 @@ class Loop:
     def _save(self, at_once: bool) -> None:
         """Write a resume state; it is complete on return if `at_once` or not in the background."""
         self.stopwatch.start("pause")
-        self.here.watchdog.enter("saving")
-        self.saver.info["recent_losses"] = list(self.watch.recent)
+        self.context.watchdog.enter("saving")
+        self.saver.info["recent_losses"] = list(self.loss_monitor.recent)
         self.saver.save(self.images)
         if at_once:
             self.saver.finish()
         self.stopwatch.start("other")
 
-    def _look(self) -> None:
+    def _evaluate(self) -> None:
         """Log the job's scores of the state just saved (a collective)."""
-        assert self.job.look is not None
+        assert self.job.evaluate is not None
         self.stopwatch.start("pause")
-        self.here.watchdog.enter("looking at the state just saved")
+        self.context.watchdog.enter("evaluating the state just saved")
         state = self.saver.newest()
-        # Nothing has to be saved after a look: rank 0, which works, leaves it at once on a signal.
+        # Nothing has to be saved after an evaluation: rank 0, which works, leaves it at once on a signal.
         saved = f"at {self.images:,} images; the state is saved"
-        main = self.here.world.is_main
-        with self.here.stop.raising(saved) if main else contextlib.nullcontext():
-            found = self.job.look(state)
-        self._note({"images": self.images, "event": "look", **found})
+        main = self.context.world.is_main
+        with self.context.stop.raising(saved) if main else contextlib.nullcontext():
+            found = self.job.evaluate(state)
+        self._note({"images": self.images, "event": "evaluation", **found})
         self.stopwatch.start("other")
 
     def _keys_before(self, images: int) -> list[str]:
@@ -392,7 +402,7 @@ class Loop:
 
     def _whereabouts(self) -> str:
         """What this rank is working on: images seen, shards and keys of its slice of the batch."""
-        world, shards = self.here.world, self.job.shards
+        world, shards = self.context.world, self.job.shards
         local = self.config.global_batch // world.size
         positions = self.images + world.rank * local + np.arange(local)
         indices = self.loader.indices(positions)
@@ -402,11 +412,11 @@ class Loop:
 
     def _open_log(self) -> None:
         """Rank 0 keeps the run's papers."""
-        config, run = self.config, self.here.run
+        config, run = self.config, self.context.run
         settings = configuration.to_dict(config)
         self.log = runlog.RunLog(run, self.images, config.wandb, settings)
         files.write_atomic(run / "config.yaml", configuration.to_yaml(config))
-        where = runlog.environment(str(self.here.device), self.here.world.size)
+        where = runlog.environment(str(self.context.device), self.context.world.size)
         where |= {"precision": self.engine.precision, "zero_stage": config.engine.zero_stage}
         where |= {"images": self.images, "seed": config.seed, "config": files.text_hash(settings)}
         where |= {"data": self.job.shards.fingerprints}
@@ -422,7 +432,7 @@ class Loop:
             total=self.config.total_images,
             initial=min(self.images, self.config.total_images),
             unit="img",
-            desc=self.here.run.name,
-            disable=not self.here.world.is_main,
+            desc=self.context.run.name,
+            disable=not self.context.world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )

@@ -22,22 +22,22 @@ JUMP_SPREADS, JUMP_SHARE = 6.0, 0.05
 
 
 @dataclass(frozen=True)
-class Warned:
+class LossAlarm:
     """One warning: `step` counts from the first of the losses handed in."""
 
     event: str
     step: int
     loss: float
-    usual: float
+    median: float
 
 
-def usual(losses: Sequence[float]) -> tuple[float, float]:
+def median_mad(losses: Sequence[float]) -> tuple[float, float]:
     """Median and robust standard deviation."""
     median = statistics.median(losses)
     return median, NORMAL_SPREAD * statistics.median(abs(loss - median) for loss in losses)
 
 
-class LossWatch:
+class LossMonitor:
     """Sees the loss of every step once; `before` are the last losses of the run being continued."""
 
     def __init__(self, before: Sequence[float] = ()) -> None:
@@ -46,7 +46,7 @@ class LossWatch:
         self._after: list[float] = []
         self._spiking = False
 
-    def see(self, losses: Sequence[float]) -> list[Warned]:
+    def update(self, losses: Sequence[float]) -> list[LossAlarm]:
         """Warnings about these steps: one for each spike, one at most for a jump."""
         found = []
         for step, loss in enumerate(losses):
@@ -56,25 +56,25 @@ class LossWatch:
             self.recent.append(loss)
         return found + self._jump(losses)
 
-    def _spike(self, step: int, loss: float) -> Warned | None:
+    def _spike(self, step: int, loss: float) -> LossAlarm | None:
         if len(self.recent) < ENOUGH:
             return None
-        median, spread = usual(self.recent)
+        median, spread = median_mad(self.recent)
         was, limit = self._spiking, max(SPIKE_SPREADS * spread, SPIKE_SHARE * abs(median))
         self._spiking = loss > median + (limit / 2 if was else limit)  # over when well below
-        return Warned("loss spike", step, loss, median) if self._spiking and not was else None
+        return LossAlarm("loss spike", step, loss, median) if self._spiking and not was else None
 
-    def _jump(self, losses: Sequence[float]) -> list[Warned]:
+    def _jump(self, losses: Sequence[float]) -> list[LossAlarm]:
         if len(self._before) < ENOUGH or len(self._after) >= JUMP_STEPS:
             return []
         self._after += losses[: JUMP_STEPS - len(self._after)]
         if len(self._after) < JUMP_FIRST:
             return []
-        median, spread = usual(self._before)
+        median, spread = median_mad(self._before)
         after = statistics.median(self._after)
         # 1.25 = sqrt(pi / 2): the standard error of a median is so much that of a mean.
         error = 1.25 * spread * (1 / len(self._before) + 1 / len(self._after)) ** 0.5
         if after <= median + max(JUMP_SPREADS * error, JUMP_SHARE * abs(median)):
             return []
         self._before = []  # once
-        return [Warned("loss jump after restart", len(losses) - 1, after, median)]
+        return [LossAlarm("loss jump after restart", len(losses) - 1, after, median)]

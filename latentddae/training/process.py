@@ -1,6 +1,6 @@
 """This process in a run: it joins the other ranks, holds the run folder, and leaves in good order.
 
-with distributed_run(Path("runs/demo"), "train", hang_timeout_s=1800) as here:
+with distributed_run(Path("runs/demo"), "train", hang_timeout_s=1800) as context:
     ...
 """
 
@@ -60,15 +60,15 @@ def distributed_run(
         watchdog.meet(dist.clone_store())
         with contextlib.ExitStack() as stack:
             dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
-            here = RunContext(run, world, dist.device_for(world), stop, watchdog, retry)
+            context = RunContext(run, world, dist.device_for(world), stop, watchdog, retry)
             if world.is_main and stop.remove_file():
-                here.say(f"{stop.file} is from before this start: removed")
+                context.say(f"{stop.file} is from before this start: removed")
             try:
-                yield here
+                yield context
             except RequeueError:
                 if world.is_main and stop.obeyed:  # the next start is not one more attempt
                     stop.remove_file()
-                    crash_loops.note(run, "stopped")
+                    crash_loops.record_event(run, "stopped")
                 raise
     except RuntimeError as error:
         if not dist.is_peer_failure(error):

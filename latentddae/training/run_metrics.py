@@ -13,10 +13,11 @@ from torch import Tensor
 from latentddae.core import dist
 
 LEVEL_BINS = 4  # the loss is also logged by quarters of the noise axis s in [0, 1]
-SAMPLED = 2**22  # weights of a rank, spread over all of them, that the size of an update is seen on
+SUBSAMPLE_ELEMENTS = 2**22
+"""Weights of a rank, evenly spread over all of them, on which the size of an update is measured."""
 
 
-class Window:
+class MetricsWindow:
     """The steps since the last line."""
 
     def __init__(self) -> None:
@@ -60,9 +61,9 @@ def by_level(loss: Tensor, level: Tensor) -> Tensor:
     return pairs.new_zeros(LEVEL_BINS, 2).index_add_(0, bins, pairs)
 
 
-def sampled(masters: list[Tensor]) -> list[Tensor]:
+def subsample(masters: list[Tensor]) -> list[Tensor]:
     """Views of evenly spread weights, all of them where there are few: flat tensors."""
-    stride = max(1, sum(master.numel() for master in masters) // SAMPLED)
+    stride = max(1, sum(master.numel() for master in masters) // SUBSAMPLE_ELEMENTS)
     return [master[::stride] for master in masters]
 
 

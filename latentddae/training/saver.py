@@ -24,11 +24,10 @@ from latentddae.core.errors import LatentddaeError, WriteError
 from latentddae.training import crash_loops, states
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
-from latentddae.training.states import Part, Partitions, State
+from latentddae.training.states import Partitions, RankFile, State
 
-GOING = (
-    ".deleted-"  # a state is renamed before its files go: half of one is never taken for a state
-)
+# Rename before deleting, so that a partially deleted state is never mistaken for a complete one.
+DELETING_PREFIX = ".deleted-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +51,11 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
-class _OnItsWay:
+class PendingSave:
     """A state that this rank's thread is writing."""
 
     hidden: Path
-    part: Future[Part]
+    part: Future[RankFile]
     info: dict[str, Any]
 
 
@@ -83,7 +82,7 @@ class Saver:
         self._kinds = len(states.partitions(engine, ema))
         self.bytes_of_state = states.bytes_of_state(engine.shapes, engine.world.size, self._kinds)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._on_its_way: _OnItsWay | None = None
+        self._pending: PendingSave | None = None
         self._has_saved = False
         self._copies: Partitions = {}
 
@@ -123,7 +122,7 @@ class Saver:
         engine = self.engine
         hidden = states.begin(self.folder, images, self.bytes_of_state)
         values = states.partitions(engine, self.ema)
-        constants = engine.constants()
+        constants = engine.non_trainable_state()
         info = {
             "images": images,
             "adam_steps": engine.adam_steps,
@@ -133,9 +132,11 @@ class Saver:
         if self.config.background:
             values = self._copied(values)
             constants = {name: value.detach().clone() for name, value in constants.items()}
-        mine = states.Mine(engine.world, list(engine.shapes), engine.fragments, values, constants)
+        mine = states.RankState(
+            engine.world, list(engine.shapes), engine.fragments, values, constants
+        )
         part = self._pool.submit(states.write_part, hidden, images, mine)
-        self._on_its_way = _OnItsWay(hidden, part, info)
+        self._pending = PendingSave(hidden, part, info)
         self.last_images = images
         if not self.config.background:
             self.finish()
@@ -157,17 +158,17 @@ class Saver:
 
     def poll(self) -> None:
         """Publish the state on its way if every rank has written its part."""
-        job = self._on_its_way
+        job = self._pending
         if job is not None and not dist.any_rank(not job.part.done(), self.engine.device):
             self._publish(job)
 
     def finish(self) -> None:
         """Wait for the state on its way and publish it."""
-        if self._on_its_way is not None:
-            self._publish(self._on_its_way)
+        if self._pending is not None:
+            self._publish(self._pending)
 
-    def _publish(self, job: _OnItsWay) -> None:
-        self._on_its_way = None
+    def _publish(self, job: PendingSave) -> None:
+        self._pending = None
         part, problem = None, ""
         try:
             part = job.part.result()
@@ -175,7 +176,7 @@ class Saver:
             problem = str(error) or repr(error)
         states.commit(job.hidden, part, problem, job.info)
         if self.engine.world.is_main and not self._has_saved:
-            crash_loops.note(self.run, "saved")
+            crash_loops.record_event(self.run, "saved")
         self._has_saved = True
         if self.engine.world.is_main:
             tidied = self._pool.submit(self._tidy)
@@ -229,7 +230,7 @@ def prune(folder: Path, keep_last: int, spared: Sequence[State] = ()) -> None:
         return
     for state in complete[:-keep_last]:
         if state not in spared:
-            going = folder / f"{GOING}{state.path.name}"
+            going = folder / f"{DELETING_PREFIX}{state.path.name}"
             state.path.rename(going)
             shutil.rmtree(going, ignore_errors=True)
 
@@ -241,6 +242,6 @@ def _has_its_size(state: State) -> bool:
 
 def _remove_leftovers(folder: Path) -> None:
     """What killed writers and deleters left behind; only while nothing is on its way."""
-    for pattern in (states.PARTIAL, GOING):
+    for pattern in (states.PARTIAL, DELETING_PREFIX):
         for path in folder.glob(f"{pattern}*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -72,7 +72,7 @@ def partitions(engine: Engine, ema: Ema) -> Partitions:
 
 
 @dataclass(frozen=True)
-class Mine:
+class RankState:
     """What one rank writes of a state."""
 
     world: dist.World
@@ -84,7 +84,7 @@ class Mine:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankFile:
     """What one rank has written."""
 
     name: str
@@ -111,7 +111,7 @@ def begin(folder: Path, images: int, bytes_needed: int) -> Path:
     return hidden
 
 
-def write_part(hidden: Path, images: int, mine: Mine) -> Part:
+def write_part(hidden: Path, images: int, mine: RankState) -> RankFile:
     """Write and fsync this rank's file. Raises OSError."""
     world = mine.world
     name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -125,7 +125,7 @@ def write_part(hidden: Path, images: int, mine: Mine) -> Part:
         hidden / name, entries, _labels(world.rank, world.size, images)
     )
     sums = checksums(mine.names, mine.fragments, mine.values)
-    return Part(name, digest, (hidden / name).stat().st_size, list(mine.values), sums)
+    return RankFile(name, digest, (hidden / name).stat().st_size, list(mine.values), sums)
 
 
 def _labels(rank: int, world_size: int, images: int) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _labels(rank: int, world_size: int, images: int) -> dict[str, str]:
     return {"rank": str(rank), "world": str(world_size), "images": str(images)}
 
 
-def commit(hidden: Path, part: Part | None, problem: str, info: Mapping[str, Any]) -> State:
+def commit(hidden: Path, part: RankFile | None, problem: str, info: Mapping[str, Any]) -> State:
     """Make a state visible once every rank has written (a collective).
 
     Raises WriteError on every rank, with the older states untouched, if one rank could not write
@@ -145,7 +145,7 @@ def commit(hidden: Path, part: Part | None, problem: str, info: Mapping[str, Any
     if problems:
         dist.on_rank0(lambda: shutil.rmtree(hidden, ignore_errors=True))
         raise WriteError(f"state {final} could not be written: {problems[0]}")
-    parts: list[Part] = [p for p, _ in results]
+    parts: list[RankFile] = [p for p, _ in results]
 
     def publish() -> State:
         manifest = {
@@ -368,7 +368,7 @@ class StateReader:
         shape = self.shapes[name]
         return self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape)
 
-    def constants(self) -> dict[str, Tensor]:
+    def non_trainable_state(self) -> dict[str, Tensor]:
         """Frozen parameters and persistent buffers, in their own shape and dtype."""
         return {name: file.get_tensor(key) for name, (file, key) in self._constants.items()}
 
@@ -390,7 +390,7 @@ def load(state: State, engine: Engine, ema: Ema) -> None:
             piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
             fragment.of(flat).copy_(piece)
     engine.adam_steps = int(state.info["adam_steps"])
-    engine.put_constants(reader.constants())
+    engine.load_non_trainable_state(reader.non_trainable_state())
     _compare_checksums(state, engine, values)
     engine.broadcast_masters()
 

@@ -54,7 +54,7 @@ from latentddae.transfer.protocol import cells
 PROTOCOL = "finetune/1"
 EVALUATION_BATCH = 256
 KINDS = {"model": "master", "ema": "ema"}  # which weights -> their kind in a state
-MAY_CHANGE = ("checkpoint", "look_every_images")  # beside training.config.SAFE_TO_CHANGE
+MAY_CHANGE = ("checkpoint", "eval_every_images")  # beside training.config.SAFE_TO_CHANGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class FinetuneConfig(RunConfig):
     """Share of train that is never trained on and chooses."""
     limit: int | None = None
     """At most this many training samples, chosen by key."""
-    look_every_images: int = 0
+    eval_every_images: int = 0
     """How often the held-out part is scored on the way; 0: only at the end."""
 
     def __post_init__(self) -> None:
@@ -96,8 +96,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}")
-        if self.look_every_images < 0:
-            raise ValueError(f"look_every_images must be 0 or more, got {self.look_every_images}")
+        if self.eval_every_images < 0:
+            raise ValueError(f"eval_every_images must be 0 or more, got {self.eval_every_images}")
 
 
 def finetune(config: FinetuneConfig, retry: bool = False) -> dict[str, Any]:
@@ -106,21 +106,21 @@ def finetune(config: FinetuneConfig, retry: bool = False) -> dict[str, Any]:
     Raises as `train.train` does.
     """
     run = Path(config.run)
-    with distributed_run(run, "finetune", config.hang_timeout_s, retry) as here:
-        task = Task(config, here)
-        loop = Loop(task.job(), here)
+    with distributed_run(run, "finetune", config.hang_timeout_s, retry) as context:
+        task = Task(config, context)
+        loop = Loop(task.job(), context)
         loop.run_to_end()
-        here.watchdog.enter("scoring test")
+        context.watchdog.enter("scoring test")
         return task.result(loop.saver.newest())
 
 
 class Task:
     """What is trained and scored: the classifier, its samples, its objective's noise."""
 
-    def __init__(self, config: FinetuneConfig, here: RunContext) -> None:
-        self.config, self.here = config, here
+    def __init__(self, config: FinetuneConfig, context: RunContext) -> None:
+        self.config, self.context = config, context
         self.checkpoint = dist.on_all_ranks(
-            lambda: zoo.load(config.checkpoint, config.weights, here.device)
+            lambda: zoo.load(config.checkpoint, config.weights, context.device)
         )
         self.described = inputs.describe_checkpoint(
             self.checkpoint, config.checkpoint, config.weights
@@ -131,7 +131,7 @@ class Task:
         )
         self.fit, self.heldout = split.fit, split.train[split.heldout]
         self.classes = len(self.train.classes)
-        objective, device = self.checkpoint.objective, here.device
+        objective, device = self.checkpoint.objective, context.device
         zeros = torch.zeros(1, 1, 1, 1, device=device)
         self.network_t = objective.network_input(
             zeros, own_time(objective, config.level).to(device)
@@ -156,12 +156,12 @@ class Task:
         if not config.from_scratch:
             trunk.load_state_dict(self.checkpoint.model.state_dict())
         return Classifier(trunk, config.block, self.classes, config.norm, config.seed).to(
-            self.here.device
+            self.context.device
         )
 
     def job(self) -> Job:
         """As the loop takes it."""
-        config, world = self.config, self.here.world
+        config, world = self.config, self.context.world
         part = Subset(self.train, self.fit)
         fixed = contract(config, self.train)
         return Job(
@@ -177,8 +177,8 @@ class Task:
             options_of=layer_decay(config.layer_decay, config.block),
             tensors=with_partners(part, config, world) if config.mix.active else plain,
             loss=self.loss,
-            look=self.heldout_accuracies,
-            look_every_images=config.look_every_images,
+            evaluate=self.heldout_accuracies,
+            eval_every_images=config.eval_every_images,
         )
 
     def loss(
@@ -224,21 +224,21 @@ class Task:
     def _accuracy(self, state: State, name: str, shards: SampleSet, indices: np.ndarray) -> float:
         """Share of right answers, each rank reading its share of the samples (a collective)."""
         classifier = self._of_state(state, name)
-        mine = indices[self.here.world.rank :: self.here.world.size]
-        right = torch.zeros((), dtype=torch.float64, device=self.here.device)
+        mine = indices[self.context.world.rank :: self.context.world.size]
+        right = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for start in range(0, len(mine), EVALUATION_BATCH):
             index = mine[start : start + EVALUATION_BATCH]
-            labels = torch.from_numpy(shards.labels[index]).to(self.here.device)
+            labels = torch.from_numpy(shards.labels[index]).to(self.context.device)
             right += (self.predict(classifier, shards, index) == labels).sum()
         return float(dist.sum_tensor(right)) / len(indices)
 
     @torch.inference_mode()
     def predict(self, classifier: Classifier, shards: SampleSet, index: np.ndarray) -> Tensor:
         """Classes of samples, from posterior means of the original view: (N,) int64."""
-        x0 = clean_latents(self.checkpoint.latents, shards, index).to(self.here.device)
+        x0 = clean_latents(self.checkpoint.latents, shards, index).to(self.context.device)
         noise = x0
         if self.config.noisy_input:
-            positions = rng.key_positions(shards.keys(index)).to(self.here.device)
+            positions = rng.key_positions(shards.keys(index)).to(self.context.device)
             noise = noise_of(self.config.seed, 0, positions, x0.shape[1:])
         return self._logits(classifier, x0, noise).argmax(dim=1)
 
@@ -247,7 +247,7 @@ class Task:
         classifier, reader = self._classifier(), StateReader(state)
         weights = {**classifier.state_dict(), **dict(reader.tensors(KINDS[name]))}
         classifier.load_state_dict(weights)
-        precision = resolve_precision(self.config.engine.precision, self.here.device)
+        precision = resolve_precision(self.config.engine.precision, self.context.device)
         return classifier.to(DTYPES[precision]).eval()
 
     def result(self, state: State) -> dict[str, Any]:
@@ -280,9 +280,9 @@ class Task:
             **heldout,
             "chosen": chosen,
             "accuracy": self._accuracy(state, chosen, self.test, np.arange(len(self.test))),
-            "images_per_s": _speed(self.here.run),
+            "images_per_s": _speed(self.context.run),
         }
-        return dist.on_rank0(lambda: inputs.record(self.here.run, row))
+        return dist.on_rank0(lambda: inputs.record(self.context.run, row))
 
 
 def plain(batch: Batch) -> tuple[Tensor, ...]:

@@ -183,7 +183,7 @@ def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
     def ask() -> None:
         rank = dist.start(timeout_s=60).rank
         agreement = dist.AsyncAnyReduce(torch.device("cpu"))
-        heard = [agreement.ask(bool(wish)) for wish in wishes[rank]]
+        heard = [agreement.update(bool(wish)) for wish in wishes[rank]]
         assert heard == [False, False, True, True, False, True], heard
         torch.testing.assert_close(
             dist.max_tensor(torch.tensor([rank, -rank])), torch.tensor([1, 0])
@@ -195,4 +195,4 @@ def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
 
 def test_alone_a_wish_is_granted_at_once() -> None:
     agreement = dist.AsyncAnyReduce(torch.device("cpu"))
-    assert [agreement.ask(wish) for wish in (False, True, False)] == [False, True, False]
+    assert [agreement.update(wish) for wish in (False, True, False)] == [False, True, False]

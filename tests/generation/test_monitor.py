@@ -79,7 +79,7 @@ def test_a_run_with_looks_trains_the_same(data: Path, tmp_path: Path) -> None:
     looks += ["monitor.frechet_images=20", "monitor.heldout_split=test"]
     seen = run_training(data, tmp_path / "looked", *looks)
     plain = run_training(data, tmp_path / "plain")
-    rows = [row for row in seen if row.get("event") == "look"]
+    rows = [row for row in seen if row.get("event") == "evaluation"]
     assert [row["images"] for row in rows] == [32, 64]
     assert rows[1]["heldout_loss"] < rows[0]["heldout_loss"]
     assert all(np.isfinite(row["frechet_latents"]) for row in rows)

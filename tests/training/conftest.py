@@ -78,12 +78,12 @@ class Toy:
             "adam_steps": self.engine.adam_steps,
             "shapes": self.engine.shapes,
         }
-        mine = states.Mine(
+        mine = states.RankState(
             self.engine.world,
             list(self.engine.shapes),
             self.engine.fragments,
             states.partitions(self.engine, self.ema),
-            self.engine.constants(),
+            self.engine.non_trainable_state(),
         )
         hidden = states.begin(folder, self.images, 0)
         part = states.write_part(hidden, self.images, mine)

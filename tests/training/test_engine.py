@@ -68,12 +68,12 @@ def test_what_is_not_trained_survives_to_the_bit(stage, precision, in_ranks, toy
         # Another module that was given the same frozen weights goes on from it.
         engine.model.norm.running_mean.zero_()
         states.load(state, engine, ema)
-        return engine.constants(), dict(engine.model.named_buffers())
+        return engine.non_trainable_state(), dict(engine.model.named_buffers())
 
     results = in_ranks(2, run)
     reader = states.StateReader(states.find(tmp_path))
     given = Tuned()
-    saved = reader.constants()
+    saved = reader.non_trainable_state()
     model = {**dict(reader.tensors("master")), **saved}
     assert model.keys() == given.state_dict().keys()
     for name in ("trunk.weight", "trunk.bias", "table"):

@@ -141,7 +141,7 @@ def test_frozen_parameters_and_buffers_survive(toy, in_ranks, tmp_path) -> None:
         model.register_buffer("count", torch.tensor([3, 4]))
         run = toy.start(stage=stage, precision="bf16", model=model).train(2)
         reader = states.StateReader(run.save(tmp_path / str(stage)))
-        kept = reader.constants()
+        kept = reader.non_trainable_state()
         return [
             torch.equal(kept["pos_embed"], table),
             torch.equal(kept["frozen"], frozen),

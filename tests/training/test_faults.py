@@ -230,13 +230,13 @@ def poison(source: str, bad: Callable[[int], bool], monkeypatch) -> None:
         return
     honest = train.pretraining
 
-    def pretraining(config, here):
-        job = honest(config, here)
-        local = config.global_batch // here.world.size
+    def pretraining(config, context):
+        job = honest(config, context)
+        local = config.global_batch // context.world.size
         at = [0]
 
         def loss(moments, label, position):
-            at[0] = int(position[0]) - here.world.rank * local
+            at[0] = int(position[0]) - context.world.rank * local
             value, level = job.loss(moments, label, position)
             factor = torch.nan if source == "loss" and mine(1) and bad(at[0]) else 1.0
             return value * factor, level

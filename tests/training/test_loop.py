@@ -52,8 +52,8 @@ def changed_loss(monkeypatch, change: Callable[[Tensor, Tensor], Tensor]) -> Non
     """Every loss passes through change(loss, position)."""
     honest = train.pretraining
 
-    def pretraining(config, here):
-        job = honest(config, here)
+    def pretraining(config, context):
+        job = honest(config, context)
 
         def loss(moments, label, position):
             value, level = job.loss(moments, label, position)
@@ -227,7 +227,7 @@ def test_a_spike_is_told_once_with_the_keys_of_its_batch(
     assert ranks(lambda: start(run, tiny_shards, *options), 2) == [0, 0]
     (event,) = events(run)
     assert (event["event"], event["images"]) == ("loss spike", first + STEP)
-    assert event["loss"] > 100 * event["usual"] > 0
+    assert event["loss"] > 100 * event["median"] > 0
     assert event["keys"] == keys_at(tiny_shards, first, 4)
     assert capfd.readouterr().err.count("warning: loss spike at 496 images") == 1
 
@@ -245,7 +245,7 @@ def test_a_jump_after_a_restart_is_told(tiny_shards, tmp_path, ranks, monkeypatc
     assert ranks(lambda: start(run, tiny_shards, every, f"total_images={96 * STEP}")) == [0]
     (event,) = events(run)
     assert event["event"] == "loss jump after restart"
-    assert event["loss"] == pytest.approx(1.4 * event["usual"], rel=0.15)
+    assert event["loss"] == pytest.approx(1.4 * event["median"], rel=0.15)
     assert capfd.readouterr().err.count("loss jump after restart") == 1
 
 

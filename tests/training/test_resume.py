@@ -94,7 +94,7 @@ def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
     reader = states.StateReader(states.find(run / "state", images))
     kinds = (*states.KINDS, "ema-500")
     values = {f"{kind} {name}": v for kind in kinds for name, v in reader.tensors(kind)}
-    return values | reader.constants()
+    return values | reader.non_trainable_state()
 
 
 @pytest.mark.slow

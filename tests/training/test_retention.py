@@ -62,7 +62,7 @@ def write_states(folder: Path, count: int) -> None:
     """Complete states of a few bytes."""
     for number in range(1, count + 1):
         hidden = states.begin(folder, number, 0)
-        mine = states.Mine(dist.World(), ["w"], [], {"master": []}, {"b": torch.zeros(3)})
+        mine = states.RankState(dist.World(), ["w"], [], {"master": []}, {"b": torch.zeros(3)})
         part = states.write_part(hidden, number, mine)
         states.commit(hidden, part, "", {"images": number, "shapes": {"w": [1]}})
 

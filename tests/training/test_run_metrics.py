@@ -7,12 +7,12 @@ import torch
 
 from latentddae.training.run_metrics import (
     LEVEL_BINS,
-    SAMPLED,
-    Window,
+    SUBSAMPLE_ELEMENTS,
+    MetricsWindow,
     by_level,
     memory_bytes,
-    sampled,
     speed,
+    subsample,
     update_ratio,
 )
 from latentddae.training.step_timer import PARTS
@@ -36,7 +36,7 @@ def test_losses_by_quarters_of_the_noise_axis() -> None:
 
 def test_a_window_is_the_mean_over_its_samples() -> None:
     loss, level = steps(5)
-    window = Window()
+    window = MetricsWindow()
     for i in range(5):
         window.add(64 * (i + 1), loss[i], level[i], torch.tensor(float(i)))
     row, each = window.read(CPU)
@@ -50,7 +50,7 @@ def test_a_window_is_the_mean_over_its_samples() -> None:
 
 def test_skipped_steps_are_counted_and_leave_no_loss() -> None:
     loss, level = steps(3)
-    window = Window()
+    window = MetricsWindow()
     for i in range(3):
         if i == 1:
             window.skip()
@@ -63,14 +63,14 @@ def test_skipped_steps_are_counted_and_leave_no_loss() -> None:
 
 
 def test_a_window_of_skipped_steps_has_no_loss() -> None:
-    window = Window()
+    window = MetricsWindow()
     window.skip()
     row, each = window.read(CPU)
     assert row == {"loss": None, "loss_by_level": None, "grad_norm": None} and each == []
 
 
 def test_a_level_nobody_drew_is_null() -> None:
-    window = Window()
+    window = MetricsWindow()
     window.add(2, torch.ones(2), torch.tensor([0.1, 0.2]), torch.tensor(1.0))
     assert window.read(CPU)[0]["loss_by_level"] == [1.0, None, None, None]
 
@@ -78,18 +78,18 @@ def test_a_level_nobody_drew_is_null() -> None:
 def test_the_size_of_an_update() -> None:
     generator = torch.Generator().manual_seed(0)
     masters = [torch.randn(n, generator=generator) for n in (1000, 37)]
-    before = [w.clone() for w in sampled(masters)]
+    before = [w.clone() for w in subsample(masters)]
     assert [len(w) for w in before] == [1000, 37]  # few weights: all of them
     for master in masters:
         master.mul_(1.01)
-    assert update_ratio(before, sampled(masters)) == pytest.approx(0.01, rel=1e-5)
+    assert update_ratio(before, subsample(masters)) == pytest.approx(0.01, rel=1e-5)
     assert update_ratio(before, before) == 0.0
 
 
 def test_of_many_weights_evenly_spread_ones_are_looked_at() -> None:
-    big = torch.zeros(SAMPLED + 5), torch.zeros(2 * SAMPLED)
-    views = sampled(list(big))
-    assert sum(len(v) for v in views) <= SAMPLED + 2
+    big = torch.zeros(SUBSAMPLE_ELEMENTS + 5), torch.zeros(2 * SUBSAMPLE_ELEMENTS)
+    views = subsample(list(big))
+    assert sum(len(v) for v in views) <= SUBSAMPLE_ELEMENTS + 2
     big[1][3 * 1000] = 7.0  # views, not copies
     assert views[1][1000] == 7.0
 

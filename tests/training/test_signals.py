@@ -54,18 +54,20 @@ def when(condition: Callable[[], bool], number: int = signal.SIGTERM) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def look_slowly(monkeypatch, seconds: float) -> None:
-    """The run looks at its states for a while: rank 0 works, the others wait."""
+def evaluate_slowly(monkeypatch, seconds: float) -> None:
+    """The run evaluates its states for a while: rank 0 works, the others wait."""
     honest = train.pretraining
 
-    def pretraining(config, here):
+    def pretraining(config, context):
         def work() -> dict[str, float]:
             for _ in range(int(seconds / 0.01)):
                 time.sleep(0.01)
             return {"score": 1.0}
 
-        look = lambda state: dist.on_rank0(work)  # noqa: E731
-        return dataclasses.replace(honest(config, here), look=look, look_every_images=6 * STEP)
+        evaluate = lambda state: dist.on_rank0(work)  # noqa: E731
+        return dataclasses.replace(
+            honest(config, context), evaluate=evaluate, eval_every_images=6 * STEP
+        )
 
     monkeypatch.setattr(train, "pretraining", pretraining)
 
@@ -73,10 +75,10 @@ def look_slowly(monkeypatch, seconds: float) -> None:
 def interrupt_again_and_again(
     times: int, total: int, folder: Path, ranks, start, same, monkeypatch
 ) -> None:
-    """Signals at random moments of start, steps, saves and looks, to one rank or both."""
+    """Signals at random moments of start, steps, saves and evaluations, to one rank or both."""
     options = (f"total_images={total}", "save.every_images=48", "log_every_images=64")
     whole, run = folder / "whole", folder / "run"
-    look_slowly(monkeypatch, 0.05)
+    evaluate_slowly(monkeypatch, 0.05)
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
     random = np.random.default_rng(0)
     images = [0]
@@ -164,9 +166,9 @@ def _handles(status: Path, number: int) -> bool:
     return bool(caught >> (number - 1) & 1)
 
 
-def test_a_look_is_left_at_once(tmp_path, ranks, start, monkeypatch, capfd) -> None:
+def test_an_evaluation_is_left_at_once(tmp_path, ranks, start, monkeypatch, capfd) -> None:
     """Its state is saved before it: 30 seconds of grace are not spent on samples."""
-    look_slowly(monkeypatch, 60)
+    evaluate_slowly(monkeypatch, 60)
     run = tmp_path / "run"
 
     def interrupted() -> int:
@@ -187,7 +189,7 @@ def test_a_stop_file_stops_once(tmp_path, ranks, start, monkeypatch, capfd) -> N
 
     def touch(self, batch):
         if self.images == 4 * STEP:
-            self.here.stop.file.touch()
+            self.context.stop.file.touch()
             time.sleep(preemption.POLL_S)
         return honest(self, batch)
 
@@ -252,20 +254,20 @@ def test_a_crash_loop_ends(tmp_path, ranks, start, monkeypatch, capfd) -> None:
 def test_what_counts_as_an_attempt(tmp_path) -> None:
     """Stops on request do not, refused starts do not, another place does not."""
     for _ in range(5):
-        crash_loops.begin(tmp_path, 0)
-        crash_loops.note(tmp_path, "stopped")
+        crash_loops.record_start(tmp_path, 0)
+        crash_loops.record_event(tmp_path, "stopped")
     for _ in range(5):
-        crash_loops.begin(tmp_path, 0)
-        crash_loops.withdraw(tmp_path)
+        crash_loops.record_start(tmp_path, 0)
+        crash_loops.withdraw_start(tmp_path)
     for images in (0, 16, 32, 48):
-        crash_loops.begin(tmp_path, images)
-    crash_loops.begin(tmp_path, 48)
-    crash_loops.begin(tmp_path, 48)
+        crash_loops.record_start(tmp_path, images)
+    crash_loops.record_start(tmp_path, 48)
+    crash_loops.record_start(tmp_path, 48)
     with pytest.raises(ConfigError, match="3 times at 48 images"):
-        crash_loops.begin(tmp_path, 48)
-    crash_loops.begin(tmp_path, 64)
+        crash_loops.record_start(tmp_path, 48)
+    crash_loops.record_start(tmp_path, 64)
     new = tmp_path / "new"
     new.mkdir()
-    crash_loops.begin(new, 0)
-    crash_loops.withdraw(new)
+    crash_loops.record_start(new, 0)
+    crash_loops.withdraw_start(new)
     assert not list(new.iterdir())

@@ -85,13 +85,15 @@ def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
 
 def test_a_trained_trunk_learns_planted_classes(start, tmp_path, ranks) -> None:
     run = tmp_path / "run"
-    options = ("total_images=1600", "look_every_images=800", "log_every_images=160")
+    options = ("total_images=1600", "eval_every_images=800", "log_every_images=160")
     assert ranks(lambda: start(run, *options)) == [0]
     line = result(run)
     assert line["accuracy"] == 1.0 and line["n_seen"]["test"] == 32
     assert line["n_seen"]["train"] + line["n_seen"]["heldout"] == 96
     assert losses(run)[-1] < 0.2 * losses(run)[0]
-    looks = [r for r in files.read_json_lines(run / "metrics.jsonl") if r.get("event") == "look"]
+    looks = [
+        r for r in files.read_json_lines(run / "metrics.jsonl") if r.get("event") == "evaluation"
+    ]
     assert [r["images"] for r in looks] == [800, 1600]
     assert ranks(lambda: start(run, *options)) == [0]  # finished: nothing to train, the same line
     assert result(run) == line
