@@ -153,6 +153,8 @@ class CellInfo:
 class DataInfo:
     """The samples. Fingerprints (codec, pipeline, content) identify a set; null: none was used."""
 
+    name: str | None = None
+    """Folder name of the data, for tables. Not part of `key`: a set may be moved."""
     train: Fingerprints | None = None
     """Fingerprints of the training set."""
     test: Fingerprints | None = None

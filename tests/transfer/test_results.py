@@ -43,6 +43,8 @@ def test_a_result_is_found_by_what_decides_it(tmp_path: Path, result: Result) ->
     results.append_once(tmp_path, result)
     unmeasured = replace(result, accuracy=None, values={}, width=None, n_seen={})
     assert results.find(tmp_path, unmeasured.key) == result
+    moved = replace(unmeasured, data=replace(result.data, name="moved"))
+    assert results.find(tmp_path, moved.key) == result
     assert results.find(tmp_path, replace(result, seed=1).key) is None
     assert results.find(tmp_path / "nowhere", result.key) is None
 
