@@ -221,6 +221,7 @@ class Result:
     def key(self) -> str:
         """Hash of everything that decides the outcome, known before the experiment runs."""
         row = dataclasses.asdict(self)
+        del row["data"]["name"]
         return text_hash({name: row[name] for name in DECIDING})
 
     @property
