@@ -27,6 +27,7 @@ from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.probes.recipes import RECIPES
 from latentddae.transfer.probes.sgd import INITIAL_STD, Training, epoch_order, schedule
+from latentddae.transfer.protocol import splits
 
 DDAE = RECIPES["ddae"]
 RATE = (1e-3, 0.0)
@@ -131,7 +132,7 @@ def whole_grid(demo: Path) -> None:
     train = inputs.open_shards(demo / "latents", "train", checkpoint)
     blocks = tuple(range(1, checkpoint.model.config.depth + 1))
     config = grid.GridConfig(levels=LEVELS, pools=("mean",))
-    split = inputs.split_train(train, holdout=config.holdout, seed=0, limit=None)
+    split = splits.split_train(train, holdout=config.holdout, seed=0, limit=None)
     parts = []
     for level in LEVELS:
         path = WORK / f"{inputs.model_hash(checkpoint.model)}-{grid.PROTOCOL[-1]}-{level:g}.json"
@@ -146,7 +147,7 @@ def whole_grid(demo: Path) -> None:
 def one_level(
     checkpoint: Any,
     train: Any,
-    split: inputs.Split,
+    split: splits.Split,
     blocks: tuple[int, ...],
     config: grid.GridConfig,
     level: float,
@@ -162,7 +163,7 @@ def one_level(
 
 
 def trained_online(
-    checkpoint: Any, train: Any, split: inputs.Split, blocks: tuple[int, ...], level: float
+    checkpoint: Any, train: Any, split: splits.Split, blocks: tuple[int, ...], level: float
 ) -> list[float]:
     """A head for every block, all trained together for 15 epochs of fresh noise: one pass of the
     network per epoch. Held-out accuracies."""
@@ -174,7 +175,7 @@ def trained_online(
         )  # fmt: skip
         return torch.stack([torch.from_numpy(found[block, "mean"]) for block in blocks])
 
-    y = torch.from_numpy(inputs.labels_of(train, split.fit))
+    y = torch.from_numpy(splits.labels_of(train, split.fit))
     training = Training(
         SMALL, [SMALL_RATE] * len(blocks), width=checkpoint.model.config.hidden_size,
         classes=len(train.classes), own=True,
@@ -182,11 +183,11 @@ def trained_online(
     for epoch in range(SMALL.epochs):
         training.epoch(features(split.fit, 1 + epoch), y)
     aside = split.train[split.heldout]
-    truth = torch.from_numpy(inputs.labels_of(train, aside))
+    truth = torch.from_numpy(splits.labels_of(train, aside))
     return training.heads.accuracies(features(aside, 0), truth)
 
 
-def report_grid(parts: list[dict[str, Any]], split: inputs.Split, blocks: int) -> None:
+def report_grid(parts: list[dict[str, Any]], split: splits.Split, blocks: int) -> None:
     """Time, block executions, and how well the cheap ranking agrees with the full one."""
     ours, theirs = (sum(part[name] for part in parts) for name in ("ours", "theirs"))
     ridges = np.array([part["ridge"] for part in parts])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
@@ -211,6 +212,26 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(out, value)
     return out
+
+
+def rank_slice(length: int) -> slice:
+    """This rank's contiguous part of `length` samples; parts differ by one at most, in rank order.
+
+    Raises ConfigError if there are fewer samples than ranks.
+    """
+    world = world_from_environment()
+    if length < world.size:
+        raise ConfigError(f"{length} samples for {world.size} ranks; start fewer")
+    size, rest = divmod(length, world.size)
+    start = world.rank * size + min(world.rank, rest)
+    return slice(start, start + size + (world.rank < rest))
+
+
+def all_gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows (n, ...) of all ranks, concatenated in rank order, on every rank. A collective."""
+    if world_from_environment().size == 1:
+        return rows
+    return np.concatenate(gather_objects(rows))
 
 
 def on_rank0(action: Callable[[], Result]) -> Result:

@@ -31,6 +31,7 @@ from latentddae.transfer import grid as grids
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import BATCH, flat_latents
 from latentddae.transfer.probes import knn, logistic
+from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
     Arrays,
     CellChoice,
@@ -106,7 +107,7 @@ def compare(
     described = inputs.describe_checkpoint(subject.checkpoint, subject.source, subject.weights)
     check_grid(subject.grid, described["model_hash"], subject.train)
     settings = {name: subject.grid[name] for name in ("seed", "holdout")} | {"limit": config.limit}
-    split = inputs.split_train(subject.train, **settings)
+    split = splits.split_train(subject.train, **settings)
     rows = []
     with exclusive(out, "compare"):
         for entry in entries(subject, out, config, progress):
@@ -198,7 +199,7 @@ def control_grid(
 def measure(
     entry: Entry,
     subject: Subject,
-    split: inputs.Split,
+    split: splits.Split,
     settings: dict[str, Any],
     described: dict[str, Any],
     out: Path,
@@ -247,7 +248,7 @@ def measure(
 def _arrays(
     entry: Entry,
     subject: Subject,
-    split: inputs.Split,
+    split: splits.Split,
     seed: int,
     batch: int,
     progress: bool,

@@ -49,7 +49,7 @@ from latentddae.transfer.finetuning.classifier import (
     path_factors,
 )
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed, soft_cross_entropy
-from latentddae.transfer.protocol import cells
+from latentddae.transfer.protocol import cells, splits
 
 PROTOCOL = "finetune/1"
 EVALUATION_BATCH = 256
@@ -126,7 +126,7 @@ class Task:
             self.checkpoint, config.checkpoint, config.weights
         )
         self.train, self.test = dist.on_all_ranks(self._open)
-        split = inputs.split_train(
+        split = splits.split_train(
             self.train, holdout=config.holdout, seed=config.seed, limit=config.limit
         )
         self.fit, self.heldout = split.fit, split.train[split.heldout]
@@ -147,7 +147,7 @@ class Task:
         if test.split == train.split:
             raise ConfigError(f"data.split and test_split are both {test.split!r}")
         for shards in (train, test):
-            inputs.labels_of(shards, np.arange(len(shards)))
+            splits.labels_of(shards, np.arange(len(shards)))
         return train, test
 
     def _classifier(self) -> Classifier:

@@ -32,10 +32,10 @@ from latentddae.transfer.extraction.extract import (
     network_input,
     noise_of,
     pooled_blocks,
-    subset,
     trunk_at,
 )
 from latentddae.transfer.probes.knn import normalised
+from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
 
 PROTOCOL = "geometry/1"

@@ -40,7 +40,7 @@ from latentddae.transfer.extraction.extract import (
 )
 from latentddae.transfer.extraction.pooling import POOLS, check_pools
 from latentddae.transfer.probes import ridge
-from latentddae.transfer.protocol import joined, rerank, search, shares
+from latentddae.transfer.protocol import joined, rerank, search, splits
 from latentddae.transfer.reporting import plots
 
 PROTOCOL = "ridge-grid/2"
@@ -56,7 +56,7 @@ class GridConfig:
     blocks: tuple[Block, ...] | None = None
     """None: all of them."""
     pools: tuple[str, ...] = tuple(POOLS)
-    holdout: float = inputs.HOLDOUT
+    holdout: float = splits.HOLDOUT
     """Share of train that ranks the cells and fits none."""
     seed: int = 0
     limit: int | None = None
@@ -104,7 +104,7 @@ def run(
     blocks = check_blocks(
         config.blocks or range(1, checkpoint.model.config.depth + 1), checkpoint.model.config.depth
     )
-    split = inputs.split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
+    split = splits.split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
     described = inputs.describe_checkpoint(checkpoint, source, weights)
     settings = {
         "protocol": PROTOCOL,
@@ -154,7 +154,7 @@ def _levels(
     config: GridConfig,
     settings: dict[str, Any],
     blocks: tuple[Block, ...],
-    split: inputs.Split,
+    split: splits.Split,
     progress: bool,
     levels: list[float],
 ) -> list[dict[str, Any]]:
@@ -187,16 +187,16 @@ def judge_level(
     train: SampleSet,
     level: float,
     blocks: tuple[Block, ...],
-    split: inputs.Split,
+    split: splits.Split,
     config: GridConfig,
     tell: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Any]:
     """All cells of one noise level from one pass over train, of which each rank sees a part. A
     collective."""
     started = time.monotonic()
-    labels = torch.from_numpy(inputs.labels_of(train, split.train))
+    labels = torch.from_numpy(splits.labels_of(train, split.train))
     heldout = torch.from_numpy(split.heldout)
-    own = shares.own_part(len(labels))
+    own = dist.rank_slice(len(labels))
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
     seen = own.start
@@ -218,7 +218,7 @@ def judge_level(
     cells = []
     for cell, sums in statistics.items():
         sums.reduce()
-        features = torch.from_numpy(shares.joined(torch.cat(kept.pop(cell)).numpy()))
+        features = torch.from_numpy(dist.all_gather_rows(torch.cat(kept.pop(cell)).numpy()))
         judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
         cells.append(dist.on_rank0(judge))
     return {
@@ -251,7 +251,7 @@ def assemble(
     parts: list[dict[str, Any]],
     judged: list[dict[str, Any]],
     config: GridConfig,
-    split: inputs.Split,
+    split: splits.Split,
 ) -> dict[str, Any]:
     """The whole grid as JSON-able data, and the best cell overall and for each pool."""
     scores = {(c["level"], c["block"], c["pool"]): c for c in judged}

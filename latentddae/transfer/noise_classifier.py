@@ -31,10 +31,10 @@ from latentddae.transfer.extraction.extract import (
     clean_latents,
     noise_of,
     null_labels,
-    subset,
 )
 from latentddae.transfer.extraction.pooling import pool_mean
-from latentddae.transfer.protocol import cells
+from latentddae.transfer.protocol import cells, splits
+from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
 
 PROTOCOL = "noise-classifier/1"
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     train = inputs.open_shards(args.data, "train", checkpoint)
     test = cells.open_test(args.data, args.test_split, checkpoint)
     for shards in (train, test):
-        inputs.labels_of(shards, np.arange(len(shards)))
+        splits.labels_of(shards, np.arange(len(shards)))
     part = Subset(train, subset(train.keys(np.arange(len(train))), args.limit, seed))
     reader = Reader(checkpoint, args.block)
     head = train_head(reader, part, len(train.classes), settings, seed)

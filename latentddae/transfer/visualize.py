@@ -19,9 +19,10 @@ from latentddae.core import dist
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
 from latentddae.data.preview import decoded, find_source, source_squares
-from latentddae.transfer.extraction.extract import collect, members_of, subset
+from latentddae.transfer.extraction.extract import collect, members_of
 from latentddae.transfer.probes.knn import nearest
 from latentddae.transfer.protocol import session
+from latentddae.transfer.protocol.splits import subset
 
 FILE = "visualize.json"
 BANK = 10_000

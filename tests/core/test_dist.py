@@ -5,6 +5,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,3 +197,29 @@ def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
 def test_alone_a_wish_is_granted_at_once() -> None:
     agreement = dist.AsyncAnyReduce(torch.device("cpu"))
     assert [agreement.update(wish) for wish in (False, True, False)] == [False, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_rank_slices_cover_everything_once_and_differ_by_one_at_most(size, monkeypatch):
+    parts = []
+    for rank in range(size):
+        world = dist.World(rank=rank, size=size)
+        monkeypatch.setattr(dist, "world_from_environment", lambda world=world: world)
+        parts.append(np.arange(101)[dist.rank_slice(101)])
+    assert np.concatenate(parts).tolist() == list(range(101))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_more_ranks_than_samples_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "world_from_environment", lambda: dist.World(rank=0, size=3))
+    with pytest.raises(ConfigError, match="2 samples for 3 ranks"):
+        dist.rank_slice(2)
+
+
+def test_rows_of_real_ranks_are_gathered_in_order(ranks):
+    def action():
+        dist.start()
+        rows = np.arange(202).reshape(101, 2)
+        np.testing.assert_array_equal(dist.all_gather_rows(rows[dist.rank_slice(101)]), rows)
+
+    assert ranks(action, 3) == [0, 0, 0]

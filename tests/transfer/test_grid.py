@@ -20,7 +20,7 @@ from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.grid import GridConfig
 from latentddae.transfer.probes import logistic, ridge
-from latentddae.transfer.protocol import rerank
+from latentddae.transfer.protocol import rerank, splits
 
 CONFIG = GridConfig(levels=(0.1, 0.4), pools=("mean", "grid2"), holdout=0.3, seed=3, batch=32)
 
@@ -33,7 +33,7 @@ def run(checkpoint, train, out, config=CONFIG):
 
 def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
     result = run(checkpoint, train, tmp_path)
-    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    split = splits.split_train(train, holdout=0.3, seed=3, limit=None)
     features = {
         level: collect(
             checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
@@ -80,7 +80,7 @@ def test_of_equally_good_cells_the_narrowest_then_the_first():
 
 def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tmp_path):
     result = run(checkpoint, train, tmp_path, replace(CONFIG, shortlist=2))
-    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    split = splits.split_train(train, holdout=0.3, seed=3, limit=None)
     for pool in CONFIG.pools:
         own = [cell for cell in result["cells"] if cell["pool"] == pool]
         judged = [cell for cell in own if "probe_accuracy" in cell]
@@ -99,7 +99,7 @@ def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tm
 
 def test_the_shortlist_fits_on_few_samples_and_keeps_all_held_out(train, monkeypatch):
     monkeypatch.setattr(rerank, "SAMPLES", 20)
-    split = inputs.split_train(train, holdout=0.3, seed=3, limit=None)
+    split = splits.split_train(train, holdout=0.3, seed=3, limit=None)
     few = rerank.samples(train, split, seed=3)
     assert few.heldout.sum() == split.heldout.sum()
     assert len(few.fit) == 20

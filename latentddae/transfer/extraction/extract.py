@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, UsageError
-from latentddae.core.rng import key_positions, normal, uniform
+from latentddae.core.rng import key_positions, normal
 from latentddae.data.latents import LatentSpec
 from latentddae.data.subsets import SampleSet
 from latentddae.models.frozen_trunk import Output, fold, foldable
@@ -255,23 +255,6 @@ def flat_latents(
         for i in range(0, len(indices), batch)
     ]
     return np.concatenate(parts)
-
-
-def held_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
-    """Which training samples are kept aside for selection: (N,) bool, decided by each sample's key
-    alone."""
-    if not 0 < fraction < 1:
-        raise UsageError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    return (uniform(seed, "transfer/holdout", key_positions(keys)) < fraction).numpy()
-
-
-def subset(keys: Sequence[str], limit: int | None, seed: int) -> np.ndarray:
-    """Indices of at most `limit` samples, chosen by their keys (class folders come in order),
-    ascending: int64."""
-    if limit is None or limit >= len(keys):
-        return np.arange(len(keys))
-    ranks = uniform(seed, "transfer/subset", key_positions(keys)).numpy()
-    return np.sort(np.argsort(ranks, kind="stable")[:limit])
 
 
 def members_of(block: Block) -> tuple[int, ...]:

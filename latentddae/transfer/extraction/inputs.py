@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +16,16 @@ import torch
 
 from latentddae import __version__
 from latentddae.core import dist
-from latentddae.core.errors import DataError, UsageError
+from latentddae.core.errors import UsageError
 from latentddae.core.files import append_json_line, read_json_lines, text_hash
 from latentddae.data.shards import ShardSet
-from latentddae.data.subsets import SampleSet
 from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
 from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer.extraction.extract import check_data, check_level, held_out, subset
+from latentddae.transfer.extraction.extract import check_data, check_level
 from latentddae.transfer.probes.metrics import ProbeResult
+from latentddae.transfer.protocol.splits import HOLDOUT
 
 RESULTS = "results.jsonl"
 LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
@@ -39,33 +38,6 @@ FROM_UNIT: dict[str, Callable[[Any, float], float]] = {
 ALIASES = {"": "s", "sigma": "sigma_over_alpha", "logsnr": "log_snr"}
 LEVEL_HELP = "noise level: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5"
 CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or @download, @random)"
-HOLDOUT = 0.2  # share of train kept aside for every choice: cell, pooling, strength, k
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The training samples a protocol uses, and which of them choose and never fit."""
-
-    train: np.ndarray  # indices in the train set, int64
-    heldout: np.ndarray  # bool, aligned with `train`
-
-    @property
-    def fit(self) -> np.ndarray:
-        """Indices of the samples that fit while something is being chosen."""
-        return self.train[~self.heldout]
-
-
-def split_train(shards: SampleSet, *, holdout: float, seed: int, limit: int | None) -> Split:
-    """Decided by the samples' keys and the seed: the same for latents and pixels, any order, any
-    machine."""
-    chosen = subset(shards.keys(np.arange(len(shards))), limit, seed)
-    mask = held_out(shards.keys(chosen), holdout, seed)
-    if mask.all() or not mask.any():
-        raise DataError(
-            f"{len(chosen)} training samples and a held-out share of {holdout} leave nothing to "
-            "fit or to choose on"
-        )
-    return Split(train=chosen, heldout=mask)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> None:
@@ -126,16 +98,6 @@ def open_shards(root: Path, split: str, checkpoint: Any) -> ShardSet:
     shards = ShardSet(root, split)
     check_data(checkpoint.latents, shards)
     return shards
-
-
-def labels_of(shards: SampleSet, indices: np.ndarray) -> np.ndarray:
-    """Labels of samples (N,) int64; refused where a sample has none."""
-    labels = np.asarray(shards.labels)[indices].astype(np.int64)
-    if len(labels) and labels.min() < 0:
-        raise DataError(
-            f"{shards.root}: {int((labels < 0).sum())} samples of {shards.split} have no label"
-        )
-    return labels
 
 
 def model_hash(model: torch.nn.Module) -> str:

@@ -24,6 +24,7 @@ from latentddae.transfer.extraction.extract import (
     collect,
 )
 from latentddae.transfer.extraction.pooling import KNOWN_POOLS
+from latentddae.transfer.protocol import splits
 
 TEST_SPLITS = ("test", "val")
 
@@ -71,7 +72,7 @@ def cell_arrays(
     checkpoint: Any,
     train: SampleSet,
     test: SampleSet,
-    split: inputs.Split,
+    split: splits.Split,
     cell: CellChoice,
     *,
     seed: int = 0,
@@ -97,14 +98,14 @@ def cell_arrays(
 
 
 def arrays_of(
-    train_x: np.ndarray, test_x: np.ndarray, train: SampleSet, test: SampleSet, split: inputs.Split
+    train_x: np.ndarray, test_x: np.ndarray, train: SampleSet, test: SampleSet, split: splits.Split
 ) -> Arrays:
     """Put labels beside features of the split's train samples and of all test samples."""
     if test.classes != train.classes:
         raise DataError(f"train and test name different classes: {train.classes}, {test.classes}")
-    labels = inputs.labels_of(train, split.train)
+    labels = splits.labels_of(train, split.train)
     return Arrays(
-        train_x, labels, test_x, inputs.labels_of(test, np.arange(len(test))), split.heldout
+        train_x, labels, test_x, splits.labels_of(test, np.arange(len(test))), split.heldout
     )
 
 

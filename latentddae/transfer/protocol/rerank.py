@@ -17,10 +17,10 @@ import numpy as np
 from latentddae.core import dist
 from latentddae.core.files import text_hash, write_json
 from latentddae.data.subsets import SampleSet
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import collect, subset
+from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.probes import logistic
-from latentddae.transfer.protocol import shares
+from latentddae.transfer.protocol import splits
+from latentddae.transfer.protocol.splits import subset
 
 SAMPLES = 10_000
 """Fit on at most this many samples: it ranks a handful of cells, and a fit costs seconds."""
@@ -48,17 +48,17 @@ def _rank(cell: dict[str, Any]) -> tuple[float, float, int]:
     return -cell["accuracy"], cell["level"], cell["block"]
 
 
-def samples(train: SampleSet, split: inputs.Split, seed: int) -> inputs.Split:
+def samples(train: SampleSet, split: splits.Split, seed: int) -> splits.Split:
     """All held-out samples and at most SAMPLES of those that fit, in the order of the split."""
     fit = split.fit[subset(train.keys(split.fit), SAMPLES, seed)]
     keep = split.heldout | np.isin(split.train, fit)
-    return inputs.Split(train=split.train[keep], heldout=split.heldout[keep])
+    return splits.Split(train=split.train[keep], heldout=split.heldout[keep])
 
 
 def judge(
     checkpoint: Any,
     train: SampleSet,
-    split: inputs.Split,
+    split: splits.Split,
     cells: Sequence[dict[str, Any]],
     options: dict[str, Any],
     tell: Callable[[int], Any] = lambda count: None,
@@ -68,16 +68,16 @@ def judge(
 
     `options` are those of `extract`: level, seed, draws, batch, noisy_input.
     """
-    own = split.train[shares.own_part(len(split.train))]
+    own = split.train[dist.rank_slice(len(split.train))]
     features = collect(
         checkpoint.model, checkpoint.objective, checkpoint.latents, train, own,
         blocks=[cell["block"] for cell in cells], pools=sorted({cell["pool"] for cell in cells}),
         progress=tell, **options,
     )  # fmt: skip
-    labels = inputs.labels_of(train, split.train)
+    labels = splits.labels_of(train, split.train)
     out = []
     for cell in cells:
-        x = shares.joined(features[cell["block"], cell["pool"]])
+        x = dist.all_gather_rows(features[cell["block"], cell["pool"]])
         judge = functools.partial(
             logistic.judge, x, labels, split.heldout, len(train.classes), STRENGTHS
         )
@@ -105,7 +105,7 @@ def run(
     train: SampleSet,
     folder: Path,
     settings: dict[str, Any],
-    split: inputs.Split,
+    split: splits.Split,
     cells: Sequence[dict[str, Any]],
     options: dict[str, Any],
     make_bar: Callable[[int], Any],

@@ -31,7 +31,7 @@ from latentddae.transfer.extraction.store import Stored
 from latentddae.transfer.probes import few_shot
 from latentddae.transfer.probes.metrics import METRICS, ProbeResult, confusion
 from latentddae.transfer.protocol import cells as cells
-from latentddae.transfer.protocol import joined, shares
+from latentddae.transfer.protocol import joined, splits
 from latentddae.transfer.protocol.cells import Arrays, CellChoice
 
 Probe = Callable[..., ProbeResult]  # (train_x, train_y, test_x, test_y, heldout, *, classes, ...)
@@ -45,7 +45,7 @@ class Opened:
     described: dict[str, Any]
     train: SampleSet
     test: SampleSet
-    split: inputs.Split
+    split: splits.Split
     cell: CellChoice
     settings: dict[str, Any]
     """seed, holdout, limit"""
@@ -69,7 +69,7 @@ class Opened:
         share. `spec` stands in for the checkpoint's."""
         if self.stored is not None:
             return self._read(self.stored, shards, indices, seed)
-        mine = indices[shares.own_part(len(indices))]
+        mine = indices[dist.rank_slice(len(indices))]
         with tqdm(
             total=len(mine), unit="img", unit_scale=True, mininterval=0.5, desc=name,
             disable=not dist.world_from_environment().is_main,
@@ -80,7 +80,7 @@ class Opened:
                 pools=[self.cell.pool], seed=seed, draws=self.cell.draws, batch=self.batch,
                 noisy_input=self.cell.noisy_input, progress=bar.update,
             )  # fmt: skip
-        return shares.joined(next(iter(found.values())))
+        return dist.all_gather_rows(next(iter(found.values())))
 
     def _read(
         self, stored: Stored, shards: SampleSet, indices: np.ndarray, seed: int
@@ -192,7 +192,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
         described=described,
         train=train,
         test=test,
-        split=inputs.split_train(train, **settings),
+        split=splits.split_train(train, **settings),
         cell=cell,
         settings=settings,
         noise_seeds=tuple(range(settings["seed"], settings["seed"] + args.noise_seeds)),
@@ -257,7 +257,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
 
 def summary(results: Sequence[ProbeResult], opened: Opened) -> tuple[np.ndarray, dict[str, Any]]:
     """The summed confusion of test and the fields of a line; several results give mean and sd."""
-    truth = inputs.labels_of(opened.test, np.arange(len(opened.test)))
+    truth = splits.labels_of(opened.test, np.arange(len(opened.test)))
     tables = [confusion(r.predictions, truth, len(opened.test.classes)) for r in results]
     scores = [METRICS[opened.metric](table) for table in tables]
     first = results[0]

@@ -21,7 +21,7 @@ from latentddae.transfer.extraction import inputs
 from latentddae.transfer.probes.metrics import ProbeResult
 from latentddae.transfer.probes.recipes import LBFGS, NAMES, RECIPES, Recipe
 from latentddae.transfer.probes.sgd import Training
-from latentddae.transfer.protocol import epoch_features, session
+from latentddae.transfer.protocol import epoch_features, session, splits
 
 VERSION = 1
 
@@ -167,7 +167,7 @@ def _measure(
     if len(recipe.rates) * len(recipe.decays) > 1:
         rows = split.train[split.heldout]
         aside = Labelled(
-            opened.features(train, rows, noise_seed, "held out"), inputs.labels_of(train, rows)
+            opened.features(train, rows, noise_seed, "held out"), splits.labels_of(train, rows)
         )
     feed = (
         epoch_features.online(opened, noise_seed)
@@ -175,8 +175,8 @@ def _measure(
         else epoch_features.cached(opened, noise_seed, args.draws_cached)
     )
     result = probe(
-        feed, inputs.labels_of(train, split.train), split.heldout, aside,
-        Labelled(test_x, inputs.labels_of(test, every)), recipe,
+        feed, splits.labels_of(train, split.train), split.heldout, aside,
+        Labelled(test_x, splits.labels_of(test, every)), recipe,
         classes=len(train.classes), seed=opened.settings["seed"],
     )  # fmt: skip
     return [] if result is None else [result]

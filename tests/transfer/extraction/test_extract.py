@@ -14,7 +14,7 @@ from latentddae.models.dit import DiT, modulate
 from latentddae.models.frozen_trunk import FoldedTrunk
 from latentddae.models.timm_backbone import open_backbone
 from latentddae.transfer.extraction import extract as extraction
-from latentddae.transfer.extraction.extract import collect, extract, held_out, subset
+from latentddae.transfer.extraction.extract import collect, extract
 
 BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
 
@@ -188,25 +188,6 @@ def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
             )  # fmt: skip
     with pytest.raises(ConfigError, match="encode the data"):
         extraction.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
-
-
-def test_held_out_part_follows_the_keys():
-    keys = [f"train/{i}" for i in range(2000)]
-    mask = held_out(keys, 0.2, seed=0)
-    assert abs(mask.mean() - 0.2) < 3 * (0.2 * 0.8 / 2000) ** 0.5
-    order = np.random.default_rng(0).permutation(2000)
-    assert (held_out([keys[i] for i in order], 0.2, seed=0) == mask[order]).all()
-    assert (held_out(keys, 0.2, seed=1) != mask).any()
-
-
-def test_subset_is_of_the_right_size_and_follows_the_keys():
-    keys = [f"{i}" for i in range(100)]
-    chosen = subset(keys, 30, seed=0)
-    assert len(set(chosen)) == 30
-    assert (np.diff(chosen) > 0).all()
-    backwards = subset(keys[::-1], 30, seed=0)
-    assert {keys[i] for i in chosen} == {keys[::-1][i] for i in backwards}
-    assert (subset(keys, None, seed=0) == np.arange(100)).all()
 
 
 def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
