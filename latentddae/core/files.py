@@ -9,44 +9,76 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from latentddae.core.errors import ConfigError, WriteError
+from latentddae.core.errors import ConfigError, DataError, WriteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def write_errors(path: Path | str) -> Iterator[None]:
+    """Turn an OSError inside the block into a WriteError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block succeeds and removed when it
+    fails: a reader sees the old file or the new one, never a part.
+
+    The block writes a file and closes it; it is synced before the rename. Raises WriteError.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write, fsync and rename: a reader sees the old file or the new one, never a part."""
-    payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """JSON with a stable layout, written atomically."""
     write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """One JSON object per line; each line is written with a single call."""
+def read_json(path: Path, what: str) -> Any:
+    """The value of a JSON file. `what` names its meaning in errors: "the result of a grid".
+
+    Raises ConfigError if the file cannot be opened, DataError if it is not JSON.
+    """
     try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({what}): {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} ({what}) is not valid JSON: {error}") from error
+
+
+def append_json_line(path: Path, value: object) -> None:
+    """One JSON object per line; each line is written with a single call."""
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
             file.write(json.dumps(value) + "\n")
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -83,6 +115,16 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_dict_hash(state: Mapping[str, "Tensor"]) -> str:
+    """Hex digest over names, shapes and float32 values of a state dict, in the order of the names:
+    the same for the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().reshape(-1).numpy().data)
+    return digest.hexdigest()
 
 
 def text_hash(value: Any) -> str:

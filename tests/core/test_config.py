@@ -62,9 +62,10 @@ def test_overrides_reach_nested_fields_with_their_types() -> None:
         ("optim.lr=-1", ["optim.lr must be positive", "-1"]),
         ("optim.schedule=cosin", ["optim.schedule", "cosine"]),
         ("optim=3", ["optim", "mapping"]),
+        ("optim.lr=.nan", ["optim.lr", "expected float"]),
         ("model.name=smal", ["model.name", "'smal'", "small"]),
         ("model={name: wide, widht: 3}", ["model.widht", "model.width?"]),
-        ("optim.betas=3", ["optim.betas", "list"]),
+        ("optim.betas=[fast]", ["optim.betas[0]", "expected float"]),
         ("--fast", ["key=value"]),
     ],
 )
@@ -115,3 +116,54 @@ def test_circular_bases_are_refused(tmp_path) -> None:
 def test_differences_list_changed_leaves() -> None:
     old, new = configuration.to_dict(load()), configuration.to_dict(load("optim.lr=1e-3"))
     assert configuration.differences(old, new) == {"optim.lr": (1e-4, 1e-3)}
+
+
+@pytest.mark.parametrize(
+    "text", ["007", "1e3", "@x", "[0.9,0.99", "a#b", "null", "${oc.env:HOME}", "yes"]
+)
+def test_text_settings_take_what_was_typed(tmp_path, text: str) -> None:
+    assert load(f"run={text}").run == text
+    path = tmp_path / "run.yaml"
+    path.write_text(configuration.to_yaml(load(f"run={text}")))
+    assert configuration.load(Run, path, []).run == text
+
+
+def test_one_list_has_three_spellings(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim:\n  betas: [0.5, .75]\n")
+    assert (
+        load("optim.betas=[0.5, .75]").optim.betas
+        == load("optim.betas=0.5,.75").optim.betas
+        == configuration.load(Run, path, ["run=r"]).optim.betas
+        == (0.5, 0.75)
+    )
+
+
+def test_a_choice_takes_a_name_and_fields_below_it(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: wide\n")
+    assert load("model=wide", "model.width=3").model == Small(width=3)
+    assert load("model={name: wide, width: 4}").model == Small(width=4)
+    assert configuration.load(Run, path, ["run=r", "model.width=5"]).model == Small(width=5)
+    assert configuration.load(Run, path, ["run=r", "model.name=small"]).model == Small()
+
+
+def test_require_names_field_value_and_range() -> None:
+    @dataclass(frozen=True)
+    class Numbers:
+        a: float | None = 1.0
+        b: int = 0
+        c: float = 0.5
+
+        def __post_init__(self) -> None:
+            configuration.require(self, positive=("a",), non_negative=("b",), fraction=("c",))
+
+    assert Numbers(a=None) == Numbers(None)
+    for wrong, message in (
+        ({"a": 0.0}, "a must be positive, got 0.0"),
+        ({"a": float("inf")}, "a must be positive, got inf"),
+        ({"b": -1}, "b must be 0 or more, got -1"),
+        ({"c": 1.0}, "c must lie between 0 and 1, got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Numbers(**wrong)

@@ -141,7 +141,7 @@ def test_groups_of_deepspeed_get_our_timeout(ranks) -> None:
 SCRIPT = textwrap.dedent(
     """
     import torch
-    from latentddae import dist
+    from latentddae.core import dist
     from latentddae.core.errors import ConfigError
     world = dist.start(timeout_s=60)
     assert dist.gather_objects(world.rank) == list(range(world.size))

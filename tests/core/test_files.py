@@ -41,7 +41,7 @@ def test_a_cut_last_line_is_left_out(tmp_path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from latentddae import files
+from latentddae.core import files
 with files.exclusive(Path(sys.argv[1]), "train"):
     print("held", flush=True)
     sys.stdin.read()

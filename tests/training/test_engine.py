@@ -226,7 +226,7 @@ def test_an_engine_starts_without_compiler_or_cuda_toolkit(tmp_path) -> None:
     """Nothing is built at first use (USER_PAINS 41): five steps with an empty PATH."""
     code = (
         "import torch\n"
-        "from latentddae import dist\n"
+        "from latentddae.core import dist\n"
         "from latentddae.models import zoo\n"
         "from latentddae.training.engine import Engine\n"
         "from latentddae.training.optimizers import OptimConfig\n"

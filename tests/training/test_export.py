@@ -157,12 +157,12 @@ def test_memory_holds_a_parameter_not_the_model(tmp_path) -> None:
     code = """
 import sys, resource, torch
 from pathlib import Path
-from latentddae import dist, tensorfile
+from latentddae.core import config, dist, safetensors_stream
 from latentddae.models import DiTConfig, zoo
-from latentddae import config
+
 from latentddae.diffusion import OBJECTIVES
 from latentddae.data.latents import LatentSpec
-from latentddae.training import checkpoint, export
+from latentddae.training import export, states
 folder = Path(sys.argv[1])
 model = DiTConfig(hidden_size=512, depth=16, num_heads=8, num_classes=0)
 with torch.device("meta"):
@@ -170,12 +170,12 @@ with torch.device("meta"):
     buffers = {n: b.shape for n, b in zoo.build(model).named_buffers()}
 size = {n: torch.Size(s).numel() for n, s in shapes.items()}
 entries = {
-    f"{kind}/0/{n}": tensorfile.Entry(torch.float32, (size[n],), lambda n=n: torch.zeros(size[n]))
+    f"{kind}/0/{n}": safetensors_stream.Entry(torch.float32, (size[n],), lambda n=n: torch.zeros(size[n]))
     for kind in ("master", "ema") for n in shapes
-} | {f"constant/0/{n}": tensorfile.entry(torch.zeros(s)) for n, s in buffers.items()}
+} | {f"constant/0/{n}": safetensors_stream.entry(torch.zeros(s)) for n, s in buffers.items()}
 path = folder / "images-000000000001"
 path.mkdir()
-tensorfile.write(path / "rank-00000-of-00001.safetensors", entries, {})
+safetensors_stream.write(path / "rank-00000-of-00001.safetensors", entries, {})
 info = {
     "images": 1, "shapes": shapes, "files": {"rank-00000-of-00001.safetensors": {}},
     "model": config.to_dict(model), "objective": config.to_dict(OBJECTIVES["flow"]()),
@@ -190,7 +190,7 @@ def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], anonymous())
 thread = threading.Thread(target=watch); thread.start()
-export.export(checkpoint.State(path, info), folder / "out")
+export.export(states.State(path, info), folder / "out")
 done.set(); thread.join()
 print(sum(size.values()) * 4 / 1e6, (peak[0] - before) / 1e3)
 """

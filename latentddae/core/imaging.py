@@ -1,0 +1,57 @@
+"""Pixels as files: uint8 arrays, image sheets, PNG."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from latentddae.core.errors import DataError
+from latentddae.core.files import write_atomic
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(N, 3 or 1, H, W) in [-1, 1] -> (N, H, W, 3) uint8, rounded to nearest; grey becomes RGB."""
+    scaled = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return rearrange(scaled.expand(-1, 3, -1, -1), "n c h w -> n h w c").contiguous().cpu().numpy()
+
+
+def image_sheet(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
+    """Images row by row on one white sheet: (N, H, W, 3) uint8 -> (rows (H + gap), columns (W +
+    gap), 3) uint8."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    cells = np.full((rows * columns, height + gap, width + gap, channels), 255, np.uint8)
+    cells[:n, :height, :width] = images
+    return rearrange(cells, "(r c) h w d -> (r h) (c w) d", c=columns)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """(H, W, 3) or (H, W) uint8 as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """(H, W, 3) or (H, W) uint8 to a file that is complete or absent; WriteError if it cannot be."""
+    write_atomic(path, encode_png(image))
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as a `data:` address, for pages in one file."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8. Raises DataError naming an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise DataError(f"{path} is not a readable image: {error}") from error

@@ -1,0 +1,18 @@
+"""The progress bar that all commands share."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def images(total: int, desc: str, show: bool = True, initial: int = 0) -> tqdm:
+    """A bar that counts images, with their rate and the time left; hidden if there are none."""
+    return tqdm(
+        total=total,
+        desc=desc,
+        initial=initial,
+        unit="img",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 5,
+        disable=not show or total == 0,
+    )
