@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
-from latentddae.models.dit import randomize_gates
+from latentddae.models.untrained import randomize_gates
 from latentddae.training.deepspeed_config import resolve_precision
 from latentddae.transfer.extraction.extract import Precision, pooled_blocks, trunk_at
 

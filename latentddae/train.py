@@ -30,7 +30,6 @@ from latentddae.data.loader import Batch
 from latentddae.data.shards import ShardSet
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
-from latentddae.models.activation_stats import extremes
 from latentddae.planning.flops import training_flops
 from latentddae.training.config import (
     DataConfig,
@@ -135,7 +134,7 @@ def pretraining(config: TrainConfig, context: RunContext) -> Job:
     def diagnostics(*stored: Tensor) -> dict[str, Tensor]:
         x0, t, noise, y = inputs(*stored)
         x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
-        return extremes(model, x, network_time, y)
+        return model.diagnostics(x, network_time, y)
 
     def evaluate(state: State) -> dict[str, float]:
         """Samples and scores; rank 0 works, the others wait."""
@@ -165,7 +164,7 @@ def pretraining(config: TrainConfig, context: RunContext) -> Job:
         tensors=tensors,
         loss=loss,
         diagnostics=diagnostics,
-        flops_per_image=training_flops(config.model),
+        flops_per_image=training_flops(model),
         evaluate=evaluate,
         eval_every_images=config.monitor.every_images,
         snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from latentddae.core.errors import ConfigError
 from latentddae.models.attention import attention
-from latentddae.models.dit import EPSILON, Block, DiT, DiTConfig, gelu, modulate
+from latentddae.models.dit import Block, DiT, DiTConfig
+from latentddae.models.layers import LAYER_NORM_EPS, gelu, modulate
 
 FOLDABLE = {  # fields whose every value folds; any other one must be at its default
     "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
@@ -158,11 +159,11 @@ class FoldedTrunk:
 def layer_norm(x: Tensor) -> Tensor:
     """Each row with mean 0 and variance 1, without gradients: (..., D) -> (..., D)."""
     if x.device.type != "cpu":
-        return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+        return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
     # torch's CPU kernel takes twice the time of these passes over a row block in the cache.
     centred = x - x.mean(dim=-1, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
-    return centred.mul_(length.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_())
+    return centred.mul_(length.square_().div_(x.shape[-1]).add_(LAYER_NORM_EPS).rsqrt_())
 
 
 def foldable(model: Any) -> bool:
@@ -185,7 +186,7 @@ def fold(model: DiT, network_t: Tensor, *, depth: int, dtype: torch.dtype) -> Fo
     """
     if not foldable(model):
         raise ConfigError(f"a network of this kind does not fold: {model.config}")
-    c = model.condition(network_t.reshape(1).to(model.pos_embed.device))
+    c = model.embed_condition(network_t.reshape(1).to(model.pos_embed.device))
     blocks = tuple(_folded(block, c, dtype) for block in model.blocks[:depth])
     return FoldedTrunk(model, blocks, dtype)
 

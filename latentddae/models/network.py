@@ -89,6 +89,16 @@ class Network(Protocol):
         Raises ConfigError for a block outside 1 ... depth.
         """
 
+    def flops(self) -> int:
+        """Floating-point operations of one image's forward pass, two per multiply-accumulate."""
+
+    def diagnostics(self, x: Tensor, t: Tensor, y: Conditioning = None) -> dict[str, Tensor]:
+        """`activation_max` and `attention_logit_max` of every block, (depth,) float32 each.
+
+        Largest absolute values over a few samples, on the model's device, without gradients: they
+        grow long before a run diverges. Inputs as in `forward`.
+        """
+
     # What callers use of nn.Module, from which a Protocol cannot inherit.
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...

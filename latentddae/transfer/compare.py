@@ -25,8 +25,8 @@ from latentddae.core.files import exclusive, read_json_lines, text_hash, write_j
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
-from latentddae.models.dit import randomize_gates
 from latentddae.models.timm_backbone import PREFIX
+from latentddae.models.untrained import randomize_gates
 from latentddae.transfer import grid as grids
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import BATCH, flat_latents

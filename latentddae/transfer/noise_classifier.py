@@ -7,7 +7,6 @@ the network's objective draws them in pretraining, anew in every epoch. Test is 
 """
 
 import argparse
-import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
+from latentddae.models.layers import sinusoidal_embedding
 from latentddae.training.deepspeed_config import DTYPES
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer.extraction import inputs
@@ -73,15 +73,8 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
-        return self.mlp(features + self.time(sinusoid(LEVEL_SCALE * level, self.width)))
-
-
-def sinusoid(position: Tensor, width: int) -> Tensor:
-    """[sin | cos] of position x 10000^(-k / (width / 2)): (N,) -> (N, width) float32."""
-    half = width // 2
-    steps = torch.arange(half, device=position.device) / half
-    angles = position.float()[:, None] * torch.exp(-math.log(10000.0) * steps)
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width - 2 * half))
+        time = sinusoidal_embedding((LEVEL_SCALE * level).float(), self.width, sin_first=True)
+        return self.mlp(features + self.time(time))
 
 
 class Reader:

@@ -20,7 +20,7 @@ from latentddae.diffusion.levels import (
     ratio_of_level,
 )
 from latentddae.models import DiT, DiTConfig
-from latentddae.models.dit import randomize_gates
+from latentddae.models.untrained import randomize_gates
 
 ALL = [
     Flow(),

@@ -11,7 +11,10 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.attention import BACKENDS, PACKAGES
-from latentddae.models.dit import gelu, randomize_gates, shape_of_state, sincos_table, unpatchify
+from latentddae.models.dit import unpatchify
+from latentddae.models.dit_state import shape_of_state
+from latentddae.models.layers import gelu, sincos_table
+from latentddae.models.untrained import randomize_gates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

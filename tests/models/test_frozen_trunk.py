@@ -7,8 +7,10 @@ import torch
 
 from latentddae.core.errors import ConfigError
 from latentddae.models import frozen_trunk, zoo
-from latentddae.models.dit import DiTConfig, gelu, modulate, randomize_gates
+from latentddae.models.dit import DiTConfig
 from latentddae.models.frozen_trunk import Layer, fold, foldable
+from latentddae.models.layers import gelu, modulate
+from latentddae.models.untrained import randomize_gates
 
 CONFIG = DiTConfig(
     input_size=16, patch_size=2, in_channels=4, hidden_size=96, depth=4, num_heads=4, num_classes=10
@@ -115,7 +117,9 @@ def test_normalised_tokens_are_those_of_the_blocks_own_adaln():
     trunk = fold(model, T, depth=3, dtype=torch.float32)
     tokens = streamed(trunk, images())[3]
     with torch.inference_mode():
-        shift, scale = model.blocks[2].adaLN_modulation(model.condition(T)).chunk(6, dim=1)[:2]
+        shift, scale = (
+            model.blocks[2].adaLN_modulation(model.embed_condition(T)).chunk(6, dim=1)[:2]
+        )
         expected = modulate(tokens.clone(), shift.expand(3, -1), scale.expand(3, -1))
         torch.testing.assert_close(trunk.normalised(3, tokens), expected)
 

@@ -15,7 +15,7 @@ from latentddae import train
 from latentddae.core import dist, rng
 from latentddae.core.errors import run_command
 from latentddae.models import DiTConfig, zoo
-from latentddae.models.dit import randomize_gates
+from latentddae.models.untrained import randomize_gates
 from latentddae.training import states
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig

@@ -164,7 +164,7 @@ def test_a_line_says_how_the_run_does(stage, tiny_shards, tmp_path, ranks) -> No
         assert sum(parts) == pytest.approx(line["step_ms"]) and min(parts) >= 0
         assert line["forward_ms"] > 0 and line["backward_ms"] > 0 and line["optimizer_ms"] > 0
         assert line["images_per_s"] == pytest.approx(1000 * STEP / line["step_ms"])
-        operations = training_flops(model.config) * line["images_per_s"]
+        operations = training_flops(model) * line["images_per_s"]
         assert line["flops_per_s"] == pytest.approx(operations)
         assert "utilisation" not in line  # a CPU's peak is not known
         assert 0 <= line["data_wait"] < 1 and line["memory_gb"] > 0.1

@@ -8,7 +8,8 @@ import pytest
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
-from latentddae.models.dit import DiTConfig, randomize_gates
+from latentddae.models.dit import DiTConfig
+from latentddae.models.untrained import randomize_gates
 from latentddae.transfer.reporting import plots
 
 CONFIG = DiTConfig(

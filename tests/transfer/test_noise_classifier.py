@@ -13,7 +13,7 @@ from latentddae.diffusion.ddpm import DDPM
 from latentddae.models import zoo
 from latentddae.transfer import noise_classifier
 from latentddae.transfer.extraction import extract
-from latentddae.transfer.noise_classifier import Head, Reader, Settings, sinusoid
+from latentddae.transfer.noise_classifier import Head, Reader, Settings
 
 
 @pytest.fixture
@@ -42,10 +42,6 @@ def test_head_knows_the_level() -> None:
     x = torch.ones(2, 8)
     logits = head(x, torch.tensor([0.1, 0.8]))
     assert logits.shape == (2, 3) and (logits[0] - logits[1]).abs().max() > 1e-3
-    table = sinusoid(torch.tensor([0.0, 3.0]), 5)
-    assert table.shape == (2, 5) and table[0].tolist() == [0, 0, 1, 1, 0]
-    assert table[1, 0] == pytest.approx(np.sin(3.0), abs=1e-6)
-    assert table[1, 1] == pytest.approx(np.sin(3.0 / 100), abs=1e-6)
 
 
 def test_every_draw_follows_from_the_position(reader, train) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.models.dit import DiTConfig, shape_of_state
+from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_state import shape_of_state
 
 HEADS = {1152: 16}  # every other published width has heads of 64
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile

@@ -10,8 +10,9 @@ from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.rng import key_positions
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
-from latentddae.models.dit import DiT, modulate
+from latentddae.models.dit import DiT
 from latentddae.models.frozen_trunk import FoldedTrunk
+from latentddae.models.layers import modulate
 from latentddae.models.timm_backbone import open_backbone
 from latentddae.transfer.extraction import extract as extraction
 from latentddae.transfer.extraction.extract import collect, extract
@@ -254,7 +255,9 @@ def test_adaln_normalised_tokens_pooled(checkpoint, train):
     model = checkpoint.model
     with torch.no_grad():
         tokens = model.taps(0.7 * x0 + 0.3 * noise, t, None, [2])[2]
-        shift, scale = model.blocks[1].adaLN_modulation(model.condition(t)).chunk(6, dim=1)[:2]
+        shift, scale = (
+            model.blocks[1].adaLN_modulation(model.embed_condition(t)).chunk(6, dim=1)[:2]
+        )
         normed = modulate(tokens, shift, scale)
     np.testing.assert_allclose(found[2, "norm-mean"], normed.mean(dim=1), atol=1e-5)
     np.testing.assert_allclose(found[2, "norm-max"], normed.amax(dim=1), atol=2e-5)
