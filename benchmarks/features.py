@@ -17,8 +17,10 @@ from torch import Tensor
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
 from latentddae.models.untrained import randomize_gates
-from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer.extraction.extract import Precision, pooled_blocks, trunk_at
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.extract import pooled_blocks
+from latentddae.transfer.extraction.spec import Precision
+from latentddae.transfer.extraction.trunk import precision_of, trunk_at
 
 IMAGES, BLOCK, LEVEL = 32, 6, 0.3
 TOLERANCE = {"fp32": 2e-6, "bf16": 1e-2}
@@ -59,11 +61,12 @@ def main() -> None:
     objective = OBJECTIVES["ddpm"]()
     x = torch.randn(IMAGES, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([objective.to_time(LEVEL)])
-    shipped: Precision = resolve_precision("auto", torch.device("cpu"))
+    checkpoint = Checkpoint(network(), objective, None, {})
+    shipped: Precision = precision_of(checkpoint)
     usual = {dtype: Usual(network(), x, t) for dtype in {"fp32", shipped}}
     if shipped == "bf16":
         usual["bf16"].model.bfloat16()
-    trunks = {dtype: trunk_at(network(), objective, LEVEL, BLOCK, dtype) for dtype in usual}
+    trunks = {dtype: trunk_at(checkpoint, LEVEL, BLOCK, dtype) for dtype in usual}
 
     def ours(dtype: str) -> Tensor:
         return pooled_blocks(trunks[dtype], x, [BLOCK], ["mean"])[BLOCK, "mean"]

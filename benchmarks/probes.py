@@ -24,6 +24,7 @@ from latentddae.core.files import write_json
 from latentddae.transfer import grid
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.probes.recipes import RECIPES
 from latentddae.transfer.probes.sgd import INITIAL_STD, Training, epoch_order, schedule
@@ -169,10 +170,8 @@ def trained_online(
     network per epoch. Held-out accuracies."""
 
     def features(indices: np.ndarray, seed: int) -> torch.Tensor:
-        found = collect(
-            checkpoint.model, checkpoint.objective, checkpoint.latents, train, indices,
-            level=level, blocks=blocks, pools=("mean",), seed=seed,
-        )  # fmt: skip
+        spec = FeatureSpec(level=level, blocks=blocks, seed=seed)
+        found = collect(checkpoint, train, indices, spec)
         return torch.stack([torch.from_numpy(found[block, "mean"]) for block in blocks])
 
     y = torch.from_numpy(splits.labels_of(train, split.fit))

@@ -33,7 +33,7 @@ GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
         "compare": ("latentddae.transfer.compare", "the network against its baselines, one table"),
         "suite": ("latentddae.transfer.suite", "grid and probes on several data sets"),
         "finetune": ("latentddae.transfer.finetune", "fine-tune a pretrained trunk for classes"),
-        "features": ("latentddae.transfer.extraction.store", "features of whole splits as files"),
+        "features": ("latentddae.transfer.features", "features of whole splits as files"),
         "geometry": ("latentddae.transfer.geometry", "alignment, uniformity, rank, CKA of blocks"),
         "noise-classifier": (
             "latentddae.transfer.noise_classifier",

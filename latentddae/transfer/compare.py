@@ -27,9 +27,11 @@ from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grid as grids
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import BATCH, flat_latents
+from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
@@ -57,7 +59,7 @@ LABELS = {  # group -> how tables name it
 class Subject:
     """A checkpoint with its grid, the data, and the pixels of the same images if there are any."""
 
-    checkpoint: Any
+    checkpoint: Checkpoint
     grid: dict[str, Any]
     train: SampleSet
     test: SampleSet
@@ -91,7 +93,7 @@ class Entry:
     group: str
     train: SampleSet
     test: SampleSet
-    network: Any = None
+    network: Checkpoint | None = None
     cell: CellChoice | None = None
 
 
@@ -165,7 +167,7 @@ def backbone_entries(
             yield Entry(group=PREFIX + name, train=train, test=test, network=network, cell=cell)
 
 
-def untrained(checkpoint: Any, seed: int, random_gates: bool) -> Any:
+def untrained(checkpoint: Checkpoint, seed: int, random_gates: bool) -> Checkpoint:
     """The checkpoint with a fresh network of the same shape in place of the trained one."""
     device = next(checkpoint.model.parameters()).device
     model = zoo.build(checkpoint.model.config, seed=seed)
@@ -175,7 +177,12 @@ def untrained(checkpoint: Any, seed: int, random_gates: bool) -> Any:
 
 
 def control_grid(
-    subject: Subject, network: Any, group: str, out: Path, config: CompareConfig, progress: bool
+    subject: Subject,
+    network: Checkpoint,
+    group: str,
+    out: Path,
+    config: CompareConfig,
+    progress: bool,
 ) -> dict[str, Any]:
     """The grid of an untrained network by the protocol of the trained one's; resumable under `out`.
 
@@ -183,7 +190,8 @@ def control_grid(
     """
     grid = subject.grid
     same = {
-        key: grid[key] for key in ("holdout", "seed", "limit", "draws", "noisy_input", "shortlist")
+        key: grid[key]
+        for key in ("holdout", "seed", "limit", "noise_samples", "noisy_input", "shortlist")
     }
     blocks = (1,) if group == "untrained" else tuple(grid["blocks"])
     settings = grids.GridConfig(
@@ -223,7 +231,7 @@ def measure(
             **settings,
         },
         "cell": dataclasses.asdict(cell) if cell else None,
-        "precision": inputs.precision_of(entry.network) if cell else None,
+        "precision": precision_of(entry.network) if cell and entry.network else None,
         "data": {"train": entry.train.fingerprints, "test": entry.test.fingerprints},
         "labels_from": {"train": subject.train.fingerprints, "test": subject.test.fingerprints},
         "seed": settings["seed"],
@@ -260,7 +268,7 @@ def _arrays(
             seed=seed, batch=batch, progress=progress,
         )  # fmt: skip
     train_x, test_x = (
-        flat_latents(own.spec, own, match_keys(reference, indices, own))
+        flat_latents(own, match_keys(reference, indices, own))
         for reference, indices, own in (
             (subject.train, split.train, entry.train),
             (subject.test, np.arange(len(subject.test)), entry.test),

@@ -34,14 +34,9 @@ from latentddae.training.loop import Job, Loop
 from latentddae.training.process import RunContext, distributed_run
 from latentddae.training.states import State, StateReader
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    check_level,
-    clean_latents,
-    network_input,
-    noise_of,
-    null_labels,
-    own_time,
-)
+from latentddae.transfer.extraction.extract import clean_latents, keyed_noise, network_input
+from latentddae.transfer.extraction.spec import check_level, describe_level
+from latentddae.transfer.extraction.trunk import null_labels, timestep
 from latentddae.transfer.finetuning.classifier import (
     Classifier,
     NormName,
@@ -134,7 +129,7 @@ class Task:
         objective, device = self.checkpoint.objective, context.device
         zeros = torch.zeros(1, 1, 1, 1, device=device)
         self.network_t = objective.network_input(
-            zeros, own_time(objective, config.level).to(device)
+            zeros, timestep(objective, config.level).to(device)
         )[1]
         self.classifier = self._classifier()
 
@@ -239,7 +234,7 @@ class Task:
         noise = x0
         if self.config.noisy_input:
             positions = rng.key_positions(shards.keys(index)).to(self.context.device)
-            noise = noise_of(self.config.seed, 0, positions, x0.shape[1:])
+            noise = keyed_noise(self.config.seed, 0, positions, x0.shape[1:])
         return self._logits(classifier, x0, noise).argmax(dim=1)
 
     def _of_state(self, state: State, name: str) -> Classifier:
@@ -261,7 +256,7 @@ class Task:
             "from_scratch": config.from_scratch,
             "protocol": {"name": PROTOCOL, **_recipe(config)},
             "cell": {
-                **inputs.describe_level(self.checkpoint.objective, config.level),
+                **describe_level(self.checkpoint.objective, config.level),
                 "block": config.block,
                 "noisy_input": config.noisy_input,
             },

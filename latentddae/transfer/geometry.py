@@ -24,16 +24,17 @@ from latentddae.core.errors import DataError, UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.core.rng import key_positions, uniform
 from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import (
     BATCH,
-    Precision,
     clean_latents,
+    keyed_noise,
     network_input,
-    noise_of,
     pooled_blocks,
-    trunk_at,
 )
+from latentddae.transfer.extraction.spec import Precision, describe_level, levels_of
+from latentddae.transfer.extraction.trunk import device_of, precision_of, trunk_at
 from latentddae.transfer.probes.knn import normalised
 from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
@@ -118,7 +119,7 @@ def chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def two_views(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     shards: SampleSet,
     indices: np.ndarray,
     *,
@@ -128,10 +129,10 @@ def two_views(
     dtype: Precision = "auto",
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """Batches of all blocks' mean-pooled features under two noises: {block: (N, D)}, twice."""
-    model, objective = checkpoint.model, checkpoint.objective
-    depth = model.config.depth
-    device = next(model.parameters()).device
-    trunk = trunk_at(model.eval(), objective, level, depth, dtype)
+    objective = checkpoint.objective
+    depth = checkpoint.model.eval().config.depth
+    device = device_of(checkpoint)
+    trunk = trunk_at(checkpoint, level, depth, dtype)
     blocks = range(1, depth + 1)
     for start in range(0, len(indices), batch):
         index = indices[start : start + batch]
@@ -139,7 +140,7 @@ def two_views(
         positions = key_positions(shards.keys(index)).to(device)
         views = []
         for draw in range(2):
-            noise = noise_of(seed, draw, positions, x0.shape[1:])
+            noise = keyed_noise(seed, draw, positions, x0.shape[1:])
             x = network_input(objective, x0, noise, level)
             found = pooled_blocks(trunk, x, blocks, ["mean"])
             views.append({block: found[block, "mean"] for block in blocks})
@@ -223,7 +224,7 @@ def pictures(found: dict[str, Any]) -> bytes:
 
 
 def run(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     shards: SampleSet,
     indices: np.ndarray,
     scratch: Path,
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     indices = subset(shards.keys(np.arange(len(shards))), args.limit, seed)
     args.out.mkdir(parents=True, exist_ok=True)
     described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
-    for level in inputs.levels_of(args.levels, checkpoint.objective):
+    for level in levels_of(args.levels, checkpoint.objective):
         found = run(
             checkpoint, shards, indices, args.out,
             level=level, seed=seed, minibatch=args.minibatch, batch=args.batch,
@@ -277,8 +278,8 @@ def main(argv: list[str] | None = None) -> None:
             "checkpoint": described,
             "protocol": {"name": PROTOCOL, "minibatch": args.minibatch},
             "cell": {
-                **inputs.describe_level(checkpoint.objective, level),
-                "precision": inputs.precision_of(checkpoint),
+                **describe_level(checkpoint.objective, level),
+                "precision": precision_of(checkpoint),
             },
             "data": {args.split: shards.fingerprints},
             "seed": seed,

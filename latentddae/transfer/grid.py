@@ -29,16 +29,21 @@ from latentddae.core.config import to_dict
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import exclusive, text_hash, write_atomic, write_json
 from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    BATCH,
+from latentddae.transfer.extraction.extract import BATCH, extract
+from latentddae.transfer.extraction.pooling import POOLS, check_pools
+from latentddae.transfer.extraction.spec import (
+    LEVEL_UNITS,
     Block,
     Cell,
+    FeatureSpec,
     check_blocks,
     check_level,
-    extract,
+    describe_level,
+    levels_of,
 )
-from latentddae.transfer.extraction.pooling import POOLS, check_pools
+from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.protocol import joined, rerank, search, splits
 from latentddae.transfer.reporting import plots
@@ -61,8 +66,8 @@ class GridConfig:
     seed: int = 0
     limit: int | None = None
     """At most this many training samples, chosen by key."""
-    draws: int = 1
-    """Noises whose features are averaged."""
+    noise_samples: int = 1
+    """Features are averaged over this many noises."""
     noisy_input: bool = True
     search: int = 0
     """So many further levels, each where the best one seen so far points to."""
@@ -77,15 +82,15 @@ class GridConfig:
         check_pools(self.pools)
         if not self.levels or not self.pools:
             raise UsageError("a grid needs at least one noise level and one pool")
-        if self.shortlist < 0 or self.search < 0 or self.draws < 1:
+        if self.shortlist < 0 or self.search < 0 or self.noise_samples < 1:
             raise UsageError(
-                f"shortlist and search must be 0 or more and draws 1 or more, got "
-                f"{self.shortlist}, {self.search}, {self.draws}"
+                f"shortlist and search must be 0 or more and noise_samples 1 or more, got "
+                f"{self.shortlist}, {self.search}, {self.noise_samples}"
             )
 
 
 def run(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     out: Path,
     config: GridConfig,
@@ -109,14 +114,14 @@ def run(
     settings = {
         "protocol": PROTOCOL,
         "model_hash": described["model_hash"],
-        "precision": inputs.precision_of(checkpoint),
+        "precision": precision_of(checkpoint),
         "objective": to_dict(checkpoint.objective),
         "data": train.fingerprints,
         "strengths": list(ridge.STRENGTHS),
         "blocks": list(blocks),
         **{
             key: getattr(config, key)
-            for key in ("holdout", "seed", "limit", "draws", "noisy_input")
+            for key in ("holdout", "seed", "limit", "noise_samples", "noisy_input")
         },
         "pools": list(config.pools),
     }
@@ -138,7 +143,8 @@ def run(
         judged = rerank.run(
             checkpoint, train, out / "levels", settings, split,
             rerank.shortlisted(cells, config.pools, config.shortlist),
-            {key: getattr(config, key) for key in ("seed", "draws", "batch", "noisy_input")},
+            {key: getattr(config, key) for key in ("seed", "noise_samples", "noisy_input")},
+            config.batch,
             lambda total: progress_bar(total, "shortlist", progress),
         )  # fmt: skip
         grid = assemble(settings, described, levels, parts, judged, config, split)
@@ -148,7 +154,7 @@ def run(
 
 
 def _levels(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     out: Path,
     config: GridConfig,
@@ -183,7 +189,7 @@ def progress_bar(total: int, name: str, show: bool) -> Any:
 
 
 def judge_level(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     level: float,
     blocks: tuple[Block, ...],
@@ -200,11 +206,16 @@ def judge_level(
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
     seen = own.start
-    for part in extract(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train[own],
-        level=level, blocks=blocks, pools=config.pools, seed=config.seed, draws=config.draws,
-        batch=config.batch, noisy_input=config.noisy_input,
-    ):  # fmt: skip
+    spec = FeatureSpec(
+        level=level,
+        blocks=blocks,
+        pools=config.pools,
+        noise_samples=config.noise_samples,
+        seed=config.seed,
+        noisy_input=config.noisy_input,
+    )
+    indices = split.train[own]
+    for part in extract(checkpoint, train, indices, spec, batch=config.batch, progress=tell):
         here = slice(seen, seen + len(part.index))
         aside = heldout[here]
         for cell, value in part.values.items():
@@ -214,7 +225,6 @@ def judge_level(
             statistics[cell].add(value[~aside], labels[here][~aside])
             kept[cell].append(value[aside])
         seen = here.stop
-        tell(len(part.index))
     cells = []
     for cell, sums in statistics.items():
         sums.reduce()
@@ -222,7 +232,7 @@ def judge_level(
         judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
         cells.append(dist.on_rank0(judge))
     return {
-        **inputs.describe_level(checkpoint.objective, level),
+        **describe_level(checkpoint.objective, level),
         "cells": cells,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -266,14 +276,14 @@ def assemble(
     }
     return {
         "kind": "grid",
-        **{key: settings[key] for key in ("protocol", "seed", "holdout", "limit", "draws")},
+        **{key: settings[key] for key in ("protocol", "seed", "holdout", "limit", "noise_samples")},
         **{key: settings[key] for key in ("noisy_input", "precision")},
         "checkpoint": described,
         "objective": settings["objective"],
         "data": settings["data"],
         "n_seen": {"fit": int((~split.heldout).sum()), "heldout": int(split.heldout.sum())},
         "levels": levels,
-        "level_units": [{unit: part[unit] for unit in inputs.LEVEL_UNITS} for part in parts],
+        "level_units": [{unit: part[unit] for unit in LEVEL_UNITS} for part in parts],
         "blocks": settings["blocks"],
         "pools": settings["pools"],
         "strengths": settings["strengths"],
@@ -358,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--blocks", default="all", help="e.g. 3,4,5")
     parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
-    parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
+    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per sample")
     parser.add_argument(
         "--shortlist", type=int, default=6, help="blocks per pool judged by the full probe"
     )
@@ -371,10 +381,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     levels = args.levels or _listed(search.COARSE if args.search else LEVELS)
     config = GridConfig(
-        levels=inputs.levels_of(levels, checkpoint.objective), search=args.search,
+        levels=levels_of(levels, checkpoint.objective), search=args.search,
         blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
         pools=tuple(args.pools.split(",")),
-        draws=args.draws, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
+        noise_samples=args.noise_samples, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
         **inputs.settings_of(args, {}),
     )  # fmt: skip
     train = joined.open_train(args, checkpoint)

@@ -23,16 +23,14 @@ from latentddae.core.files import write_atomic, write_json
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models.layers import sinusoidal_embedding
+from latentddae.models.zoo import Checkpoint
 from latentddae.training.deepspeed_config import DTYPES
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    check_blocks,
-    clean_latents,
-    noise_of,
-    null_labels,
-)
+from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
 from latentddae.transfer.extraction.pooling import pool_mean
+from latentddae.transfer.extraction.spec import check_blocks
+from latentddae.transfer.extraction.trunk import null_labels, precision_of
 from latentddae.transfer.protocol import cells, splits
 from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
@@ -80,12 +78,12 @@ class Head(nn.Module):
 class Reader:
     """Frozen features of one block at a time of each sample's own."""
 
-    def __init__(self, checkpoint: Any, block: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, block: int) -> None:
         (self.block,) = check_blocks([block], checkpoint.model.config.depth)
         self.objective, self.latents = checkpoint.objective, checkpoint.latents
         self.model = checkpoint.model.eval()
         self.device = next(self.model.parameters()).device
-        self.model.to(DTYPES[inputs.precision_of(checkpoint)])
+        self.model.to(DTYPES[precision_of(checkpoint)])
         self.width = self.model.config.hidden_size
 
     @torch.no_grad()
@@ -150,7 +148,7 @@ def accuracy_curve(
         index = np.arange(start, min(start + TEST_BATCH, len(test)))
         x0 = clean_latents(reader.latents, test, index).to(reader.device)
         positions = rng.key_positions(test.keys(index)).to(reader.device)
-        noise = noise_of(seed, 0, positions, x0.shape[1:])
+        noise = keyed_noise(seed, 0, positions, x0.shape[1:])
         label = torch.from_numpy(test.labels[index]).to(reader.device)
         for number, time in enumerate(times):
             t = time.expand(len(index))
@@ -206,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         "kind": "noise_classifier",
         "checkpoint": described,
         "protocol": {"name": PROTOCOL, **asdict(settings)},
-        "cell": {"block": args.block, "precision": inputs.precision_of(checkpoint)},
+        "cell": {"block": args.block, "precision": precision_of(checkpoint)},
         "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
         "seed": seed,
         "n_seen": {"train": len(part), "test": len(test)},

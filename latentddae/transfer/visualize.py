@@ -7,19 +7,22 @@ which `latentddae report` shows. Images are decoded from the latents, or cut fro
 
 import argparse
 import base64
+import dataclasses
 import io
 import math
 import sys
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from latentddae.core import dist
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
 from latentddae.data.preview import decoded, find_source, source_squares
-from latentddae.transfer.extraction.extract import collect, members_of
+from latentddae.transfer.extraction.extract import collect
+from latentddae.transfer.extraction.spec import members_of
 from latentddae.transfer.probes.knn import nearest
 from latentddae.transfer.protocol import session
 from latentddae.transfer.protocol.splits import subset
@@ -49,15 +52,14 @@ def token_maps(opened: session.Opened, samples: np.ndarray) -> np.ndarray:
 
     A pool of as many patches as there are tokens leaves the map as it is.
     """
-    model, cell = opened.checkpoint.model, opened.cell
-    side = math.isqrt(model.config.tokens)
-    block = members_of(cell.block)[-1]
-    found = collect(
-        model, opened.checkpoint.objective, opened.checkpoint.latents, opened.test, samples,
-        level=cell.level, blocks=[block], pools=[f"grid{side}"], seed=opened.settings["seed"],
-        draws=cell.draws, noisy_input=cell.noisy_input,
-    )  # fmt: skip
-    return found[block, f"grid{side}"].reshape(len(samples), side, side, -1)
+    side = math.isqrt(opened.checkpoint.model.config.tokens)
+    spec = dataclasses.replace(
+        opened.cell.spec(opened.settings["seed"]),
+        blocks=(members_of(opened.cell.block)[-1],),
+        pools=(f"grid{side}",),
+    )
+    features = collect(opened.checkpoint, opened.test, samples, spec)[spec.cell]
+    return rearrange(features, "n (h w d) -> n h w d", h=side, w=side)
 
 
 def principal_colours(maps: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from latentddae.data.shards import ShardSet, write_split
 from latentddae.transfer import compare as comparison
 from latentddae.transfer import grid
 from latentddae.transfer.compare import CompareConfig, Subject, compare, mark_chosen
-from latentddae.transfer.extraction.extract import pooled_blocks, trunk_at
+from latentddae.transfer.extraction.extract import pooled_blocks
+from latentddae.transfer.extraction.trunk import trunk_at
 
 GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
@@ -103,7 +104,7 @@ def test_finished_rows_are_not_computed_again(finished, subject, monkeypatch):
 
 
 def test_an_interrupted_table_continues(finished, subject, tmp_path, monkeypatch):
-    probe, calls = comparison.linear.probe, []
+    probe, calls = comparison.logistic.probe, []
 
     def stopping(*arguments, **options):
         calls.append(1)
@@ -111,7 +112,7 @@ def test_an_interrupted_table_continues(finished, subject, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return probe(*arguments, **options)
 
-    monkeypatch.setattr(comparison.linear, "probe", stopping)
+    monkeypatch.setattr(comparison.logistic, "probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare(subject, tmp_path, CONFIG, progress=False)
     assert len(read_json_lines(tmp_path / "results.jsonl")) == 3
@@ -146,7 +147,7 @@ def test_as_initialised_every_block_is_the_patch_embedding(checkpoint):
     model = fresh.model
 
     def found(network):
-        trunk = trunk_at(network.model, network.objective, 0.0, 3, "fp32")
+        trunk = trunk_at(network, 0.0, 3, "fp32")
         return pooled_blocks(trunk, x0, (1, 2, 3), ("mean",))
 
     embedded = (model.x_embedder(x0) + model.pos_embed).mean(dim=1)

@@ -231,7 +231,12 @@ def test_pck_counts_by_box_and_by_pair() -> None:
 def test_maps_do_not_depend_on_the_batch(pixels_checkpoint, shapes_folder, monkeypatch) -> None:
     names = token_maps.image_names(shapes_folder / "test" / "images")
     maps = token_maps.TokenMaps(
-        zoo.load(pixels_checkpoint), open_autoencoder("none"), 2, 0.3, draws=2, normalise=True
+        zoo.load(pixels_checkpoint),
+        open_autoencoder("none"),
+        2,
+        0.3,
+        noise_samples=2,
+        normalise=True,
     )
     whole = torch.cat(list(maps.of(shapes_folder / "test" / "images", names)))
     monkeypatch.setattr(token_maps, "IMAGE_BATCH", 3)
@@ -262,7 +267,10 @@ def test_refusals(pixels_checkpoint, shapes_folder, pairs_folder, tmp_path, capf
     (other / "config.json").write_text(json.dumps(facts))
     assert command("segment", segment, other, shapes_folder, out) == 78
     assert "the latents were made with" in capfd.readouterr().err
-    assert command("segment", segment, pixels_checkpoint, shapes_folder, out, "--draws", "0") == 2
+    assert (
+        command("segment", segment, pixels_checkpoint, shapes_folder, out, "--noise-samples", "0")
+        == 2
+    )
     (bad / "pairs.json").write_text(
         '[{"source": "a.png", "target": "b.png", "source_points": [[1, 2]], '
         '"target_points": [[1, 2], [3, 4]]}]'

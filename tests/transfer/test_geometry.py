@@ -10,6 +10,7 @@ import torch
 from latentddae.core.errors import run_command
 from latentddae.transfer import geometry
 from latentddae.transfer.extraction import extract
+from latentddae.transfer.extraction.spec import FeatureSpec
 
 
 @pytest.fixture
@@ -90,10 +91,8 @@ def test_views_share_image_and_level_and_differ_in_noise(checkpoint, train) -> N
     """As the feature extractor sees them: view one is its draw 0; at level 0 both are the clean latent."""
     index = np.arange(12)
     ((first, second),) = geometry.two_views(checkpoint, train, index, level=0.3, seed=5)
-    expected = extract.collect(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, index,
-        level=0.3, blocks=(1, 2, 3), pools=("mean",), seed=5,
-    )  # fmt: skip
+    spec = FeatureSpec(level=0.3, blocks=(1, 2, 3), seed=5)
+    expected = extract.collect(checkpoint, train, index, spec)
     assert sorted(first) == sorted(second) == [1, 2, 3]
     for block in (1, 2, 3):
         np.testing.assert_allclose(first[block], expected[block, "mean"], atol=1e-5)

@@ -18,6 +18,7 @@ from latentddae.models.frozen_trunk import FoldedTrunk
 from latentddae.transfer import grid
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.grid import GridConfig
 from latentddae.transfer.probes import logistic, ridge
 from latentddae.transfer.protocol import rerank, splits
@@ -36,11 +37,13 @@ def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
     split = splits.split_train(train, holdout=0.3, seed=3, limit=None)
     features = {
         level: collect(
-            checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
-            level=level, blocks=[1, 2, 3], pools=CONFIG.pools, seed=3,
+            checkpoint,
+            train,
+            split.train,
+            FeatureSpec(level=level, blocks=(1, 2, 3), pools=CONFIG.pools, seed=3),
         )
         for level in CONFIG.levels
-    }  # fmt: skip
+    }
     for cell in result["cells"]:
         x = features[cell["level"]][cell["block"], cell["pool"]].astype(np.float64)
         fit, aside = x[~split.heldout], x[split.heldout]
@@ -89,10 +92,8 @@ def test_the_full_probe_has_the_last_word_on_the_shortlist(checkpoint, train, tm
         assert len({cell["block"] for cell in judged}) == 2
         chosen = result["chosen_by_pool"][pool]
         assert chosen["probe_accuracy"] == max(cell["probe_accuracy"] for cell in judged)
-        features = collect(
-            checkpoint.model, checkpoint.objective, checkpoint.latents, train, split.train,
-            level=chosen["level"], blocks=[chosen["block"]], pools=[pool], seed=3,
-        )[chosen["block"], pool]  # fmt: skip
+        spec = FeatureSpec(level=chosen["level"], blocks=(chosen["block"],), pools=(pool,), seed=3)
+        features = collect(checkpoint, train, split.train, spec)[spec.cell]
         choice = logistic.judge(features, train.labels, split.heldout, 4, rerank.STRENGTHS)
         assert chosen["probe_accuracy"] == choice.heldout_accuracy
 
@@ -170,7 +171,9 @@ def test_more_levels_reuse_those_that_are_done(checkpoint, train, tmp_path, monk
     assert judged == [0.2]
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"holdout": 0.4}, {"limit": 50}, {"draws": 2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"holdout": 0.4}, {"limit": 50}, {"noise_samples": 2}]
+)
 def test_other_settings_are_not_taken_for_the_same(checkpoint, train, tmp_path, change):
     small = replace(CONFIG, levels=(0.1,), shortlist=0)
     first = run(checkpoint, train, tmp_path, small)

@@ -13,6 +13,7 @@ from latentddae.diffusion.ddpm import DDPM
 from latentddae.models import zoo
 from latentddae.transfer import noise_classifier
 from latentddae.transfer.extraction import extract
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.noise_classifier import Head, Reader, Settings
 
 
@@ -21,16 +22,14 @@ def reader(checkpoint_folder) -> Reader:
     return Reader(zoo.load(checkpoint_folder), block=2)
 
 
-def test_features_are_those_of_the_extractor(reader, train) -> None:
+def test_features_are_those_of_the_extractor(reader, checkpoint, train) -> None:
     """At one common time they equal what every other probe reads."""
     index = np.arange(8)
     x0 = extract.clean_latents(reader.latents, train, index)
-    noise = extract.noise_of(5, 0, rng.key_positions(train.keys(index)), x0.shape[1:])
+    noise = extract.keyed_noise(5, 0, rng.key_positions(train.keys(index)), x0.shape[1:])
     found = reader.features(x0, noise, torch.full((8,), 0.3))
-    expected = extract.collect(
-        reader.model, reader.objective, reader.latents, train, index,
-        level=0.3, blocks=(2,), seed=5,
-    )[2, "mean"]  # fmt: skip
+    spec = FeatureSpec(level=0.3, blocks=(2,), seed=5)
+    expected = extract.collect(checkpoint, train, index, spec)[spec.cell]
     scale = np.abs(expected).mean()
     assert np.abs(found.numpy() - expected).max() < 0.05 * scale  # bf16 where there is any
     mixed = reader.features(x0, noise, torch.linspace(0, 0.9, 8))

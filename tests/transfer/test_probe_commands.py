@@ -10,11 +10,8 @@ import torch
 from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet
-from latentddae.diffusion import OBJECTIVES
-from latentddae.diffusion.flow import Flow
 from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer import grid
-from latentddae.transfer.extraction import inputs, store
+from latentddae.transfer import features, grid
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.metrics import mean_per_class, top1
 from latentddae.transfer.protocol import session
@@ -204,10 +201,10 @@ def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, t
     rest = (*HERE[:3], 0.6, "--noise-seeds", 3)
     clean, noisy = (
         lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / name, *rest, *more)[0]
-        for name, more in (("clean", ["--clean-input"]), ("noisy", ["--draws", 4]))
+        for name, more in (("clean", ["--clean-input"]), ("noisy", ["--noise-samples", 4]))
     )
     assert (clean["cell"]["noisy_input"], clean["accuracy_sd"]) == (False, 0)
-    assert (noisy["cell"]["draws"], noisy["cell"]["noisy_input"]) == (4, True)
+    assert (noisy["cell"]["noise_samples"], noisy["cell"]["noisy_input"]) == (4, True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -216,7 +213,7 @@ def test_features_on_disk_stand_in_for_the_network(
 ):
     common = (checkpoint_folder, tiny_shards)
     folder = tmp_path / "features"
-    store.main(arguments(*common, folder, "--level", 0.3, "--blocks", 2, "--seed", 4))
+    features.main(arguments(*common, folder, "--level", 0.3, "--blocks", 2, "--seed", 4))
     rest = (*HERE, "--seed", 4)
     (fresh,) = lines_of(COMMANDS[name], *common, tmp_path / "fresh", *rest)
     monkeypatch.setattr(session, "collect", lambda *_: pytest.fail("the network was run"))
@@ -224,7 +221,7 @@ def test_features_on_disk_stand_in_for_the_network(
     (read,) = lines_of(COMMANDS[name], *common, tmp_path / "read", *rest, *held)
     assert abs(read["accuracy"] - fresh["accuracy"]) <= 1 / 32  # float16
     assert read["n_seen"] == fresh["n_seen"]
-    with pytest.raises(ConfigError, match="the noise of seed 4, not of 5"):
+    with pytest.raises(ConfigError, match="noise seed 4, asked for is 5"):
         lines_of(COMMANDS[name], *common, tmp_path, *HERE, "--seed", 5, *held)
     with pytest.raises(UsageError, match="holds one noise"):
         lines_of(logistic, *common, tmp_path, *rest, *held, "--recipe", "ddae")
@@ -246,30 +243,3 @@ def test_two_ranks_give_the_accuracy_of_one(
     assert abs(one["accuracy"] - two["accuracy"]) <= 0.001
     assert one["n_seen"] == two["n_seen"]
     assert one["heldout_accuracies"] == two["heldout_accuracies"]
-
-
-@pytest.mark.parametrize(
-    ("text", "level"),
-    [
-        ("0.2", 0.2),
-        ("s=0.2", 0.2),
-        ("t=0.3", 0.3),
-        ("sigma_over_alpha=0.25", 0.2),
-        ("log_snr=0", 0.5),
-    ],
-)
-def test_a_level_in_any_unit(text, level):
-    assert inputs.level_of(text, Flow()) == pytest.approx(level)
-
-
-def test_ddaes_times_are_the_levels_that_the_facts_give():
-    ddpm = OBJECTIVES["ddpm"]()
-    assert inputs.level_of("t=121", ddpm) == pytest.approx(0.294, abs=5e-4)
-    assert inputs.level_of("t=81", ddpm) == pytest.approx(0.217, abs=1e-3)
-    assert inputs.describe_level(ddpm, inputs.level_of("t=121", ddpm))["t"] == pytest.approx(121)
-
-
-@pytest.mark.parametrize("text", ["x", "2", "u=1", "t=", "-0.1", "alpha=0.2"])
-def test_what_is_no_level_is_refused(text):
-    with pytest.raises(UsageError, match="noise level"):
-        inputs.level_of(text, Flow())

@@ -29,7 +29,13 @@ def probe_result(accuracy):
 
 
 def row(group, pool, width, accuracy, chosen):
-    cell = pool and {"level": 0.1, "block": 3, "pool": pool, "draws": 1, "noisy_input": True}
+    cell = pool and {
+        "level": 0.1,
+        "block": 3,
+        "pool": pool,
+        "noise_samples": 1,
+        "noisy_input": True,
+    }
     return {
         "group": group, "cell": cell, "width": width, "chosen": chosen, "seed": 0,
         "checkpoint": {"images_seen": 64000} if pool else None,

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,27 +15,18 @@ import torch
 
 from latentddae import __version__
 from latentddae.core import dist
-from latentddae.core.errors import UsageError
+from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.files import append_json_line, read_json_lines, text_hash
+from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
-from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
+from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
-from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer.extraction.extract import check_data, check_level
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.probes.metrics import ProbeResult
 from latentddae.transfer.protocol.splits import HOLDOUT
 
 RESULTS = "results.jsonl"
-LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
-FROM_UNIT: dict[str, Callable[[Any, float], float]] = {
-    "s": lambda objective, value: value,
-    "t": lambda objective, value: objective.to_level(value),
-    "sigma_over_alpha": lambda objective, value: level_of_ratio(value),
-    "log_snr": lambda objective, value: level_of_log_snr(value),
-}
-ALIASES = {"": "s", "sigma": "sigma_over_alpha", "logsnr": "log_snr"}
-LEVEL_HELP = "noise level: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5"
 CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or @download, @random)"
 
 
@@ -69,13 +59,13 @@ def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any
     return {**chosen, "limit": args.limit}
 
 
-def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Any:
+def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
     """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features."""
     device = dist.device_for(dist.world_from_environment())
     if source.startswith(PREFIX):
         return open_backbone(source, device)
     checkpoint = zoo.load(source, weights=weights, device=device)
-    if weights == "ema" and is_young(checkpoint.info):
+    if weights == "ema" and ema_not_warmed_up(checkpoint.info):
         print(
             f"{source}: the average is still mostly initial weights after "
             f"{checkpoint.info['images_seen']} images; --weights model takes the raw ones",
@@ -84,7 +74,7 @@ def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> An
     return checkpoint
 
 
-def is_young(info: dict[str, Any]) -> bool:
+def ema_not_warmed_up(info: dict[str, Any]) -> bool:
     """Whether a weight average has forgotten less than one part in e of its start: steps x (1 -
     decay) < 1. Averages that ramp up are never young."""
     ema = info.get("ema") or {}
@@ -93,11 +83,33 @@ def is_young(info: dict[str, Any]) -> bool:
     return float(info["images_seen"]) * math.log(2) < ema["halflife_images"]
 
 
-def open_shards(root: Path, split: str, checkpoint: Any) -> ShardSet:
+def open_shards(root: Path, split: str, checkpoint: Checkpoint) -> ShardSet:
     """One split of a data folder, refused if the checkpoint was trained on other latents."""
     shards = ShardSet(root, split)
     check_data(checkpoint.latents, shards)
     return shards
+
+
+def check_data(spec: LatentSpec | None, shards: SampleSet) -> None:
+    """Refuse shards that were not made by the autoencoder, at the scale and shape the network was
+    trained on. A network without a spec takes images of any size."""
+    if spec is None:
+        if shards.spec.kind != "image" or shards.spec.channels != 3:
+            raise ConfigError(
+                f"{shards.root} holds latents, the network reads images: encode the source with "
+                "--autoencoder none"
+            )
+        return
+    theirs = shards.spec
+    if not spec.autoencoder_sha256:  # a published file says which autoencoder, not which bytes
+        theirs = dataclasses.replace(theirs, autoencoder_sha256="")
+    if theirs.codec_fingerprint != spec.codec_fingerprint:
+        raise ConfigError(
+            f"the shards were encoded by {shards.spec.autoencoder} {shards.spec.shape} "
+            f"(codec {shards.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
+            f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
+            "checkpoint's autoencoder"
+        )
 
 
 def model_hash(model: torch.nn.Module) -> str:
@@ -110,7 +122,9 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> dict[str, Any]:
+def describe_checkpoint(
+    checkpoint: Checkpoint, source: str, weights: str = "ema"
+) -> dict[str, Any]:
     """Which network, with which weights: what a result line says about it."""
     info = checkpoint.info
     return {
@@ -118,50 +132,6 @@ def describe_checkpoint(checkpoint: Any, source: str, weights: str = "ema") -> d
         "weights": info.get("weights", weights),  # of a control: its file, download or random
         "model_hash": model_hash(checkpoint.model),
         "images_seen": info.get("images_seen"),
-    }
-
-
-def precision_of(checkpoint: Any) -> str:
-    """What features of this network are computed in where nobody says otherwise: bf16 or fp32."""
-    return resolve_precision("auto", next(checkpoint.model.parameters()).device)
-
-
-def level_of(text: str, objective: Any) -> float:
-    """A noise level s from "0.2" or "s=0.2", "t=121" (the objective's timestep),
-    "sigma_over_alpha=0.4" (or sigma=) or "log_snr=1.5" (or logsnr=)."""
-    unit, _, number = text.strip().rpartition("=")
-    unit = ALIASES.get(unit, unit)
-    try:
-        value = float(number)
-        level = float(FROM_UNIT[unit](objective, value))
-    except (ValueError, KeyError) as error:
-        raise UsageError(
-            f"noise level {text!r}: expected s in [0, 1], or {', '.join(f'{u}=' for u in FROM_UNIT)} "
-            "with a number"
-        ) from error
-    if unit == "t" and not math.isclose(
-        objective.to_time(level), value, rel_tol=1e-6, abs_tol=1e-6
-    ):
-        if value == 0:
-            return 0.0  # clean, also where the objective's timesteps begin at 1
-        raise UsageError(f"noise level {text!r}: the objective has no timestep there")
-    return check_level(level)
-
-
-def levels_of(text: str, objective: Any) -> tuple[float, ...]:
-    """Several noise levels, separated by commas; each in its own unit."""
-    return tuple(level_of(part, objective) for part in numbers(text, str, "--levels"))
-
-
-def describe_level(objective: Any, level: float) -> dict[str, float | None]:
-    """One noise level in all units: s, the objective's own t, sigma/alpha and log-SNR (None where
-    infinite)."""
-    inside = 0 < level < 1
-    return {
-        "s": level,
-        "t": float(objective.to_time(level)),
-        "sigma_over_alpha": level / (1 - level) if level < 1 else None,
-        "log_snr": 2 * math.log((1 - level) / level) if inside else None,
     }
 
 

@@ -1,21 +1,16 @@
-"""`latentddae features`: pooled features of whole splits on disk, for any probe, on any number of ranks.
-
-    latentddae features --checkpoint RUN --data latents --level s=0.3 --blocks 5,6,5+6 --out feats
-    torchrun --nproc-per-node 8 -m latentddae.transfer.extraction.store --checkpoint ...
+"""Features on disk: a folder that any number of ranks write and any probe reads.
 
 The folder holds SPLIT-labels.npy, one float16 .npy (samples, width) for each split, noise level,
-block and pool, and meta.json; row i belongs to sample i of the split. Work is cut into chunks of
-samples; a rank writes the rows of its chunks through a memory map and then notes the chunk, so
-memory stays small and a killed run goes on where it stopped, on as many ranks as it then has. The
-folder appears under its name when every row has been written once.
+block and pool, and meta.json; row i belongs to sample i of the split. The work is cut into chunks
+of samples. A rank writes the rows of its chunks through a memory map and then journals the chunk,
+so memory stays small and a killed run resumes where it stopped, on any number of ranks. The folder
+is written under a temporary name and renamed once every row has been written.
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,58 +21,23 @@ from tqdm import tqdm
 
 from latentddae import __version__
 from latentddae.core import dist
-from latentddae.core.errors import ConfigError, DataError, UsageError, WriteError, run_command
+from latentddae.core.errors import ConfigError, DataError, WriteError
 from latentddae.core.files import read_json_lines, sync_folder, write_json
-from latentddae.data.manifest import read_manifest
-from latentddae.data.shards import ShardSet
-from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    BATCH,
-    Block,
-    Cell,
-    Precision,
-    block_of,
-    check_blocks,
-    check_level,
-    extract,
-)
-from latentddae.transfer.extraction.pooling import KNOWN_POOLS, check_pools
-from latentddae.transfer.protocol.cells import CellChoice
+from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.extract import BATCH, Progress, extract
+from latentddae.transfer.extraction.spec import Cell, FeatureSpec, check_blocks, describe_level
+from latentddae.transfer.extraction.trunk import precision_of
 
-FORMAT = 1
+FORMAT = 2
 META, PLAN = "meta.json", "plan.json"
-CHUNK = 1024  # samples between two notes of what is done
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeaturesConfig:
-    """Which features of which samples."""
-
-    levels: tuple[float, ...]
-    """Noise levels s."""
-    blocks: tuple[Block, ...]
-    pools: tuple[str, ...] = ("mean",)
-    splits: tuple[str, ...] = ()
-    """Empty: all that the data folder has."""
-    seed: int = 0
-    draws: int = 1
-    noisy_input: bool = True
-    dtype: Precision = "auto"
-    batch: int = BATCH
-    """Speed only."""
-
-    def __post_init__(self) -> None:
-        for level in self.levels:
-            check_level(level)
-        check_pools(self.pools)
-        if not self.levels or not self.pools or self.draws < 1:
-            raise UsageError("features need a noise level, a pool and at least one draw")
+CHUNK = 1024
+"""Samples between two entries of the journal."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples of a split at one level."""
+    """Consecutive samples of a split at one noise level."""
 
     split: str
     level: float
@@ -85,82 +45,107 @@ class Chunk:
     stop: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"split": self.split, "s": self.level, "start": self.start, "stop": self.stop}
+        """The chunk as an entry of the journal."""
+        return {
+            "split": self.split,
+            "level": self.level,
+            "start": self.start,
+            "stop": self.stop,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What a folder of features is made from."""
+
+    checkpoint: Checkpoint
+    checkpoint_info: Mapping[str, Any]
+    """How meta.json describes the checkpoint."""
+    samples: Mapping[str, SampleSet]
+    """Split -> its samples, all of which are extracted."""
+    specs: tuple[FeatureSpec, ...]
+    """One for each noise level, otherwise equal."""
+    batch: int = BATCH
+    """Speed only."""
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels in ascending order, each once."""
+        return sorted({spec.level for spec in self.specs})
+
+    def spec_at(self, level: float) -> FeatureSpec:
+        """The spec of one noise level."""
+        return next(spec for spec in self.specs if spec.level == level)
 
 
 def file_name(split: str, level: float, cell: Cell) -> str:
-    """Where a cell's features lie in the folder."""
+    """The file of one cell's features."""
     return f"{split}-s{level:.6f}-block{cell[0]}-{cell[1]}.npy"
 
 
-def write(
-    checkpoint: Any,
-    root: Path,
-    out: Path,
-    config: FeaturesConfig,
-    *,
-    source: str = "",
-    weights: str = "ema",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Write a folder of features and return its meta.json. Collective: every rank calls it.
-
-    A finished folder of the same plan is left as it is. ConfigError: `out` holds something else.
-    """
-    world = dist.world_from_environment()
-    sets = {split: inputs.open_shards(root, split, checkpoint) for split in _splits(root, config)}
-    plan = plan_of(checkpoint, sets, config, source, weights)
-    finished = dist.on_rank0(lambda: _finished(out, plan))
-    if finished:
-        return finished
-    partial = out.with_name(f".partial-{out.name}")
-    dist.on_rank0(lambda: _prepare(checkpoint, sets, partial, plan, config))
-    todo = dist.on_rank0(lambda: _missing(partial, sets, config))
-    mine = todo[world.rank :: world.size]
-    total = sum(chunk.stop - chunk.start for chunk in mine)
-    with tqdm(
-        total=total, unit="img", unit_scale=True, mininterval=0.5, desc="features",
-        disable=not (progress and world.is_main),
-    ) as bar:  # fmt: skip
-        dist.on_all_ranks(
-            lambda: _fill(checkpoint, sets, partial, config, mine, world.rank, bar.update)
-        )
-    return dist.on_rank0(lambda: _publish(partial, out, sets, plan, config))
-
-
-def _splits(root: Path, config: FeaturesConfig) -> tuple[str, ...]:
-    return config.splits or tuple(read_manifest(root)["splits"])
-
-
-def plan_of(
-    checkpoint: Any, sets: dict[str, ShardSet], config: FeaturesConfig, source: str, weights: str
-) -> dict[str, Any]:
-    """All that decides about the numbers, as meta.json will say it."""
-    blocks = check_blocks(config.blocks, checkpoint.model.config.depth)
-    device = next(checkpoint.model.parameters()).device
+def provenance(extraction: Extraction) -> dict[str, Any]:
+    """Everything that decides the numbers, as meta.json records it."""
+    checkpoint, first = extraction.checkpoint, extraction.specs[0]
+    blocks = check_blocks(first.blocks, checkpoint.model.config.depth)
     return {
         "kind": "features",
         "format": FORMAT,
-        "checkpoint": {
-            **inputs.describe_checkpoint(checkpoint, source, weights),
-            "ema": checkpoint.info.get("ema") if weights == "ema" else None,
-        },
-        "levels": [
-            inputs.describe_level(checkpoint.objective, s) for s in sorted(set(config.levels))
-        ],
+        "checkpoint": dict(extraction.checkpoint_info),
+        "levels": [describe_level(checkpoint.objective, level) for level in extraction.levels],
         "blocks": list(blocks),
-        "pools": list(config.pools),
-        "seed": config.seed,
-        "draws": config.draws,
-        "noisy_input": config.noisy_input,
-        "dtype": resolve_precision(config.dtype, device),
-        "data": {split: shards.fingerprints for split, shards in sets.items()},
-        "classes": list(next(iter(sets.values())).classes),
+        "pools": list(first.pools),
+        "seed": first.seed,
+        "noise_samples": first.noise_samples,
+        "noisy_input": first.noisy_input,
+        "precision": precision_of(checkpoint, first.precision),
+        "data": {split: samples.fingerprints for split, samples in extraction.samples.items()},
+        "classes": list(next(iter(extraction.samples.values())).classes),
     }
 
 
-def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The meta.json of a folder that is there already; None where there is none."""
+def extract_to_disk(
+    extraction: Extraction, out: Path, *, show_progress: bool = True
+) -> dict[str, Any]:
+    """Write a folder of features and return its meta.json. Collective: every rank calls it.
+
+    A finished folder of the same provenance is left as it is. Raises ConfigError if `out` holds
+    something else, DataError for features that float16 cannot hold.
+    """
+    world = dist.world_from_environment()
+    plan = provenance(extraction)
+    finished = dist.on_rank0(lambda: _read_finished(out, plan))
+    if finished:
+        return finished
+    partial = out.with_name(f".partial-{out.name}")
+    dist.on_rank0(lambda: _prepare(extraction, partial, plan))
+    pending = dist.on_rank0(lambda: pending_chunks(extraction, partial))
+    rank_chunks = pending[world.rank :: world.size]
+    total = sum(chunk.stop - chunk.start for chunk in rank_chunks)
+    with tqdm(
+        total=total, unit="img", unit_scale=True, disable=not (show_progress and world.is_main)
+    ) as bar:
+        dist.on_all_ranks(lambda: _fill(extraction, partial, rank_chunks, world.rank, bar.update))
+    return dist.on_rank0(lambda: _publish(extraction, partial, out, plan))
+
+
+def pending_chunks(extraction: Extraction, partial: Path) -> list[Chunk]:
+    """The chunks that no journal in the unfinished folder lists yet."""
+    done = _read_journals(partial)
+    return [chunk for chunk in all_chunks(extraction) if chunk.to_dict() not in done]
+
+
+def all_chunks(extraction: Extraction) -> list[Chunk]:
+    """The whole work, in order."""
+    return [
+        Chunk(split, level, start, min(start + CHUNK, len(samples)))
+        for split, samples in extraction.samples.items()
+        for level in extraction.levels
+        for start in range(0, len(samples), CHUNK)
+    ]
+
+
+def _read_finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The meta.json of a finished folder of the same provenance; None if there is no folder."""
     if not out.exists():
         return None
     if not (out / META).is_file():
@@ -172,88 +157,65 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     return dict(meta)
 
 
-def _prepare(
-    checkpoint: Any,
-    sets: dict[str, ShardSet],
-    partial: Path,
-    plan: dict[str, Any],
-    config: FeaturesConfig,
-) -> None:
-    """An unfinished folder of the same plan, or a new one with all files at full length."""
+def _prepare(extraction: Extraction, partial: Path, plan: dict[str, Any]) -> None:
+    """Keep an unfinished folder of the same plan, else make one with all files at full length."""
     same = json.loads(json.dumps(plan))
     if (partial / PLAN).is_file() and json.loads((partial / PLAN).read_text()) == same:
         return
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for split, shards in sets.items():
-            probe = _extract(checkpoint, shards, np.arange(1), config, config.levels[0])
-            widths = {cell: value.shape[1] for cell, value in next(iter(probe)).values.items()}
-            for level in config.levels:
+        for split, samples in extraction.samples.items():
+            first = extract(extraction.checkpoint, samples, np.arange(1), extraction.specs[0])
+            widths = {cell: value.shape[1] for cell, value in next(first).values.items()}
+            for level in extraction.levels:
                 for cell, width in widths.items():
                     path = partial / file_name(split, level, cell)
-                    np.lib.format.open_memmap(path, "w+", np.float16, (len(shards), width))
-            np.save(partial / f"{split}-labels.npy", np.asarray(shards.labels, np.int64))
+                    np.lib.format.open_memmap(path, "w+", np.float16, (len(samples), width))
+            np.save(partial / f"{split}-labels.npy", np.asarray(samples.labels, np.int64))
         write_json(partial / PLAN, plan)  # last: without it the folder is made anew
     except OSError as error:
         raise WriteError(f"cannot write {partial}: {error.strerror or error}") from error
 
 
-def chunks(sets: dict[str, ShardSet], config: FeaturesConfig) -> list[Chunk]:
-    """The whole work, in order."""
-    return [
-        Chunk(split, level, start, min(start + CHUNK, len(shards)))
-        for split, shards in sets.items()
-        for level in sorted(set(config.levels))
-        for start in range(0, len(shards), CHUNK)
-    ]
-
-
-def _notes(partial: Path) -> list[dict[str, Any]]:
-    return [note for file in sorted(partial.glob("done-*.jsonl")) for note in read_json_lines(file)]
-
-
-def _missing(partial: Path, sets: dict[str, ShardSet], config: FeaturesConfig) -> list[Chunk]:
-    done = _notes(partial)
-    return [chunk for chunk in chunks(sets, config) if chunk.to_dict() not in done]
-
-
-def _extract(
-    checkpoint: Any, shards: ShardSet, index: np.ndarray, config: FeaturesConfig, level: float
-) -> Any:
-    return extract(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, shards, index, level=level,
-        blocks=config.blocks, pools=config.pools, seed=config.seed, draws=config.draws,
-        batch=config.batch, noisy_input=config.noisy_input, dtype=config.dtype,
-    )  # fmt: skip
+def _read_journals(partial: Path) -> list[dict[str, Any]]:
+    files = sorted(partial.glob("done-*.jsonl"))
+    return [entry for file in files for entry in read_json_lines(file)]
 
 
 def _fill(
-    checkpoint: Any,
-    sets: dict[str, ShardSet],
+    extraction: Extraction,
     partial: Path,
-    config: FeaturesConfig,
-    mine: list[Chunk],
+    chunks: Sequence[Chunk],
     rank: int,
-    tell: Callable[[int], Any],
+    progress: Progress,
 ) -> None:
-    """Compute the rows of some chunks; a chunk is noted when its rows are on disk."""
-    with open(partial / f"done-{rank}.jsonl", "a") as notes:
-        for chunk in mine:
-            index = np.arange(chunk.start, chunk.stop)
-            files: dict[Cell, np.memmap] = {}
-            for part in _extract(checkpoint, sets[chunk.split], index, config, chunk.level):
-                for cell, value in part.values.items():
-                    if cell not in files:
-                        path = partial / file_name(chunk.split, chunk.level, cell)
-                        files[cell] = np.lib.format.open_memmap(path, "r+")
-                    files[cell][part.index] = _as_float16(value, cell)
-                tell(len(part.index))
-            for file in files.values():
-                file.flush()
-            notes.write(json.dumps(chunk.to_dict()) + "\n")
-            notes.flush()
-            os.fsync(notes.fileno())
+    """Compute the rows of some chunks; a chunk is journalled when its rows are on disk."""
+    with open(partial / f"done-{rank}.jsonl", "a") as journal:
+        for chunk in chunks:
+            _fill_chunk(extraction, partial, chunk, progress)
+            journal.write(json.dumps(chunk.to_dict()) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+
+def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, progress: Progress) -> None:
+    files: dict[Cell, np.memmap] = {}
+    for part in extract(
+        extraction.checkpoint,
+        extraction.samples[chunk.split],
+        np.arange(chunk.start, chunk.stop),
+        extraction.spec_at(chunk.level),
+        batch=extraction.batch,
+        progress=progress,
+    ):
+        for cell, value in part.values.items():
+            if cell not in files:
+                path = partial / file_name(chunk.split, chunk.level, cell)
+                files[cell] = np.lib.format.open_memmap(path, "r+")
+            files[cell][part.index] = _as_float16(value, cell)
+    for file in files.values():
+        file.flush()
 
 
 def _as_float16(value: torch.Tensor, cell: Cell) -> np.ndarray:
@@ -267,19 +229,14 @@ def _as_float16(value: torch.Tensor, cell: Cell) -> np.ndarray:
 
 
 def _publish(
-    partial: Path,
-    out: Path,
-    sets: dict[str, ShardSet],
-    plan: dict[str, Any],
-    config: FeaturesConfig,
+    extraction: Extraction, partial: Path, out: Path, plan: dict[str, Any]
 ) -> dict[str, Any]:
     """Count what was written, write meta.json and give the folder its name."""
-    done = {json.dumps(note) for note in _notes(partial)}
-    seen = dict.fromkeys(sets, 0)
-    for note in map(json.loads, done):
-        seen[note["split"]] += note["stop"] - note["start"]
-    n_seen = {split: count // len(set(config.levels)) for split, count in seen.items()}
-    if n_seen != {split: len(shards) for split, shards in sets.items()}:
+    seen = dict.fromkeys(extraction.samples, 0)
+    for entry in {json.dumps(entry): entry for entry in _read_journals(partial)}.values():
+        seen[entry["split"]] += entry["stop"] - entry["start"]
+    n_seen = {split: count // len(extraction.levels) for split, count in seen.items()}
+    if n_seen != {split: len(samples) for split, samples in extraction.samples.items()}:
         raise DataError(f"{partial}: {n_seen} samples were written; run the same command again")
     meta = {**plan, "n_seen": n_seen, "version": __version__}
     write_json(partial / META, meta)
@@ -291,94 +248,44 @@ def _publish(
 
 
 @dataclass(frozen=True)
-class Stored:
+class FeatureStore:
     """A finished folder of features."""
 
     folder: Path
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> "Stored":
-        """ConfigError: the folder is missing or unfinished."""
+    def open(cls, folder: Path) -> "FeatureStore":
+        """ConfigError if the folder is missing or unfinished, or of another format."""
         if not (folder / META).is_file():
             raise ConfigError(f"{folder} holds no finished features: run `latentddae features`")
-        return cls(folder, json.loads((folder / META).read_text()))
+        meta = json.loads((folder / META).read_text())
+        if meta.get("format") != FORMAT:
+            raise ConfigError(
+                f"{folder} has format {meta.get('format')}, this version reads {FORMAT}: extract again"
+            )
+        return cls(folder, meta)
 
-    def features(self, split: str, cell: CellChoice) -> np.ndarray:
+    def features(self, split: str, spec: FeatureSpec) -> np.ndarray:
         """One cell of a split, memory-mapped: (samples, width) float16, row i is sample i."""
-        path = self.folder / file_name(split, cell.level, (cell.block, cell.pool))
+        path = self.folder / file_name(split, spec.level, spec.cell)
         if not path.is_file():
-            held = sorted(file.name for file in self.folder.glob(f"{split}-s*.npy"))
-            raise ConfigError(f"{self.folder} has no {path.name}; it has: {', '.join(held)}")
+            names = sorted(file.name for file in self.folder.glob(f"{split}-s*.npy"))
+            raise ConfigError(f"{self.folder} has no {path.name}; it has: {', '.join(names)}")
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
-    def check(self, model_hash: str, split: str, fingerprints: Any, cell: CellChoice) -> None:
-        """Refuse features of other weights, data, draws or inputs than those asked for."""
+    def check(
+        self, model_hash: str, split: str, fingerprints: Mapping[str, str], spec: FeatureSpec
+    ) -> None:
+        """ConfigError for features of other weights, data, noise or inputs than those asked for."""
         meta = self.meta
-        wanted = {
+        pairs = {
             "weights": (model_hash, meta["checkpoint"]["model_hash"]),
             f"data of {split}": (fingerprints, meta["data"].get(split)),
-            "draws": (cell.draws, meta["draws"]),
-            "noisy_input": (cell.noisy_input, meta["noisy_input"]),
+            "noise_samples": (spec.noise_samples, meta["noise_samples"]),
+            "noise seed": (spec.seed, meta["seed"]),
+            "noisy_input": (spec.noisy_input, meta["noisy_input"]),
         }
-        for name, (asked, held) in wanted.items():
-            if asked != held:
-                raise ConfigError(f"{self.folder} has {name} {held}, asked for is {asked}")
-
-
-def parse_blocks(text: str, depth: int) -> tuple[Block, ...]:
-    """ "all", or numbers and sums of them: "3,4,3+4"."""
-    if text == "all":
-        return tuple(range(1, depth + 1))
-    return tuple(map(block_of, inputs.numbers(text, str, "--blocks")))
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae features",
-        description="Pooled features of whole splits as memory-mapped float16 files.",
-    )
-    parser.add_argument("--checkpoint", required=True, help=inputs.CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
-    parser.add_argument("--out", required=True, type=Path, help="folder to be made")
-    parser.add_argument("--level", required=True, help=f"{inputs.LEVEL_HELP}; several with commas")
-    parser.add_argument("--blocks", default="all", help="e.g. 5,6,5+6 (5+6: side by side)")
-    parser.add_argument("--pools", default="mean", help=KNOWN_POOLS)
-    parser.add_argument("--splits", help="e.g. train,test (default: all of them)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
-    parser.add_argument(
-        "--clean-input", action="store_true", help="clean latent, time of the level (l-DAE)"
-    )
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--batch", type=int, default=BATCH, help="does not change the features")
-    args = parser.parse_args(argv)
-    world = dist.world_from_environment()
-    if world.size > 1:
-        dist.start()
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    config = FeaturesConfig(
-        levels=inputs.levels_of(args.level, checkpoint.objective),
-        blocks=parse_blocks(args.blocks, checkpoint.model.config.depth),
-        pools=inputs.numbers(args.pools, str, "--pools"),
-        splits=inputs.numbers(args.splits, str, "--splits") if args.splits else (),
-        seed=args.seed, draws=args.draws, noisy_input=not args.clean_input,
-        dtype=args.dtype, batch=args.batch,
-    )  # fmt: skip
-    meta = write(
-        checkpoint, args.data, args.out, config, source=args.checkpoint, weights=args.weights
-    )
-    if world.is_main:
-        for level in meta["levels"]:
-            print("noise level " + ", ".join(f"{unit}={level[unit]}" for unit in level))
-        held = meta["checkpoint"]
-        print(
-            f"{args.out}: {meta['n_seen']} samples, blocks {meta['blocks']}, pools "
-            f"{meta['pools']}, {held['weights']} weights at {held['images_seen']} images"
-        )
-    dist.stop()
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("features", main))
+        for name, (asked, stored) in pairs.items():
+            if asked != stored:
+                raise ConfigError(f"{self.folder} has {name} {stored}, asked for is {asked}")

@@ -2,7 +2,7 @@
 
 An image of any size is resized to the checkpoint's square (both sides, nothing is cut off: points and
 masks move with it by plain proportion), encoded by the checkpoint's autoencoder and run to the block.
-The noise follows from (seed, file name, draw).
+The noise follows from (seed, file name, number of the noise).
 """
 
 import argparse
@@ -20,15 +20,12 @@ from latentddae.core.errors import ConfigError, DataError, UsageError
 from latentddae.core.rng import key_positions
 from latentddae.data.encoding.autoencoder import PROBE_PIXELS, Autoencoder, open_matching
 from latentddae.data.sources.pixels import BadImageError, decode
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    check_blocks,
-    network_input,
-    noise_of,
-    pooled_blocks,
-    trunk_at,
-)
+from latentddae.transfer.extraction.extract import keyed_noise, network_input, pooled_blocks
 from latentddae.transfer.extraction.pooling import NORM
+from latentddae.transfer.extraction.spec import check_blocks, describe_level, level_of
+from latentddae.transfer.extraction.trunk import device_of, precision_of, trunk_at
 
 IMAGE_BATCH = 32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -38,11 +35,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 class TokenMaps:
     """Makes maps of one block; `width` numbers at each of side x side places."""
 
-    checkpoint: Any
+    checkpoint: Checkpoint
     autoencoder: Autoencoder
     block: int
     level: float
-    draws: int = 1
+    noise_samples: int = 1
     normalise: bool = False
     """Pass tokens through the block's own adaLN first (DiTF, arXiv 2505.18584)."""
     seed: int = 0
@@ -64,8 +61,8 @@ class TokenMaps:
     def of(self, root: Path, names: Sequence[str]) -> Iterator[Tensor]:
         """Maps of image files below `root`, batch by batch: (n, side, side, width) float32."""
         objective = self.checkpoint.objective
-        device = next(self.checkpoint.model.parameters()).device
-        trunk = trunk_at(self.checkpoint.model, objective, self.level, self.block, "auto")
+        device = device_of(self.checkpoint)
+        trunk = trunk_at(self.checkpoint, self.level, self.block)
         pool = f"{NORM if self.normalise else ''}grid{self.side}"  # a patch per token: all of them
         resolution = self.resolution
         for start in range(0, len(names), IMAGE_BATCH):
@@ -74,11 +71,11 @@ class TokenMaps:
             x0 = self._latents(torch.from_numpy(pixels)).to(device)
             positions = key_positions(batch).to(device)
             total = torch.zeros(())
-            for draw in range(self.draws):
-                noise = noise_of(self.seed, draw, positions, x0.shape[1:])
+            for number in range(self.noise_samples):
+                noise = keyed_noise(self.seed, number, positions, x0.shape[1:])
                 x = network_input(objective, x0, noise, self.level)
                 total = total + pooled_blocks(trunk, x, [self.block], [pool])[self.block, pool]
-            yield (total / self.draws).view(len(batch), self.side, self.side, self.width)
+            yield (total / self.noise_samples).view(len(batch), self.side, self.side, self.width)
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """(N, 3, R, R) uint8 -> clean latents (N, C, h, w) at training scale."""
@@ -91,11 +88,11 @@ class TokenMaps:
         return {
             "checkpoint": inputs.describe_checkpoint(self.checkpoint, source, weights),
             "cell": {
-                **inputs.describe_level(self.checkpoint.objective, self.level),
+                **describe_level(self.checkpoint.objective, self.level),
                 "block": self.block,
-                "draws": self.draws,
+                "noise_samples": self.noise_samples,
                 "normalised": self.normalise,
-                "precision": inputs.precision_of(self.checkpoint),
+                "precision": precision_of(self.checkpoint),
             },
             "seed": self.seed,
         }
@@ -144,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument("--block", type=int, required=True, help="1 to depth")
     parser.add_argument("--level", required=True, help="noise level, e.g. 0.2 or t=260")
-    parser.add_argument("--draws", type=int, default=1, help="noises averaged per image")
+    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per image")
     parser.add_argument("--norm", action="store_true", help="tokens after the block's own adaLN")
     parser.add_argument("--autoencoder", help="default: the one the checkpoint names")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
@@ -153,11 +150,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_maps(args: argparse.Namespace) -> TokenMaps:
     """Raises ConfigError for another autoencoder than the checkpoint's."""
-    if args.draws < 1:
-        raise UsageError(f"--draws must be at least 1, got {args.draws}")
+    if args.noise_samples < 1:
+        raise UsageError(f"--noise-samples must be at least 1, got {args.noise_samples}")
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     check_blocks([args.block], checkpoint.model.config.depth)
-    device = next(checkpoint.model.parameters()).device
+    device = device_of(checkpoint)
     autoencoder = open_matching(checkpoint.latents, args.autoencoder, device)
-    level = inputs.level_of(args.level, checkpoint.objective)
-    return TokenMaps(checkpoint, autoencoder, args.block, level, args.draws, args.norm, args.seed)
+    level = level_of(args.level, checkpoint.objective)
+    return TokenMaps(
+        checkpoint, autoencoder, args.block, level, args.noise_samples, args.norm, args.seed
+    )

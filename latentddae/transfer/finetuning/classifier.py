@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from latentddae.core import rng
 from latentddae.core.errors import ConfigError
 from latentddae.training.optimizers import OptionsOf, ParameterOptions
-from latentddae.transfer.extraction.extract import check_blocks
 from latentddae.transfer.extraction.pooling import pool_mean
+from latentddae.transfer.extraction.spec import check_blocks
 
 NormName = Literal["layer", "affine", "none"]
 BRANCHES = 2  # of a block: attention and MLP

@@ -13,17 +13,17 @@ from tqdm import tqdm
 from latentddae.core.errors import ConfigError, DataError, UsageError
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import (
-    BATCH,
+from latentddae.transfer.extraction.extract import BATCH, collect
+from latentddae.transfer.extraction.pooling import KNOWN_POOLS
+from latentddae.transfer.extraction.spec import (
+    LEVEL_HELP,
     Block,
+    FeatureSpec,
     block_of,
     check_blocks,
-    check_level,
-    check_pools,
-    collect,
 )
-from latentddae.transfer.extraction.pooling import KNOWN_POOLS
 from latentddae.transfer.protocol import splits
 
 TEST_SPLITS = ("test", "val")
@@ -36,12 +36,22 @@ class CellChoice:
     level: float
     block: Block
     pool: str
-    draws: int = 1
+    noise_samples: int = 1
     noisy_input: bool = True
 
     def __post_init__(self) -> None:
-        check_level(self.level)
-        check_pools([self.pool])
+        self.spec()
+
+    def spec(self, seed: int = 0) -> FeatureSpec:
+        """What is extracted for the cell with one seed of the noise."""
+        return FeatureSpec(
+            level=self.level,
+            blocks=(self.block,),
+            pools=(self.pool,),
+            noise_samples=self.noise_samples,
+            seed=seed,
+            noisy_input=self.noisy_input,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Arrays:
 
 
 def cell_arrays(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     test: SampleSet,
     split: splits.Split,
@@ -87,13 +97,11 @@ def cell_arrays(
         desc=f"features of block {cell.block} at s={cell.level:g}", disable=not progress,
     ) as bar:  # fmt: skip
         train_x, test_x = (
-            collect(
-                checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices,
-                level=cell.level, blocks=[cell.block], pools=[cell.pool], seed=seed,
-                draws=cell.draws, batch=batch, noisy_input=cell.noisy_input, progress=bar.update,
-            )[cell.block, cell.pool]
+            collect(checkpoint, shards, indices, cell.spec(seed), batch=batch, progress=bar.update)[
+                cell.block, cell.pool
+            ]
             for shards, indices in ((train, split.train), (test, everything))
-        )  # fmt: skip
+        )
     return arrays_of(train_x, test_x, train, test, split)
 
 
@@ -109,7 +117,7 @@ def arrays_of(
     )
 
 
-def open_test(root: Path, name: str | None, checkpoint: Any) -> ShardSet:
+def open_test(root: Path, name: str | None, checkpoint: Checkpoint) -> ShardSet:
     """The split that is scored once: `name`, or the first of test and val that the folder has."""
     if name is None:
         manifest = ShardSet(root, "train").manifest
@@ -121,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How a command is told its cell and its test split."""
     parser.add_argument("--cell", type=Path, help="grid.json: the cell that a grid chose")
     parser.add_argument("--block", type=block_of, help="1 to depth; 3+4: side by side")
-    parser.add_argument("--level", help=inputs.LEVEL_HELP)
+    parser.add_argument("--level", help=LEVEL_HELP)
     parser.add_argument("--pool", help=f"one of {KNOWN_POOLS}; with --cell, that pool's best cell")
     parser.add_argument("--test-split", help="default: test, else val")
 
@@ -148,7 +156,7 @@ def chosen_cell(grid: dict[str, Any], pool: str | None = None) -> CellChoice:
     best = grid["chosen"] if pool is None else grid["chosen_by_pool"][pool]
     return CellChoice(
         level=best["level"], block=best["block"], pool=best["pool"],
-        draws=grid["draws"], noisy_input=grid["noisy_input"],
+        noise_samples=grid["noise_samples"], noisy_input=grid["noisy_input"],
     )  # fmt: skip
 
 

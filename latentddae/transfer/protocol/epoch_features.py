@@ -48,7 +48,6 @@ def draw(opened: Opened, seed: int, number: int) -> np.ndarray:
         opened.split.train,
         purpose_key(seed, f"probe/draw/{number}")[0],
         f"draw {number + 1}",
-        spec=one_view(opened.checkpoint.latents),
     )
 
 

@@ -17,7 +17,9 @@ import numpy as np
 from latentddae.core import dist
 from latentddae.core.files import text_hash, write_json
 from latentddae.data.subsets import SampleSet
-from latentddae.transfer.extraction.extract import collect
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.extract import BATCH, collect
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.probes import logistic
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.splits import subset
@@ -56,24 +58,27 @@ def samples(train: SampleSet, split: splits.Split, seed: int) -> splits.Split:
 
 
 def judge(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     split: splits.Split,
     cells: Sequence[dict[str, Any]],
     options: dict[str, Any],
+    batch: int = BATCH,
     tell: Callable[[int], Any] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """The cells of one level with their held-out accuracy under the linear probe, from one pass. A
     collective.
 
-    `options` are those of `extract`: level, seed, draws, batch, noisy_input.
+    `options` are those of a `FeatureSpec`: seed, noise_samples, noisy_input.
     """
     own = split.train[dist.rank_slice(len(split.train))]
-    features = collect(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, own,
-        blocks=[cell["block"] for cell in cells], pools=sorted({cell["pool"] for cell in cells}),
-        progress=tell, **options,
-    )  # fmt: skip
+    spec = FeatureSpec(
+        level=cells[0]["level"],
+        blocks=tuple(cell["block"] for cell in cells),
+        pools=tuple(sorted({cell["pool"] for cell in cells})),
+        **options,
+    )
+    features = collect(checkpoint, train, own, spec, batch=batch, progress=tell)
     labels = splits.labels_of(train, split.train)
     out = []
     for cell in cells:
@@ -101,13 +106,14 @@ def read(path: Path, identity: str) -> list[dict[str, Any]] | None:
 
 
 def run(
-    checkpoint: Any,
+    checkpoint: Checkpoint,
     train: SampleSet,
     folder: Path,
     settings: dict[str, Any],
     split: splits.Split,
     cells: Sequence[dict[str, Any]],
     options: dict[str, Any],
+    batch: int,
     make_bar: Callable[[int], Any],
 ) -> list[dict[str, Any]]:
     """Judge the shortlisted `cells`, one pass per level; finished levels under `folder` are
@@ -127,9 +133,7 @@ def run(
             done[level] = finished
     with make_bar(len(todo) * len(few.train)) as bar:
         for level, own, path, identity in todo:
-            done[level] = judge(
-                checkpoint, train, few, own, {**options, "level": level}, bar.update
-            )
+            done[level] = judge(checkpoint, train, few, own, options, batch, bar.update)
             found = {"identity": identity, "cells": done[level]}
             dist.on_rank0(functools.partial(write_json, path, found))
     return [cell for level in sorted(done) for cell in done[level]]

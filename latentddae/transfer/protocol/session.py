@@ -23,11 +23,13 @@ from latentddae.core.config import merge
 from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.files import read_json_lines, text_hash, write_atomic
 from latentddae.core.rng import key_positions
-from latentddae.data.latents import LatentSpec
 from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
-from latentddae.transfer.extraction.store import Stored
+from latentddae.transfer.extraction.spec import describe_level, level_of
+from latentddae.transfer.extraction.store import FeatureStore
+from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.probes import few_shot
 from latentddae.transfer.probes.metrics import METRICS, ProbeResult, confusion
 from latentddae.transfer.protocol import cells as cells
@@ -41,7 +43,7 @@ Probe = Callable[..., ProbeResult]  # (train_x, train_y, test_x, test_y, heldout
 class Opened:
     """A checkpoint, the data that judge it, and the cell that is looked at."""
 
-    checkpoint: Any
+    checkpoint: Checkpoint
     described: dict[str, Any]
     train: SampleSet
     test: SampleSet
@@ -54,19 +56,12 @@ class Opened:
     batch: int
     out: Path
     published: float | None = None
-    stored: Stored | None = None
+    stored: FeatureStore | None = None
     """Features on disk, read in place of running the network."""
 
-    def features(
-        self,
-        shards: SampleSet,
-        indices: np.ndarray,
-        seed: int,
-        name: str,
-        spec: LatentSpec | None = None,
-    ) -> np.ndarray:
+    def features(self, shards: SampleSet, indices: np.ndarray, seed: int, name: str) -> np.ndarray:
         """The cell's features of these samples, (N, D) float32 on every rank; each extracts a
-        share. `spec` stands in for the checkpoint's."""
+        share."""
         if self.stored is not None:
             return self._read(self.stored, shards, indices, seed)
         mine = indices[dist.rank_slice(len(indices))]
@@ -74,25 +69,19 @@ class Opened:
             total=len(mine), unit="img", unit_scale=True, mininterval=0.5, desc=name,
             disable=not dist.world_from_environment().is_main,
         ) as bar:  # fmt: skip
+            spec = self.cell.spec(seed)
             found = collect(
-                self.checkpoint.model, self.checkpoint.objective,
-                spec or self.checkpoint.latents, shards, mine, level=self.cell.level, blocks=[self.cell.block],
-                pools=[self.cell.pool], seed=seed, draws=self.cell.draws, batch=self.batch,
-                noisy_input=self.cell.noisy_input, progress=bar.update,
-            )  # fmt: skip
+                self.checkpoint, shards, mine, spec, batch=self.batch, progress=bar.update
+            )
         return dist.all_gather_rows(next(iter(found.values())))
 
     def _read(
-        self, stored: Stored, shards: SampleSet, indices: np.ndarray, seed: int
+        self, stored: FeatureStore, shards: SampleSet, indices: np.ndarray, seed: int
     ) -> np.ndarray:
         """Rows of the folder, (N, D) float16; the map itself where all rows are wanted."""
         weights = self.described["model_hash"]
-        stored.check(weights, shards.split, shards.fingerprints, self.cell)
-        if seed != stored.meta["seed"]:
-            raise ConfigError(
-                f"{stored.folder} holds the noise of seed {stored.meta['seed']}, not of {seed}"
-            )
-        rows = stored.features(shards.split, self.cell)
+        stored.check(weights, shards.split, shards.fingerprints, self.cell.spec(seed))
+        rows = stored.features(shards.split, self.cell.spec(seed))
         return rows if np.array_equal(indices, np.arange(len(rows))) else rows[indices]
 
     def arrays(self, noise_seed: int) -> Arrays:
@@ -113,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a probe command."""
     inputs.add_arguments(parser)
     cells.add_arguments(parser)
-    parser.add_argument("--draws", type=int, default=1, help="noises averaged per sample")
+    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per sample")
     parser.add_argument(
         "--clean-input", action="store_true", help="clean latent, time of the level (l-DAE)"
     )
@@ -175,10 +164,10 @@ def open_cell(args: argparse.Namespace) -> Opened:
     elif args.block is None or args.level is None:
         raise UsageError("name the cell: --cell grid.json, or --block K --level s [--pool P]")
     else:
-        level = inputs.level_of(args.level, checkpoint.objective)
+        level = level_of(args.level, checkpoint.objective)
         cell = CellChoice(
             level=level, block=args.block, pool=args.pool or "mean",
-            draws=args.draws, noisy_input=not args.clean_input,
+            noise_samples=args.noise_samples, noisy_input=not args.clean_input,
         )  # fmt: skip
     train = joined.open_train(args, checkpoint)
     test = cells.open_test(args.data, args.test_split, checkpoint)
@@ -200,7 +189,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
         batch=args.batch,
         out=args.out,
         published=args.published,
-        stored=Stored.open(args.features) if args.features else None,
+        stored=FeatureStore.open(args.features) if args.features else None,
     )
 
 
@@ -232,14 +221,16 @@ def run(
 def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, Any]:
     """All that decides a result, before anything is computed."""
     cell, test, stored = opened.cell, opened.test, opened.stored
-    precision = inputs.precision_of(opened.checkpoint) if stored is None else stored.meta["dtype"]
+    precision = precision_of(opened.checkpoint) if stored is None else stored.meta["precision"]
     return {
         "kind": kind,
         "checkpoint": opened.described,
         "protocol": {**protocol, **opened.settings},
         "cell": {
-            **inputs.describe_level(opened.checkpoint.objective, cell.level),
-            **{key: getattr(cell, key) for key in ("block", "pool", "draws", "noisy_input")},
+            **describe_level(opened.checkpoint.objective, cell.level),
+            **{
+                key: getattr(cell, key) for key in ("block", "pool", "noise_samples", "noisy_input")
+            },
             "precision": precision,
         },
         "data": {

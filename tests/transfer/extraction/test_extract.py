@@ -15,16 +15,18 @@ from latentddae.models.frozen_trunk import FoldedTrunk
 from latentddae.models.layers import modulate
 from latentddae.models.timm_backbone import open_backbone
 from latentddae.transfer.extraction import extract as extraction
+from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect, extract
+from latentddae.transfer.extraction.spec import FeatureSpec
+from latentddae.transfer.extraction.trunk import trunk_at
 
 BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
 
 
 def collected(checkpoint, shards, indices, **options):
-    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, "dtype": "fp32", **options}
-    return collect(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, shards, indices, **fields
-    )
+    batch = options.pop("batch", 128)
+    fields = {"level": 0.3, "blocks": BLOCKS, "pools": POOLS, "seed": 5, "precision": "fp32"}
+    return collect(checkpoint, shards, indices, FeatureSpec(**{**fields, **options}), batch=batch)
 
 
 def test_equals_taps_of_a_hand_made_input(checkpoint, train):
@@ -33,7 +35,7 @@ def test_equals_taps_of_a_hand_made_input(checkpoint, train):
     stored = torch.from_numpy(train.gather(index)[:, 0])
     x0 = checkpoint.latents.mean(stored)
     positions = key_positions(train.keys(index))
-    noise = extraction.noise_of(5, 0, positions, x0.shape[1:])
+    noise = extraction.keyed_noise(5, 0, positions, x0.shape[1:])
     x = 0.7 * x0 + 0.3 * noise
     taps = checkpoint.model.taps(x, torch.full((3,), 0.3), None, BLOCKS)
     found = collected(checkpoint, train, index)
@@ -76,7 +78,7 @@ def test_conditional_networks_are_given_the_null_label(labelled_checkpoint, trai
     index = np.arange(5)
     found = collected(labelled_checkpoint, train, index)[3, "mean"]
     x0 = extraction.clean_latents(labelled_checkpoint.latents, train, index)
-    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    noise = extraction.keyed_noise(5, 0, key_positions(train.keys(index)), x0.shape[1:])
 
     def taps(label):
         y = torch.full((5,), label)
@@ -120,29 +122,29 @@ def test_a_network_that_does_not_fold_runs_as_it_is(checkpoint, train):
     assert ran == [1, 2]
     assert all(np.abs(found[cell] - folded[cell]).max() < 1e-5 for cell in found)
     with pytest.raises(ConfigError, match="fold"):
-        collected(replace(checkpoint, model=plain), train, np.arange(4), dtype="bf16")
+        collected(replace(checkpoint, model=plain), train, np.arange(4), precision="bf16")
     with pytest.raises(ConfigError, match="no adaLN"):
         collected(replace(checkpoint, model=plain), train, np.arange(4), pools=("norm-mean",))
 
 
 def test_noise_is_common_to_all_levels_and_own_to_seed_draw_and_key():
     positions = key_positions(["a", "b"])
-    noise = extraction.noise_of(0, 0, positions, (4, 8, 8))
+    noise = extraction.keyed_noise(0, 0, positions, (4, 8, 8))
     assert noise[0].ne(noise[1]).any()
-    assert noise.ne(extraction.noise_of(1, 0, positions, (4, 8, 8))).any()
-    assert noise.ne(extraction.noise_of(0, 1, positions, (4, 8, 8))).any()
-    assert noise[1].equal(extraction.noise_of(0, 0, key_positions(["b"]), (4, 8, 8))[0])
+    assert noise.ne(extraction.keyed_noise(1, 0, positions, (4, 8, 8))).any()
+    assert noise.ne(extraction.keyed_noise(0, 1, positions, (4, 8, 8))).any()
+    assert noise[1].equal(extraction.keyed_noise(0, 0, key_positions(["b"]), (4, 8, 8))[0])
 
 
-def test_draws_are_averaged(checkpoint, train):
+def test_noise_samples_are_averaged(checkpoint, train):
     index = np.arange(6)
-    three = collected(checkpoint, train, index, draws=3)[1, "mean"]
+    three = collected(checkpoint, train, index, noise_samples=3)[1, "mean"]
     x0 = extraction.clean_latents(checkpoint.latents, train, index)
     positions = key_positions(train.keys(index))
-    trunk = extraction.trunk_at(checkpoint.model, checkpoint.objective, 0.3, 1, "fp32")
+    trunk = trunk_at(checkpoint, 0.3, 1, "fp32")
     single = []
     for draw in range(3):
-        noise = extraction.noise_of(5, draw, positions, x0.shape[1:])
+        noise = extraction.keyed_noise(5, draw, positions, x0.shape[1:])
         x = extraction.network_input(checkpoint.objective, x0, noise, 0.3)
         single.append(extraction.pooled_blocks(trunk, x, (1,), ("mean",))[1, "mean"])
     np.testing.assert_allclose(three, torch.stack(single).mean(dim=0), atol=1e-6)
@@ -157,11 +159,11 @@ def test_clean_input_does_not_depend_on_the_seed_but_on_the_level(checkpoint, tr
 
 
 def test_block_k_is_what_a_forward_hook_on_block_k_sees(checkpoint, train):
-    """USER_PAINS #26: counted from 1, depth included."""
+    """Blocks are counted from 1, depth included."""
     index, seen = np.arange(4), {}
     found = collected(checkpoint, train, index)
     x0 = extraction.clean_latents(checkpoint.latents, train, index)
-    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    noise = extraction.keyed_noise(5, 0, key_positions(train.keys(index)), x0.shape[1:])
     hooks = [
         block.register_forward_hook(lambda _m, _i, y, k=k: seen.update({k: y.mean(dim=1)}))
         for k, block in enumerate(checkpoint.model.blocks, start=1)
@@ -176,19 +178,13 @@ def test_block_k_is_what_a_forward_hook_on_block_k_sees(checkpoint, train):
     assert all(np.abs(found[k, "mean"] - seen[k].numpy()).max() < 1e-5 for k in seen)
 
 
-def test_refuses_blocks_pools_and_data_that_do_not_fit(checkpoint, train):
-    for wrong in ({"blocks": (4,)}, {"blocks": (0,)}, {"blocks": ()}, {"pools": ("mode",)}):
-        with pytest.raises(UsageError):
-            next(
-                iter(
-                    extract(
-                        checkpoint.model, checkpoint.objective, checkpoint.latents, train,
-                        np.arange(2), **{"level": 0.1, "blocks": (1,), **wrong},
-                    )
-                )
-            )  # fmt: skip
+def test_refuses_blocks_and_data_that_do_not_fit(checkpoint, train):
+    for wrong in ((4,), (0,), (1, "2+4")):
+        spec = FeatureSpec(level=0.1, blocks=wrong)
+        with pytest.raises(UsageError, match="blocks 1 to 3"):
+            next(extract(checkpoint, train, np.arange(2), spec))
     with pytest.raises(ConfigError, match="encode the data"):
-        extraction.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
+        inputs.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
 
 
 def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
@@ -198,7 +194,7 @@ def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
     write_split(tmp_path, "train", spec, images, [0] * 5, list("abcde"), classes=("x",))
     pixels = ShardSet(tmp_path, "train")
     control = open_backbone("timm:test_vit@random")
-    extraction.check_data(control.latents, pixels)
+    inputs.check_data(control.latents, pixels)
     pools = ("mean", "cls", "norm-cls", "max")
     found = collected(control, pixels, np.arange(5), level=0.0, blocks=(2, "1+2"), pools=pools)
     again = collected(control, pixels, np.array([3]), level=0.0, blocks=(2,), pools=pools)
@@ -208,7 +204,7 @@ def test_a_backbone_reads_images_and_refuses_latents(train, tmp_path):
     np.testing.assert_allclose(mean, 0, atol=1e-4)
     np.testing.assert_allclose(std, 1, atol=1e-2)
     with pytest.raises(ConfigError, match="--autoencoder"):
-        extraction.check_data(control.latents, train)
+        inputs.check_data(control.latents, train)
 
 
 def test_only_backbones_have_a_class_token(checkpoint, train):
@@ -219,8 +215,8 @@ def test_only_backbones_have_a_class_token(checkpoint, train):
 def test_bfloat16_features_are_bit_equal_in_any_batch_and_order(checkpoint, train):
     """Bfloat16 would turn another summation order into other features."""
     order = np.random.default_rng(0).permutation(50)
-    straight = collected(checkpoint, train, np.arange(50), batch=50, dtype="bf16")
-    shuffled = collected(checkpoint, train, order, batch=7, dtype="bf16")
+    straight = collected(checkpoint, train, np.arange(50), batch=50, precision="bf16")
+    shuffled = collected(checkpoint, train, order, batch=7, precision="bf16")
     exact = collected(checkpoint, train, np.arange(50))
     for cell in straight:
         assert (straight[cell][order] == shuffled[cell]).all()
@@ -250,7 +246,7 @@ def test_adaln_normalised_tokens_pooled(checkpoint, train):
     index = np.arange(3)
     found = collected(checkpoint, train, index, blocks=(2,), pools=("norm-mean", "norm-max"))
     x0 = extraction.clean_latents(checkpoint.latents, train, index)
-    noise = extraction.noise_of(5, 0, key_positions(train.keys(index)), x0.shape[1:])
+    noise = extraction.keyed_noise(5, 0, key_positions(train.keys(index)), x0.shape[1:])
     t = torch.full((3,), 0.3)
     model = checkpoint.model
     with torch.no_grad():

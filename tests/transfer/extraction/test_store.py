@@ -9,14 +9,27 @@ import pytest
 from latentddae.cli import run as command
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.shards import ShardSet, write_split
-from latentddae.transfer.extraction import store
+from latentddae.transfer.extraction import inputs, store
 from latentddae.transfer.extraction.extract import collect
-from latentddae.transfer.extraction.store import FeaturesConfig, Stored, parse_blocks, write
-from latentddae.transfer.protocol.cells import CellChoice
+from latentddae.transfer.extraction.spec import FeatureSpec
+from latentddae.transfer.extraction.store import Extraction, FeatureStore, extract_to_disk
 
-CONFIG = FeaturesConfig(
-    levels=(0.1, 0.4), blocks=(1, 3, "1+3"), pools=("mean", "grid2"), seed=5, dtype="fp32"
+SPECS = tuple(
+    FeatureSpec(
+        level=level, blocks=(1, 3, "1+3"), pools=("mean", "grid2"), seed=5, precision="fp32"
+    )
+    for level in (0.1, 0.4)
 )
+
+
+def write(checkpoint, data, out, specs=SPECS):
+    extraction = Extraction(
+        checkpoint=checkpoint,
+        checkpoint_info=inputs.describe_checkpoint(checkpoint, "toy"),
+        samples={split: ShardSet(data, split) for split in ("train", "test")},
+        specs=specs,
+    )
+    return extract_to_disk(extraction, out, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +55,7 @@ def small_chunks(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(checkpoint, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "features"
-    return out, write(checkpoint, data, out, CONFIG, source="toy", progress=False)
+    return out, write(checkpoint, data, out)
 
 
 def contents(folder):
@@ -53,13 +66,11 @@ def test_101_samples_are_101_rows_of_the_features_themselves(checkpoint, data, w
     out, meta = whole
     assert meta["n_seen"] == {"train": 101, "test": 7}
     train = ShardSet(data, "train")
-    truth = collect(
-        checkpoint.model, checkpoint.objective, checkpoint.latents, train, np.arange(101),
-        level=0.4, blocks=CONFIG.blocks, pools=CONFIG.pools, seed=5, dtype="fp32",
-    )  # fmt: skip
-    for block in CONFIG.blocks:
-        cell = CellChoice(level=0.4, block=block, pool="grid2")
-        rows = Stored.open(out).features("train", cell)
+    truth = collect(checkpoint, train, np.arange(101), SPECS[1])
+    for block in SPECS[1].blocks:
+        rows = FeatureStore.open(out).features(
+            "train", replace(SPECS[1], blocks=(block,), pools=("grid2",))
+        )
         assert isinstance(rows, np.memmap)
         assert rows.dtype == np.float16
         np.testing.assert_array_equal(rows, truth[block, "grid2"].astype(np.float16))
@@ -77,7 +88,15 @@ def test_meta_says_what_it_is(whole, checkpoint):
     assert [set(level) for level in meta["levels"]] == 2 * [
         {"s", "t", "sigma_over_alpha", "log_snr"}
     ]
-    assert {"seed", "draws", "dtype", "blocks", "pools", "data", "noisy_input"} <= meta.keys()
+    assert {
+        "seed",
+        "noise_samples",
+        "precision",
+        "blocks",
+        "pools",
+        "data",
+        "noisy_input",
+    } <= meta.keys()
     assert sorted(path.name for path in out.iterdir() if path.suffix != ".npy") == ["meta.json"]
 
 
@@ -89,7 +108,7 @@ def test_ranks_write_the_same_folder(checkpoint, data, whole, tmp_path, ranks, s
         from latentddae.core import dist
 
         dist.start()
-        meta = write(checkpoint, data, out, CONFIG, source="toy", progress=False)
+        meta = write(checkpoint, data, out)
         assert meta == whole[1]
 
     assert ranks(run, size) == [0] * size
@@ -105,18 +124,18 @@ def test_a_killed_run_goes_on_and_is_invisible_until_then(
     extract, calls = store.extract, []
 
     def stopping(*args, **options):
-        calls.append(args[4])
+        calls.append(args)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return extract(*args, **options)
 
     monkeypatch.setattr(store, "extract", stopping)
     with pytest.raises(KeyboardInterrupt):
-        write(checkpoint, data, out, CONFIG, source="toy", progress=False)
+        write(checkpoint, data, out)
     assert not out.exists()
     with pytest.raises(ConfigError, match="no finished features"):
-        Stored.open(out)
-    write(checkpoint, data, out, CONFIG, source="toy", progress=False)
+        FeatureStore.open(out)
+    write(checkpoint, data, out)
     assert len(calls) == 6 + (2 * (7 + 1) - 3)  # two looks at widths and three chunks came before
     ours, theirs = contents(out), contents(whole[0])
     assert all((ours[name] == theirs[name]).all() for name in theirs)
@@ -125,12 +144,12 @@ def test_a_killed_run_goes_on_and_is_invisible_until_then(
 
 def test_finished_folders_are_left_alone(checkpoint, data, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "extract", lambda *_, **__: pytest.fail("computed again"))
-    assert write(checkpoint, data, whole[0], CONFIG, source="toy", progress=False) == whole[1]
+    assert write(checkpoint, data, whole[0]) == whole[1]
     with pytest.raises(ConfigError, match="another seed"):
-        write(checkpoint, data, whole[0], replace(CONFIG, seed=6), source="toy", progress=False)
+        write(checkpoint, data, whole[0], tuple(replace(spec, seed=6) for spec in SPECS))
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match="holds no meta"):
-        write(checkpoint, data, tmp_path / "other", CONFIG, source="toy", progress=False)
+        write(checkpoint, data, tmp_path / "other")
 
 
 def test_what_does_not_fit_float16_is_refused(checkpoint, data, tmp_path, monkeypatch):
@@ -142,7 +161,7 @@ def test_what_does_not_fit_float16_is_refused(checkpoint, data, tmp_path, monkey
 
     monkeypatch.setattr(store, "extract", huge)
     with pytest.raises(DataError, match="float16"):
-        write(checkpoint, data, tmp_path / "features", CONFIG, progress=False)
+        write(checkpoint, data, tmp_path / "features")
 
 
 def test_the_command(checkpoint_folder, data, tmp_path, capsys):
@@ -159,22 +178,18 @@ def test_the_command(checkpoint_folder, data, tmp_path, capsys):
 
 
 def test_stored_features_of_something_else_are_refused(whole, data):
-    stored, prints = Stored.open(whole[0]), ShardSet(data, "train").fingerprints
-    cell = CellChoice(level=0.4, block=1, pool="mean")
+    stored, prints = FeatureStore.open(whole[0]), ShardSet(data, "train").fingerprints
+    cell = FeatureSpec(level=0.4, blocks=(1,), seed=5)
     good = whole[1]["checkpoint"]["model_hash"]
     stored.check(good, "train", prints, cell)
     for wrong in (
         ("other", "train", prints, cell),
         (good, "test", prints, cell),
-        (good, "train", prints, replace(cell, draws=3)),
+        (good, "train", prints, replace(cell, noise_samples=3)),
         (good, "train", prints, replace(cell, noisy_input=False)),
+        (good, "train", prints, replace(cell, seed=0)),
     ):
         with pytest.raises(ConfigError, match="asked for"):
             stored.check(*wrong)
     with pytest.raises(ConfigError, match="has no train-s0"):
         stored.features("train", replace(cell, level=0.2))
-
-
-def test_blocks_by_name():
-    assert parse_blocks("all", 3) == (1, 2, 3)
-    assert parse_blocks("3, 1+2", 3) == (3, "1+2")

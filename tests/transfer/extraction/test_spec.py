@@ -1,4 +1,4 @@
-"""Noise levels from the command line: one axis, whatever unit they are given in (USER_PAINS #26)."""
+"""What is extracted: levels on one axis in whatever unit they are given, blocks, refusals ."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,15 @@ import torch
 
 from latentddae.core.errors import UsageError
 from latentddae.diffusion import OBJECTIVES
-from latentddae.transfer.extraction import extract
-from latentddae.transfer.extraction.inputs import describe_level, level_of, levels_of
+from latentddae.transfer.extraction.extract import network_input
+from latentddae.transfer.extraction.spec import (
+    FeatureSpec,
+    blocks_of,
+    describe_level,
+    level_of,
+    levels_of,
+)
+from latentddae.transfer.extraction.trunk import timestep
 
 ALL = {
     "flow": OBJECTIVES["flow"](),
@@ -42,15 +49,15 @@ def test_signal_to_noise_falls_along_the_times_of_an_objective(objective):
 @pytest.mark.parametrize("objective", ALL.values(), ids=ALL.keys())
 def test_level_0_shows_the_clean_latent(objective):
     x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    shown = extract.network_input(objective, x0, 100 + x0, 0.0)
-    told = extract.network_input(objective, x0, x0, 0.0, noisy_input=False)
+    shown = network_input(objective, x0, 100 + x0, 0.0)
+    told = network_input(objective, x0, x0, 0.0, noisy_input=False)
     assert shown.equal(told)
     if not isinstance(objective, OBJECTIVES["edm"]):  # whose input is scaled
         assert shown.equal(x0)
 
 
 def test_published_times():
-    """DDAE's transfer protocol: t 121 and 81 of DiT's schedule (FACTS 2)."""
+    """DDAE's transfer protocol: t 121 and 81 of DiT's schedule."""
     assert level_of("t=121", ALL["ddpm"]) == pytest.approx(0.294, abs=1e-3)
     assert level_of("t=81", ALL["ddpm"]) == pytest.approx(0.217, abs=1e-3)
     assert describe_level(ALL["ddpm"], level_of("t=121", ALL["ddpm"]))["t"] == pytest.approx(121)
@@ -70,4 +77,26 @@ def test_refused(text):
 
 def test_a_level_without_end_is_refused_before_anything_runs():
     with pytest.raises(UsageError, match="t=inf"):
-        extract.own_time(ALL["edm"], 1.0)
+        timestep(ALL["edm"], 1.0)
+
+
+def test_blocks_by_name():
+    assert blocks_of("all", 3) == blocks_of(("all",), 3) == (1, 2, 3)
+    assert blocks_of("3, 1+2", 3) == blocks_of((3, "1+2"), 3) == (3, "1+2")
+
+
+def test_a_spec_checks_itself():
+    spec = FeatureSpec(level=0.1, blocks=(3, "1+3"), pools=("mean",))
+    assert spec.members == {1, 3}
+    assert FeatureSpec(level=0.1, blocks=("1+3",)).cell == ("1+3", "mean")
+    for wrong in (
+        {"level": 1.5},
+        {"level": float("nan")},
+        {"blocks": ()},
+        {"blocks": ("x",)},
+        {"pools": ()},
+        {"pools": ("mode",)},
+        {"noise_samples": 0},
+    ):
+        with pytest.raises(UsageError):
+            FeatureSpec(**{"level": 0.1, "blocks": (1,), **wrong})
