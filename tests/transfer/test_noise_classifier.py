@@ -78,7 +78,7 @@ def test_training_is_repeatable(reader, train) -> None:
 
 def test_levels_of_a_ddpm_are_those_of_the_paper() -> None:
     """DDAE scores at t = 1, 51, ..., 951."""
-    times = DDPM(preset="ddae").grid(20).flip(0)
+    times = DDPM(preset="ddae").sampling_timesteps(20).flip(0)
     assert times.tolist() == [1 + 50 * k for k in range(20)]
 
 
