@@ -255,7 +255,7 @@ def build_choice(registry: Mapping[str, Any], value: Any, path: str) -> Any:
     name = rest.pop("name", bare)
     if name not in registry:
         close = difflib.get_close_matches(str(name), registry, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"{path}.name: unknown {name!r}{hint} Known: {', '.join(registry)}")
     default = registry[name]
     if isinstance(default, type) or not dataclasses.is_dataclass(default):

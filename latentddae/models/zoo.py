@@ -29,7 +29,7 @@ from latentddae.diffusion import OBJECTIVES
 from latentddae.models.convert import dit
 from latentddae.models.dit import DiT, DiTConfig
 
-FORMAT = 1
+FORMAT = 2
 WEIGHT_FILES = {"model": "model.safetensors", "ema": "ema.safetensors"}
 
 DIT_SIZES = {  # name -> depth, width, heads (DiT, table 1)

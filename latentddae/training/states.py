@@ -29,7 +29,7 @@ from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
 from latentddae.training.partitions import Fragment
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")  # and one more for each further average
 CONSTANT = "constant"
 PREFIX = "images-"

@@ -1,4 +1,4 @@
-"""USER_PAINS #21, "is my loss curve right?": a tiny recipe reproduces its stored curve.
+"""A tiny recipe reproduces its stored loss curve.
 
 `tests/golden/curves.json` holds, for every objective, the loss of 200 steps in windows of 20 and,
 over the last 100 steps, mean and standard deviation by noise level. Everything runs in float64 and
@@ -17,6 +17,7 @@ import torch
 
 from latentddae.core import rng
 from latentddae.diffusion import DDPM, EDM, Flow
+from latentddae.diffusion.noise_distributions import LogitNormal
 from latentddae.models import DiT, DiTConfig
 
 CURVES = Path(__file__).parents[1] / "golden" / "curves.json"
@@ -24,7 +25,7 @@ STEPS, BATCH, WINDOW = 200, 16, 20
 LEVEL_BINS = (0.0, 0.1, 0.3, 0.6, 1.0)
 OBJECTIVES = {
     "flow": Flow(),
-    "flow-lightning": Flow(sampling="logit_normal", cosine_weight=1.0, time="data"),
+    "flow-lightning": Flow(noise_distribution=LogitNormal(), cosine_weight=1.0, time="data"),
     "edm": EDM(),
     "ddpm": DDPM(),
     "ddpm-ddae": DDPM(preset="ddae", weighting="min_snr"),

@@ -11,7 +11,6 @@ from torch import Tensor
 from latentddae.core import config
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, EDM, OBJECTIVES, Flow
-from latentddae.diffusion.ddpm import discretised_log_likelihood, tables
 from latentddae.diffusion.exact import output_for, undo_network_input
 from latentddae.diffusion.levels import (
     level_of_log_snr,
@@ -19,13 +18,16 @@ from latentddae.diffusion.levels import (
     log_snr_of_level,
     ratio_of_level,
 )
+from latentddae.diffusion.likelihood import discretised_log_likelihood
+from latentddae.diffusion.noise_distributions import LogitNormal, LogNormal
+from latentddae.diffusion.schedule import tables
 from latentddae.models import DiT, DiTConfig
 from latentddae.models.untrained import randomize_gates
 
 ALL = [
     Flow(),
     Flow(time="data"),
-    Flow(sampling="logit_normal", shift=3.0),
+    Flow(noise_distribution=LogitNormal(), shift=3.0),
     EDM(),
     EDM(sigma_data=0.5),
     *(DDPM(predict=predict) for predict in ("noise", "x0", "v")),  # type: ignore[arg-type]
@@ -113,7 +115,7 @@ def test_numbers_give_numbers(objective: Any) -> None:
 
 
 def test_cross_checks_of_the_field() -> None:
-    """FACTS 1.3, 2 and 7: where others' times lie on the one axis."""
+    """Where the timesteps of published recipes lie on the common axis."""
     ddpm = OBJECTIVES["ddpm"]()
     assert ddpm.to_level(121) == pytest.approx(0.294, abs=5e-4)
     assert ddpm.to_level(81) == pytest.approx(0.217, abs=5e-4)
@@ -130,7 +132,7 @@ def test_cross_checks_of_the_field() -> None:
 
 
 def test_edm_grid_is_the_papers() -> None:
-    """FACTS 1.3: the 18-step table, counted from the clean end."""
+    """The 18 sigmas of arXiv 2206.00364, equation 5, counted from the clean end."""
     sigmas = EDM().sampling_timesteps(18).flip(0).tolist()
     found = [sigmas[i - 1] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 18)]
     table = [0.002, 0.0075, 0.0229, 0.0600, 0.1395, 0.296, 0.585, 1.088, 1.92, 8.40, 80]
@@ -153,10 +155,10 @@ def test_network_inputs_of_the_conventions() -> None:
 
 def test_training_times_follow_their_distributions() -> None:
     u = (torch.arange(20000) + 0.5) / 20000
-    log_sigma = EDM(p_mean=-0.4, p_std=1.5).sample_timesteps(u).log()
+    log_sigma = EDM(noise_distribution=LogNormal(mean=-0.4, std=1.5)).sample_timesteps(u).log()
     assert log_sigma.mean() == pytest.approx(-0.4, abs=1e-3)
     assert log_sigma.std() == pytest.approx(1.5, abs=2e-3)
-    logit = Flow(sampling="logit_normal", logit_mean=0.3).sample_timesteps(u).logit()
+    logit = Flow(noise_distribution=LogitNormal(mean=0.3)).sample_timesteps(u).logit()
     assert logit.mean() == pytest.approx(0.3, abs=1e-3)
     assert logit.std() == pytest.approx(1.0, abs=2e-3)
     assert torch.equal(Flow().sample_timesteps(u), u)
@@ -316,7 +318,7 @@ def test_refused_values_name_their_path(name: str, values: dict, message: str) -
 @pytest.mark.parametrize("num_classes", [0, 1, 10, 1000])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_any_number_of_classes_trains_and_gives_features(kind: str, num_classes: int) -> None:
-    """USER_PAINS #42: every label row that was asked for gets a gradient, the null one included."""
+    """Every label row that was asked for gets a gradient, the null one included."""
     objective = OBJECTIVES[kind]()
     config = DiTConfig(
         input_size=4,
