@@ -132,7 +132,7 @@ def batches(
         raise ConfigError("no image indices to sample")
     model, seed = checkpoint.model, settings.seed
     device = next(model.parameters()).device
-    shape = checkpoint.latents.shape
+    shape = checkpoint.latent_spec.shape
     for first in range(0, len(indices), batch):
         positions = torch.tensor(list(indices[first : first + batch]), dtype=torch.int64)
         y = labels_for(settings.labels, model.config.num_classes, positions, seed)
@@ -157,7 +157,7 @@ def batches(
 
 def decode(checkpoint: zoo.Checkpoint, x0: Tensor, autoencoder: Any, batch: int = 64) -> np.ndarray:
     """Latents at training scale to pixels: (N, C, h, w) -> (N, H, W, 3) uint8."""
-    parts = (autoencoder.decode(checkpoint.latents.unscale(part)) for part in x0.split(batch))
+    parts = (autoencoder.decode(checkpoint.latent_spec.unscale(part)) for part in x0.split(batch))
     return np.concatenate([to_uint8(images) for images in parts])
 
 
@@ -190,8 +190,8 @@ def describe(checkpoint: zoo.Checkpoint, settings: SampleConfig) -> dict[str, An
         **asdict(settings),
         "checkpoint": {k: info.get(k) for k in ("path", "weights", "sha256", "images_seen", "ema")},
         "objective": checkpoint.objective.kind,
-        "autoencoder": checkpoint.latents.autoencoder,
-        "autoencoder_sha256": checkpoint.latents.autoencoder_sha256,
+        "autoencoder": checkpoint.latent_spec.autoencoder,
+        "autoencoder_sha256": checkpoint.latent_spec.autoencoder_sha256,
     }
 
 
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = zoo.load(args.checkpoint, weights=args.weights, device=device)
         check(checkpoint, settings, args.num)
         checkpoint.model.to(DTYPES[args.dtype])
-        autoencoder = open_matching(checkpoint.latents, args.autoencoder, device)
+        autoencoder = open_matching(checkpoint.latent_spec, args.autoencoder, device)
         facts = describe(checkpoint, settings)
         dist.on_rank0(lambda: open_folder(args.out, facts, args.num))
         indices = args.only or range(args.num)

@@ -153,6 +153,7 @@ class DiT(nn.Module):
     """The network. Fresh weights follow from `seed` alone, not from torch's global generator."""
 
     pos_embed: Tensor
+    has_class_token = False
 
     def __init__(self, config: DiTConfig, seed: int = 0) -> None:
         super().__init__()
@@ -219,6 +220,11 @@ class DiT(nn.Module):
             if number == numbers[-1]:
                 break
         return outputs
+
+    def tap_shapes(self) -> dict[int, tuple[int, int]]:
+        """{k: (T, D)} of every block."""
+        shape = (self.config.tokens, self.config.hidden_size)
+        return dict.fromkeys(range(1, self.config.depth + 1), shape)
 
     def flops(self) -> int:
         """Floating-point operations of one image's forward pass, two per multiply-accumulate:

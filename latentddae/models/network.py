@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 
 
@@ -64,6 +63,8 @@ class Network(Protocol):
 
     checkpoint_blocks: int
     """Every n-th block recomputes its activations in the backward pass; 0: none does."""
+    has_class_token: bool
+    """Whether a class token goes beside the map of tokens (ViTs of timm)."""
 
     @property
     def config(self) -> NetworkConfig: ...
@@ -89,6 +90,9 @@ class Network(Protocol):
         Raises ConfigError for a block outside 1 ... depth.
         """
 
+    def tap_shapes(self) -> dict[int, tuple[int, int]]:
+        """{k: (T, D)}: tokens and channels of the output of every block k."""
+
     def flops(self) -> int:
         """Floating-point operations of one image's forward pass, two per multiply-accumulate."""
 
@@ -107,7 +111,7 @@ class Network(Protocol):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
-    def to(self, device: torch.device | str) -> Self: ...
+    def to(self, *args: Any, **kwargs: Any) -> Self: ...
 
     def eval(self) -> Self: ...
 

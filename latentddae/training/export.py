@@ -22,6 +22,7 @@ from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import zoo
+from latentddae.models.network import NetworkConfig
 from latentddae.training import states
 from latentddae.training.ema import EmaConfig
 from latentddae.training.states import State, StateReader
@@ -106,7 +107,7 @@ def _average(ema: EmaConfig, halflife: int | None) -> str:
 
 
 def _entries(
-    reader: StateReader, kind: str, model_config: object, dtype: torch.dtype
+    reader: StateReader, kind: str, model_config: NetworkConfig, dtype: torch.dtype
 ) -> dict[str, Entry]:
     """The tensors of a model in the order of its state dict, to be read when their turn comes.
 

@@ -200,7 +200,7 @@ class Task:
         spec = self.train.spec
         noise = rng.normal(self.config.seed, "posterior", position, spec.shape)
         target = smoothed(label, self.classes, self.config.mix.smoothing)
-        return self.checkpoint.latents.sample(moments, noise), target
+        return self.checkpoint.latent_spec.sample(moments, noise), target
 
     def _logits(
         self, classifier: Classifier, x0: Tensor, noise: Tensor, paths: Tensor | None = None
@@ -230,7 +230,7 @@ class Task:
     @torch.inference_mode()
     def predict(self, classifier: Classifier, shards: SampleSet, index: np.ndarray) -> Tensor:
         """Classes of samples, from posterior means of the original view: (N,) int64."""
-        x0 = clean_latents(self.checkpoint.latents, shards, index).to(self.context.device)
+        x0 = clean_latents(self.checkpoint.latent_spec, shards, index).to(self.context.device)
         noise = x0
         if self.config.noisy_input:
             positions = rng.key_positions(shards.keys(index)).to(self.context.device)

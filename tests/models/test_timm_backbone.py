@@ -43,7 +43,7 @@ def test_blocks_are_those_of_forward_hooks(network, weights):
         for k, block in enumerate(network.blocks, start=1)
     ]
     with torch.inference_mode():
-        network(model.prepared(images()))
+        network(model.preprocess(images()))
     for hook in hooks:
         hook.remove()
     model.network.blocks[3].register_forward_hook(lambda *_: seen.append(4))
@@ -61,9 +61,9 @@ def test_preprocessing_is_timms(weights):
     transform = timm.data.create_transform(**settings, is_training=False)
     mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
     expected = ((images() + 1) / 2 - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(model.prepared(images()), expected)
+    torch.testing.assert_close(model.preprocess(images()), expected)
     torch.testing.assert_close(transform.transforms[-1].mean, mean)
-    assert model.prepared(images(64)).shape == (3, 3, *settings["input_size"][1:])
+    assert model.preprocess(images(64)).shape == (3, 3, *settings["input_size"][1:])
 
 
 def test_weights_of_all_kinds_of_files(network, weights, tmp_path):

@@ -1,12 +1,14 @@
-"""Weights in the `.pt` files of facebookresearch/DiT: the published ones, and what its train.py saves.
+"""Files of facebookresearch/DiT: the published weights, and what its train.py saves.
 
 A published file is a bare state dict and holds the average; a training file wraps `model`, `ema`,
 `opt` and `args`, an argparse.Namespace. Nothing is unpickled but tensors, containers and that
-Namespace.
+Namespace. No file says how it was trained, so DiT's one recipe is assumed: DDPM with linear betas
+and a learned variance, on SD-VAE latents.
 """
 
 import argparse
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,34 @@ import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import sha256
+from latentddae.data.latents import LatentSpec
+from latentddae.diffusion.ddpm import DDPM
 from latentddae.models.dit import DiTConfig
 from latentddae.models.dit_state import shape_of_state
+from latentddae.models.portable import Checkpoint, Weights, network_with
 
-HEADS = {1152: 16}  # every other published width has heads of 64
+NUM_HEADS = {1152: 16}
+"""Width -> heads; every other published width has heads of 64 channels."""
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
-def read(path: Path, weights: str) -> dict[str, Tensor]:
+def load(path: Path, weights: Weights, device: torch.device | str) -> Checkpoint:
+    """The checkpoint of a `.pt` file; see zoo.load.
+
+    Raises ConfigError for missing weights and for a network without learned variance, DataError for
+    a file that is no DiT.
+    """
+    state = read(path, weights)
+    config = config_of(state, path)
+    if not config.learn_sigma:
+        raise ConfigError(f"{path} predicts no variance: it is not one of DiT's own")
+    model = network_with(config, state, path, device)
+    info = {"weights": weights, "sha256": sha256(path), "path": str(path)}
+    return Checkpoint(model, DDPM(preset="dit"), latents_of(config), info)
+
+
+def read(path: Path, weights: Weights) -> dict[str, Tensor]:
     """The state dict under the published names, float32 on the CPU.
 
     Raises ConfigError if the file has no such weights, DataError if it cannot be read without
@@ -29,11 +51,11 @@ def read(path: Path, weights: str) -> dict[str, Tensor]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be loaded as weights only: {reason}") from error
-    wrapped = {k: v for k, v in _mapping(found, path).items() if k in ("model", "ema")}
+    wrapped = {k: v for k, v in _mapping(content, path).items() if k in ("model", "ema")}
     if wrapped and weights not in wrapped:
         raise ConfigError(f"{path} has no {weights} weights; it has: {', '.join(wrapped)}")
     if not wrapped and weights != "ema":
@@ -41,30 +63,45 @@ def read(path: Path, weights: str) -> dict[str, Tensor]:
             f"{path} is a bare state dict, in published files the average: "
             f"weights are ema, got {weights!r}"
         )
-    state = _mapping(wrapped.get(weights, found), path)
+    state = _mapping(wrapped.get(weights, content), path)
     wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if wrong or not state:
         raise DataError(f"{path} is no state dict: {', '.join(map(str, wrong[:3])) or 'empty'}")
-    return {_plain(name): value.to(torch.float32) for name, value in state.items()}
+    return {_plain_name(name): value.to(torch.float32) for name, value in state.items()}
 
 
-def config_of(state: dict[str, Tensor], path: Path) -> DiTConfig:
-    """The architecture that the shapes reveal; heads are those of the published sizes."""
+def config_of(state: Mapping[str, Tensor], path: Path) -> DiTConfig:
+    """The architecture that the shapes determine; heads are those of the published sizes.
+
+    Raises DataError for a state dict without the names of a DiT.
+    """
     try:
-        fields = shape_of_state(state)
+        shape = shape_of_state(state)
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} has not the names of a DiT: {error} is missing") from error
-    width = fields["hidden_size"]
-    return DiTConfig(num_heads=HEADS.get(width, max(1, width // 64)), **fields)
+    width = shape["hidden_size"]
+    return DiTConfig(num_heads=NUM_HEADS.get(width, max(1, width // 64)), **shape)
 
 
-def _mapping(value: Any, path: Path) -> dict[str, Any]:
+def latents_of(config: DiTConfig) -> LatentSpec:
+    """DiT's latents: those of SD-VAE, scaled and not shifted. Which bytes of it is not known."""
+    return LatentSpec(
+        kind="moments",
+        channels=config.in_channels,
+        size=config.input_size,
+        scaling_factor=0.18215,
+        autoencoder="stabilityai/sd-vae-ft-ema",
+        autoencoder_class="AutoencoderKL",
+    )
+
+
+def _mapping(value: object, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} holds {type(value).__name__}, not a state dict")
     return value
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name

@@ -1,0 +1,166 @@
+"""Portable checkpoints: one folder from which every downstream command works.
+
+The folder holds `model.safetensors`, `ema.safetensors` and `config.json`: architecture, objective
+with its time convention, latent spec and autoencoder hash, classes, images seen, EMA, data
+fingerprints. It is written under a temporary name and renamed, so it is complete or absent.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentddae.core import config, safetensors_stream
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import read_json, sha256, sync_folder, write_errors, write_json
+from latentddae.core.safetensors_stream import Entry
+from latentddae.data.latents import LatentSpec
+from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.objective import Objective
+from latentddae.models.network import Network, NetworkConfig
+from latentddae.models.registry import REGISTRY, build
+
+FORMAT = 2
+Weights = Literal["ema", "model"]
+WEIGHT_FILES: Mapping[str, str] = {"model": "model.safetensors", "ema": "ema.safetensors"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network ready for use and all that is known about it."""
+
+    model: Network
+    """In eval mode, float32, without gradients."""
+    objective: Objective
+    latents: LatentSpec | None
+    """What the network's inputs mean; None: RGB images of any size (a timm backbone)."""
+    info: dict[str, Any]
+    """`weights` ("ema" or "model"), `sha256` of their file, `images_seen`, `classes`, `ema`,
+    `data`, `path`."""
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        """`latents` for those who cannot do without. Raises ConfigError where there are none."""
+        if self.latents is None:
+            raise ConfigError("this network reads images of any size: it has no latents")
+        return self.latents
+
+
+def save(
+    folder: str | Path,
+    *,
+    model: NetworkConfig,
+    objective: Objective,
+    latents: LatentSpec,
+    weights: Mapping[str, Mapping[str, Tensor | Entry]],
+    info: Mapping[str, Any],
+) -> Path:
+    """Write a portable checkpoint and return its folder; an older one of that name is replaced.
+
+    `model` is the config record. `weights` maps "model" and "ema", or one of them, to state dicts,
+    which are stored as they are; an Entry is read only when it is written. `info` is JSON-able:
+    classes, images_seen, ema, data, and more. Raises WriteError.
+    """
+    folder = Path(folder)
+    settings = {
+        "format": FORMAT,
+        "model": config.to_dict(model),
+        "objective": config.to_dict(objective),
+        "latents": latents.to_dict(),
+        **info,
+    }
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    try:
+        with write_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, state in weights.items():
+                labels = {"weights": name, "images_seen": str(info.get("images_seen", ""))}
+                safetensors_stream.write(temporary / WEIGHT_FILES[name], _entries(state), labels)
+            write_json(temporary / "config.json", settings)
+            _replace_folder(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _entries(state: Mapping[str, Tensor | Entry]) -> dict[str, Entry]:
+    return {
+        name: value if isinstance(value, Entry) else safetensors_stream.entry(value)
+        for name, value in state.items()
+    }
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    old = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoint:
+    """Read a portable checkpoint, or the export of a run folder; see zoo.load.
+
+    Raises ConfigError for a missing folder, missing weights or a config that does not fit them,
+    DataError for unreadable files.
+    """
+    if (folder / "export" / "config.json").is_file():  # a run folder
+        folder = folder / "export"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a checkpoint: it has no config.json")
+    settings = _read_settings(folder)
+    file = folder / WEIGHT_FILES[weights]
+    if not file.is_file():
+        others = [name for name, other in WEIGHT_FILES.items() if (folder / other).is_file()]
+        raise ConfigError(
+            f"{folder} has no {weights} weights; it has: {', '.join(others) or 'none'}"
+        )
+    model_config = config.build_choice(REGISTRY, settings.pop("model"), "model")
+    objective = config.build_choice(OBJECTIVES, settings.pop("objective"), "objective")
+    latents = LatentSpec.from_dict(settings.pop("latents"))
+    try:
+        state = {name: value.to(torch.float32) for name, value in load_file(file).items()}
+    except SafetensorError as error:
+        raise DataError(f"{file}: {error}") from error
+    model = network_with(model_config, state, file, device)
+    info = {**settings, "weights": weights, "sha256": sha256(file), "path": str(folder)}
+    return Checkpoint(model, objective, latents, info)
+
+
+def network_with(
+    model_config: NetworkConfig, state: Mapping[str, Tensor], file: Path, device: torch.device | str
+) -> Network:
+    """A network with the weights of `file`, in eval mode and without gradients.
+
+    Raises ConfigError for weights of another config, DataError for missing or unknown names.
+    """
+    with torch.device("meta"):
+        model = build(model_config)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise DataError(f"{file}: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / "config.json", "a checkpoint")
+    if not isinstance(settings, dict):
+        raise DataError(f"{folder}/config.json holds no settings")
+    if settings.get("format") != FORMAT:
+        raise ConfigError(
+            f"{folder} has format {settings.get('format')}, this version reads {FORMAT}"
+        )
+    missing = {"model", "objective", "latents"} - settings.keys()
+    if missing:
+        raise DataError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+    return settings
