@@ -5,28 +5,36 @@ LN(x) before the layer W diag(1 + scale), b + W shift; a gate after a layer mult
 Folding costs about as much as one image and is done once per noise level.
 
     trunk = fold(model, network_t, depth=6, dtype=torch.bfloat16)
-    for block, output in trunk.stream(x):       # x (N, C, H, W); lazy: blocks run when asked for
+    for block, output in trunk.stream(x):       # x (N, C, H, W); blocks run when asked for
         output.averaged(pool_mean)              # or output.tokens(): (N, T, D) float32
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentddae.core.errors import ConfigError
 from latentddae.models.attention import attention
 from latentddae.models.dit import Block, DiT, DiTConfig
-from latentddae.models.layers import LAYER_NORM_EPS, gelu, modulate
+from latentddae.models.layers import LAYER_NORM_EPS, SelfAttention, gelu, merge_heads, modulate
 
-FOLDABLE = {  # fields whose every value folds; any other one must be at its default
-    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-    "num_classes", "learn_sigma",
-}  # fmt: skip
+FOLDABLE = {
+    "input_size",
+    "patch_size",
+    "in_channels",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "num_classes",
+    "learn_sigma",
+}
+"""Fields of DiTConfig that fold whatever their value; any other one must be at its default."""
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}
 """Rows of a matrix product: on a CPU few enough for its caches (DiT-S/2 on an EPYC: 256 rows are 6 %
 slower), on a GPU enough to fill it."""
@@ -34,15 +42,16 @@ slower), on a GPU enough to fill it."""
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A linear layer (N, T, in) -> (N, T, out) in its weights' dtype, and GELU after it if asked."""
+    """A linear layer (N, T, in) -> (N, T, out) in its weights' dtype, followed by GELU if asked."""
 
     weight: Tensor
     bias: Tensor
     packed: bool
+    """Whether `weight` is in oneDNN's own layout."""
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "Layer":
-        """Weights (out, in) and bias (out,) of any dtype, rounded once to `dtype`.
+        """From weights (out, in) and a bias (out,) of any dtype, rounded once to `dtype`.
 
         Where oneDNN computes, it gets the weights in its own layout: 10 % faster in fp32, and it
         applies GELU while the numbers are in registers.
@@ -71,26 +80,39 @@ def _onednn_computes(weight: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class FoldedBlock:
-    """One transformer block without modulation; `shift` and `scale` (D,) are what its attention
-    would have applied."""
+    """One transformer block without modulation."""
 
     qkv: Layer
     proj: Layer
     fc1: Layer
     fc2: Layer
+    attention: SelfAttention
+    """The network's own layer, of which the head split is used and no weight."""
     shift: Tensor
     scale: Tensor
+    """(D,) each: the modulation that `qkv` has folded in."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention branch of normalised tokens: (N, T, D) -> (N, T, D)."""
+        q, k, v = self.attention.split_heads(self.qkv(x))
+        return self.proj(merge_heads(attention(q, k, v)))
 
 
 @dataclass(eq=False)
 class Output:
-    """What a block gives: a sum of tokens (N, T, D) and of a product that may not be formed yet."""
+    """A block's output as the residual stream `sum` plus a pending product `layer(hidden)`.
+
+    An average over tokens can be taken before that product, which then runs on a few rows instead
+    of all tokens.
+    """
 
     sum: Tensor
+    """(N, T, D) float32."""
     layer: Layer | None = None
     hidden: Tensor | None = None
+    """(N, T, hidden width), or None when nothing is pending."""
     prefix: Tensor | None = None
-    """Tokens that stand for no place, (N, P, D): the class token first."""
+    """Tokens that belong to no position, (N, P, D): the class token first."""
 
     def tokens(self) -> Tensor:
         """The block's output (N, T, D) float32."""
@@ -102,7 +124,7 @@ class Output:
     def averaged(self, average: Callable[[Tensor], Tensor]) -> Tensor:
         """`average(self.tokens())` for a pool whose weights sum to one: (N, T, D) -> (N, cells D).
 
-        Averages commute with a linear layer, which then sees a few rows instead of all tokens.
+        Averages commute with a linear layer, which then computes a few rows instead of all tokens.
         """
         if self.layer is None or self.hidden is None:
             return average(self.sum)
@@ -126,13 +148,13 @@ class FoldedTrunk:
         return max(1, rows // self.model.config.tokens)
 
     def stream(self, x: Tensor) -> Iterator[tuple[int, Output]]:
-        """Yield (k, output of block k), running block k only when asked.
+        """Yield (k, output of block k) for latents (N, C, H, W), running block k only when asked.
 
         All outputs share memory: pool or copy one before asking for the next.
         """
         tokens = self.model.patch_tokens(x)
         for number, block in enumerate(self.blocks, start=1):
-            tokens.add_(self._attend(block, self._normed(tokens)))
+            tokens.add_(block.attend(self._normed(tokens)))
             hidden = block.fc1(self._normed(tokens), activate=True)
             output = Output(tokens, block.fc2, hidden)
             if number < len(self.blocks):
@@ -140,20 +162,16 @@ class FoldedTrunk:
             yield number, output
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
-        """Tokens of block k (N, T, D) after that block's own adaLN: LayerNorm, scale and shift of
-        its attention (DiTF, arXiv 2505.18584). Tames the few huge channels of the residual stream.
+        """Tokens of block k after the LayerNorm, scale and shift of that block's attention.
+
+        (N, T, D) -> (N, T, D). Tames the few huge channels of the residual stream (DiTF, arXiv
+        2505.18584).
         """
-        own = self.blocks[block - 1]
-        return modulate(tokens, own.shift[None], own.scale[None])
+        modulation = self.blocks[block - 1]
+        return modulate(tokens, modulation.shift[None], modulation.scale[None])
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return layer_norm(tokens).to(self.dtype)
-
-    def _attend(self, block: FoldedBlock, x: Tensor) -> Tensor:
-        n, length, dim = x.shape
-        heads = self.model.config.num_heads
-        q, k, v = block.qkv(x).view(n, length, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
-        return block.proj(attention(q, k, v).transpose(1, 2).reshape(n, length, dim))
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -166,8 +184,9 @@ def layer_norm(x: Tensor) -> Tensor:
     return centred.mul_(length.square_().div_(x.shape[-1]).add_(LAYER_NORM_EPS).rsqrt_())
 
 
-def foldable(model: Any) -> bool:
-    """Whether `fold` knows how this network is built."""
+def foldable(model: object) -> TypeGuard[DiT]:
+    """Whether `fold` can represent this network exactly: a plain DiT, all options that it does not
+    handle at their defaults."""
     if type(model) is not DiT or any(type(block) is not Block for block in model.blocks):
         return False
     default = DiTConfig()
@@ -187,19 +206,20 @@ def fold(model: DiT, network_t: Tensor, *, depth: int, dtype: torch.dtype) -> Fo
     if not foldable(model):
         raise ConfigError(f"a network of this kind does not fold: {model.config}")
     c = model.embed_condition(network_t.reshape(1).to(model.pos_embed.device))
-    blocks = tuple(_folded(block, c, dtype) for block in model.blocks[:depth])
-    return FoldedTrunk(model, blocks, dtype)
+    blocks = [block for block in model.blocks[:depth] if isinstance(block, Block)]
+    return FoldedTrunk(model, tuple(_folded(block, c, dtype) for block in blocks), dtype)
 
 
-def _folded(block: Any, c: Tensor, dtype: torch.dtype) -> FoldedBlock:
-    six = block.adaLN_modulation(c)[0].chunk(6)
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = six
+def _folded(block: Block, c: Tensor, dtype: torch.dtype) -> FoldedBlock:
+    """The block under the condition `c` (1, D)."""
+    parts = block.adaLN_modulation(c)[0].chunk(6)  # six (D,)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
 
-    def after_norm(layer: Any, shift: Tensor, scale: Tensor) -> Layer:
+    def after_norm(layer: nn.Linear, shift: Tensor, scale: Tensor) -> Layer:
         weight = layer.weight.to(c.dtype)
         return Layer.of(weight * (1 + scale), layer.bias + weight @ shift, dtype)
 
-    def gated(layer: Any, gate: Tensor) -> Layer:
+    def gated(layer: nn.Linear, gate: Tensor) -> Layer:
         return Layer.of(layer.weight * gate[:, None], layer.bias * gate, dtype)
 
     return FoldedBlock(
@@ -207,6 +227,7 @@ def _folded(block: Any, c: Tensor, dtype: torch.dtype) -> FoldedBlock:
         proj=gated(block.attn.proj, gate_msa),
         fc1=after_norm(block.mlp.fc1, shift_mlp, scale_mlp),
         fc2=gated(block.mlp.fc2, gate_mlp),
+        attention=block.attn,
         shift=shift_msa,
         scale=scale_msa,
     )

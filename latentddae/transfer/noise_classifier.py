@@ -80,11 +80,11 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint, block: int) -> None:
         (self.block,) = check_blocks([block], checkpoint.model.config.depth)
-        self.objective, self.latents = checkpoint.objective, checkpoint.latents
+        self.objective, self.latents = checkpoint.objective, checkpoint.latent_spec
         self.model = checkpoint.model.eval()
         self.device = next(self.model.parameters()).device
         self.model.to(DTYPES[precision_of(checkpoint)])
-        self.width = self.model.config.hidden_size
+        self.width = self.model.tap_shapes()[self.block][1]
 
     @torch.no_grad()
     def features(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -52,10 +52,11 @@ def token_maps(opened: session.Opened, samples: np.ndarray) -> np.ndarray:
 
     A pool of as many patches as there are tokens leaves the map as it is.
     """
-    side = math.isqrt(opened.checkpoint.model.config.tokens)
+    block = members_of(opened.cell.block)[-1]
+    side = math.isqrt(opened.checkpoint.model.tap_shapes()[block][0])
     spec = dataclasses.replace(
         opened.cell.spec(opened.settings["seed"]),
-        blocks=(members_of(opened.cell.block)[-1],),
+        blocks=(block,),
         pools=(f"grid{side}",),
     )
     features = collect(opened.checkpoint, opened.test, samples, spec)[spec.cell]

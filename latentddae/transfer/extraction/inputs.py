@@ -21,6 +21,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
+from latentddae.models.network import Network
 from latentddae.models.timm_backbone import PREFIX, open_backbone
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.probes.metrics import ProbeResult
@@ -112,7 +113,7 @@ def check_data(spec: LatentSpec | None, shards: SampleSet) -> None:
         )
 
 
-def model_hash(model: torch.nn.Module) -> str:
+def model_hash(model: Network) -> str:
     """A short hash of every named weight: the identity of a network wherever it came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -6,6 +6,7 @@ The noise follows from (seed, file name, number of the noise).
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +47,17 @@ class TokenMaps:
 
     @property
     def side(self) -> int:
-        return int(self.checkpoint.model.config.grid_size)
+        return math.isqrt(self.checkpoint.model.tap_shapes()[self.block][0])
 
     @property
     def width(self) -> int:
-        return int(self.checkpoint.model.config.hidden_size)
+        return self.checkpoint.model.tap_shapes()[self.block][1]
 
     @property
     def resolution(self) -> int:
         """Pixels along a side of what the autoencoder is shown."""
         shrinks = PROBE_PIXELS // self.autoencoder.spec(PROBE_PIXELS).size
-        return int(self.checkpoint.latents.size) * shrinks
+        return self.checkpoint.latent_spec.size * shrinks
 
     def of(self, root: Path, names: Sequence[str]) -> Iterator[Tensor]:
         """Maps of image files below `root`, batch by batch: (n, side, side, width) float32."""
@@ -80,8 +81,8 @@ class TokenMaps:
     def _latents(self, pixels: Tensor) -> Tensor:
         """(N, 3, R, R) uint8 -> clean latents (N, C, h, w) at training scale."""
         if self.autoencoder.kind == "image":
-            return self.checkpoint.latents.mean(pixels)
-        return self.checkpoint.latents.mean(self.autoencoder.encode(pixels / 127.5 - 1))
+            return self.checkpoint.latent_spec.mean(pixels)
+        return self.checkpoint.latent_spec.mean(self.autoencoder.encode(pixels / 127.5 - 1))
 
     def facts(self, source: str, weights: str) -> dict[str, Any]:
         """What a result line says about them."""
@@ -155,7 +156,7 @@ def open_maps(args: argparse.Namespace) -> TokenMaps:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     check_blocks([args.block], checkpoint.model.config.depth)
     device = device_of(checkpoint)
-    autoencoder = open_matching(checkpoint.latents, args.autoencoder, device)
+    autoencoder = open_matching(checkpoint.latent_spec, args.autoencoder, device)
     level = level_of(args.level, checkpoint.objective)
     return TokenMaps(
         checkpoint, autoencoder, args.block, level, args.noise_samples, args.norm, args.seed
