@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := build/docs-venv/.ready
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format house reference docs bench clean
 
 demo: $(READY)
 	$(BIN)/latentddae demo $(ARGS)
@@ -25,6 +26,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+house: $(READY) # what the house limits, counted; ARGS=-v lists every offender
+	$(BIN)/python tests/house.py $(ARGS)
+
+reference: $(READY) # docs/reference from the code
+	$(BIN)/python docs/generate_reference.py
+
+docs: $(DOCS) # the site, into build/site; a broken link is an error
+	$(dir $(DOCS))bin/zensical build --strict --clean
+
 bench: $(READY)
 	@for script in $(filter-out benchmarks/harness.py benchmarks/__init__.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -34,5 +44,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -qq --editable '.[dev,demo]'
 	touch $@
 
+# A venv of its own: the site generator needs nothing of the package, and the package nothing of it.
+$(DOCS): pyproject.toml
+	$(PYTHON) -m venv $(dir $(DOCS))
+	$(dir $(DOCS))bin/python -m pip install -qq "$$($(PYTHON) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build *.egg-info .cache .pytest_cache .ruff_cache .mypy_cache
