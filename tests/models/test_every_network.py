@@ -1,0 +1,192 @@
+"""What the package relies on, for every network there is: names on the meta device, kinds for real.
+
+A new kind of network enters SMALL, and a new option as one more entry.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentddae.core.errors import ConfigError
+from latentddae.data.latents import LatentSpec
+from latentddae.diffusion import OBJECTIVES
+from latentddae.models import DiTConfig, zoo
+from latentddae.models.frozen_trunk import fold, foldable
+from latentddae.models.network import Condition, Network, NetworkConfig
+from latentddae.models.registry import NETWORKS
+from latentddae.models.timm_backbone import open_backbone
+from latentddae.planning.flops import training_flops
+
+DIT = DiTConfig(input_size=8, hidden_size=32, depth=3, num_heads=2, num_classes=5)
+SMALL: dict[str, NetworkConfig] = {
+    "dit": DIT,
+    "dit-unconditional": replace(DIT, num_classes=0, patch_size=4),
+    "dit-learned-sigma": replace(DIT, learn_sigma=True, in_channels=3),
+}
+
+
+@pytest.fixture(params=SMALL)
+def model(request) -> Network:
+    """Every parameter away from zero, so that no closed gate hides an error."""
+    network = zoo.build(SMALL[request.param], seed=1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    return network.eval()
+
+
+def inputs(model: Network, n: int = 4) -> tuple[Tensor, Tensor, Tensor | None]:
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    x = torch.randn(
+        n, config.in_channels, config.input_size, config.input_size, generator=generator
+    )
+    labels = torch.arange(n) % (config.num_classes + 1) if config.num_classes else None
+    return x, torch.rand(n, generator=generator), labels
+
+
+def test_every_kind_has_a_small_variant() -> None:
+    assert {config.kind for config in SMALL.values()} == set(NETWORKS)
+    assert {config.kind for config in zoo.REGISTRY.values()} == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_every_name_builds_streams_and_counts(name: str) -> None:
+    """On the meta device; operations are those that torch counts in the dispatcher."""
+    with torch.device("meta"):
+        model = zoo.build(name)
+        x, t, y = inputs_on_meta(model)
+        shapes = {k: tuple(tokens.shape[1:]) for k, tokens in model.stream(x, t, y)}
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            out = model(x, t, y)
+    channels = model.config.in_channels * (2 if model.config.learn_sigma else 1)
+    assert out.shape == (1, channels, *x.shape[2:])
+    assert shapes == model.tap_shapes()
+    assert list(shapes) == list(range(1, model.config.depth + 1))
+    assert counter.get_total_flops() == model.flops()
+    assert training_flops(model) == 3 * model.flops()
+
+
+def inputs_on_meta(model: Network) -> tuple[Tensor, Tensor, Tensor | None]:
+    config = model.config
+    x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+    labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
+    return x, torch.empty(1), labels
+
+
+def test_output_has_the_shape_of_the_input(model) -> None:
+    x, t, y = inputs(model)
+    out = model(x, t, y)
+    assert out.shape[0] == 4 and out.shape[2:] == x.shape[2:] and out.dtype == torch.float32
+    assert out.shape[1] == x.shape[1] * (2 if model.config.learn_sigma else 1)
+    torch.testing.assert_close(model(x[:1], t[:1], None if y is None else y[:1]), out[:1])
+
+
+def test_taps_are_the_stream(model) -> None:
+    args = inputs(model)
+    streamed = {k: tokens.clone() for k, tokens in model.stream(*args)}
+    depth = model.config.depth
+    assert list(streamed) == list(range(1, depth + 1))
+    assert {k: tuple(v.shape[1:]) for k, v in streamed.items()} == model.tap_shapes()
+    for k, tokens in model.taps(*args, range(1, depth + 1)).items():
+        assert torch.equal(tokens, streamed[k])
+    for blocks in ([], [0], [depth + 1]):
+        with pytest.raises(ConfigError, match=rf"1 \.\.\. {depth}"):
+            model.taps(*args, blocks)
+
+
+def test_a_condition_of_labels_equals_the_labels(model) -> None:
+    x, t, y = inputs(model)
+    assert torch.equal(model(x, t, Condition(label=y)), model(x, t, y))
+    null = None if model.null_label is None else torch.full((4,), model.null_label)
+    assert torch.equal(model(x, t), model(x, t, null))
+    assert (model.null_label is None) == (model.config.num_classes == 0)
+
+
+def test_diagnostics_have_a_number_for_every_block(model) -> None:
+    args = inputs(model)
+    expected = [tokens.abs().max().item() for _, tokens in model.stream(*args)]
+    maxima = model.diagnostics(*args)
+    assert maxima.keys() == {"activation_max", "attention_logit_max"}
+    for values in maxima.values():
+        assert values.shape == (model.config.depth,) and values.dtype == torch.float32
+        assert values.isfinite().all() and (values > 0).all()
+    torch.testing.assert_close(maxima["activation_max"], torch.tensor(expected))
+
+
+def test_folds_to_the_same_features_or_is_refused(model) -> None:
+    x, _, _ = inputs(model)
+    t = torch.tensor([0.3])
+    if not foldable(model):
+        with pytest.raises(ConfigError, match="does not fold"):
+            fold(model, t, depth=1, dtype=torch.float32)
+        return
+    with torch.inference_mode():
+        trunk = fold(model, t, depth=model.config.depth, dtype=torch.float32)
+        plain = model.taps(x, t.expand(4), None, range(1, model.config.depth + 1))
+        for k, output in trunk.stream(x):
+            torch.testing.assert_close(output.tokens(), plain[k], rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients(model) -> None:
+    def gradients(every: int) -> list[Tensor]:
+        model.checkpoint_blocks = every
+        parameters = list(model.parameters())
+        loss = model(*inputs(model)).square().mean()
+        return list(
+            torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        )
+
+    pairs = zip(gradients(0), gradients(2), strict=True)
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in pairs)
+
+
+def test_a_checkpoint_gives_the_network_back(model, tmp_path: Path) -> None:
+    latents = LatentSpec(
+        kind="moments",
+        channels=model.config.in_channels,
+        size=model.config.input_size,
+        autoencoder="demo",
+    )
+    folder = zoo.save(
+        tmp_path / "export",
+        model=model.config,
+        objective=OBJECTIVES["flow"](),
+        latents=latents,
+        weights={"ema": model.state_dict()},
+        info={"classes": [], "images_seen": 1},
+    )
+    loaded = zoo.load(folder)
+    assert loaded.model.config == model.config and loaded.latent_spec == latents
+    args = inputs(model)
+    assert torch.equal(loaded.model(*args), model(*args))
+
+
+def test_fresh_weights_follow_from_the_seed(model) -> None:
+    def weights(seed: int) -> Tensor:
+        return nn.utils.parameters_to_vector(zoo.build(model.config, seed=seed).parameters())
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_timm_backbone_streams_like_any_network(name: str) -> None:
+    checkpoint = open_backbone(f"timm:{name}@random")
+    model = checkpoint.model
+    size = model.config.input_size
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    streamed = dict(model.stream(x, torch.zeros(2)))
+    assert {k: tuple(tokens.shape[1:]) for k, tokens in streamed.items()} == model.tap_shapes()
+    assert len(streamed) == model.config.depth and model.null_label is None
+    assert torch.equal(model.taps(x, torch.zeros(2), None, [2])[2], streamed[2])
+    with pytest.raises(ConfigError, match=r"1 \.\.\."):
+        model.taps(x, torch.zeros(2), None, [0])
+    for call in (lambda: model(x, torch.zeros(2)), model.flops, lambda: checkpoint.latent_spec):
+        with pytest.raises(ConfigError):
+            call()
