@@ -1,13 +1,15 @@
 """Softmax attention with one calling convention, whichever kernel does the work.
 
-`attention(q, k, v)` picks the backend by device and dtype; every backend gives the same numbers up
-to rounding. Another kernel enters as a function in `BACKENDS` and, once measured faster somewhere,
-a line in `backend_for`. `choose` fixes one for all layers of a model.
+`attention(q, k, v)` picks the backend by device and dtype. Every backend takes three (N, H, T, d)
+of one dtype, returns (N, H, T, d) in it, and gives the same numbers up to rounding. Another kernel
+enters as a function in `BACKENDS` and, once measured faster somewhere, a line in `backend_for`.
+`choose` fixes one for all layers of a model.
 """
 
 import importlib.util
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,36 +23,35 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, with the whole T x T matrix in memory: the reference in tests."""
-    n, heads, tokens, dim = q.shape
-    q, k, v = (x.reshape(n * heads, tokens, dim) for x in (q, k, v))
-    nothing = q.new_empty(())  # baddbmm scales within the product; with beta 0 this is never read
-    scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), v).view(n, heads, tokens, dim)
+    heads, dim = q.shape[1], q.shape[3]
+    q, k, v = (rearrange(x, "n h t d -> (n h) t d") for x in (q, k, v))
+    unused = q.new_empty(())  # baddbmm scales within the product; with beta 0 this is never read
+    scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
+    return rearrange(torch.bmm(scores.softmax(dim=-1), v), "(n h) t d -> n h t d", h=heads)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """xFormers' memory-efficient attention (the optional package xformers)."""
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (N, T, H, d)
-    return memory_efficient_attention(q, k, v).transpose(1, 2)
+    q, k, v = (rearrange(x, "n h t d -> n t h d") for x in (q, k, v))
+    return rearrange(memory_efficient_attention(q, k, v), "n t h d -> n h t d")
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Flash attention (the optional package flash-attn): half precision on CUDA."""
     from flash_attn import flash_attn_func
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it wants (N, T, H, d)
-    return flash_attn_func(q, k, v).transpose(1, 2)
+    q, k, v = (rearrange(x, "n h t d -> n t h d") for x in (q, k, v))
+    return rearrange(flash_attn_func(q, k, v), "n t h d -> n h t d")
 
 
 BACKENDS = {"sdpa": sdpa, "math": math, "xformers": xformers, "flash": flash}
 PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}  # backend -> what must be installed
-
-
 CPU_BF16_TOKENS = 256
-"""Up to here the definition beats torch's CPU flash kernel in bf16: forward and backward 8x at 16
-tokens, 5x at 64, 2x at 256 (one AVX512-BF16 core); in fp32 flash is never slower."""
+"""Sequence length up to which the definition beats torch's CPU flash kernel in bf16: forward and
+backward 8x at 16 tokens, 5x at 64, 2x at 256 (one AVX512-BF16 core). In fp32 flash is never
+slower."""
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, tokens: int) -> str:

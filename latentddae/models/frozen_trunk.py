@@ -36,8 +36,8 @@ FOLDABLE = {
 }
 """Fields of DiTConfig that fold whatever their value; any other one must be at its default."""
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}
-"""Rows of a matrix product: on a CPU few enough for its caches (DiT-S/2 on an EPYC: 256 rows are 6 %
-slower), on a GPU enough to fill it."""
+"""Rows of a matrix product: on a CPU few enough for its caches (DiT-S/2 on an EPYC: 256 rows are
+6 % slower), on a GPU enough to fill it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,8 +46,9 @@ def block_maxima(
     """The largest |activation| and attention logit of every block, as `outputs` runs them.
 
     `outputs` is the network's `stream` for a few samples, `attentions` has one layer per block.
-    Returns `activation_max` (of the block's output) and `attention_logit_max` (of |q k^T| / sqrt(d)),
-    (depth,) float32 each, on the model's device, without a host synchronisation.
+    Returns `activation_max`, of the block's output, and `attention_logit_max`, of
+    |q k^T| / sqrt(d): (depth,) float32 each, on the model's device, without a host
+    synchronisation.
     """
     activations: list[Tensor] = []
     logits: list[Tensor] = []

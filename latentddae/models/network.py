@@ -80,7 +80,7 @@ class Network(Protocol):
         """`forward`, as nn.Module calls it."""
 
     def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (k, output of block k (N, T, D)) for k = 1 ... depth; block k runs when asked for."""
+        """Yield (k, output of block k (N, T, D)), k = 1 ... depth; block k runs when asked for."""
 
     def taps(
         self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]

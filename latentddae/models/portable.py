@@ -33,7 +33,7 @@ WEIGHT_FILES: Mapping[str, str] = {"model": "model.safetensors", "ema": "ema.saf
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network ready for use and all that is known about it."""
+    """A trained network, and what is needed to feed it and to report on it."""
 
     model: Network
     """In eval mode, float32, without gradients."""

@@ -1,7 +1,8 @@
-"""How many bytes a rank holds while it trains, apart from activations.
+"""Bytes that a rank holds during training, apart from activations.
 
-The formula counts what DeepSpeed 0.19 really keeps (tests/training/test_memory.py counts the tensors); the usual
-table forgets the fp32 gradients beside the bf16 ones (stage 1) and the masters beside fp32 weights (1 to 3).
+The formula counts what DeepSpeed 0.19 keeps in memory (tests/training/test_memory.py counts the
+tensors). Beyond the usual table it includes the fp32 gradients beside the bf16 ones (stage 1) and
+the masters beside fp32 weights (stages 1 to 3).
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2}
-"""Of one weight that the model computes with."""
+"""Bytes of one weight that the model computes with."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,12 @@ class StateBytes:
     weights: float
     gradients: float
     optimizer: float
-    """fp32 masters, where they are not the weights themselves, and both moments."""
+    """Both moments, and the fp32 masters where they are not the weights themselves."""
     averages: float
 
     @property
     def total(self) -> float:
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.averages
 
 
@@ -34,11 +36,11 @@ def state_bytes(
     precision: Literal["bf16", "fp32"],
     averages: int = 1,
 ) -> StateBytes:
-    """What `parameters` trained weights cost each rank at the end of a backward pass.
+    """Bytes per rank for `parameters` trained weights, at the end of a backward pass.
 
-    Not counted: activations, DeepSpeed's communication buffers (`reduce_bucket_size` elements of 4 bytes from
-    stage 2 on), the blocks that stage 3 has fetched, padding to a multiple of the ranks, and under stage 2 in fp32
-    the other ranks' part of the one gradient through which the cut goes.
+    Not included: activations, DeepSpeed's communication buffers (`reduce_bucket_size` elements of
+    4 bytes from stage 2 on), the blocks that stage 3 has fetched, padding to a multiple of the
+    ranks, and under stage 2 in fp32 the gradient that spans two ranks' partitions.
     """
     share = parameters / ranks
     weights = BYTES[precision] * (share if zero_stage == 3 else parameters)

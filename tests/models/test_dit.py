@@ -147,7 +147,7 @@ def test_unpatchify_inverts_the_published_token_order(patch: int, channels: int)
 
 @pytest.mark.parametrize("num_classes", [0, 1, 10, 1000])
 def test_null_label_follows_the_config(num_classes: int) -> None:
-    """USER_PAINS #42: no 1000 is hard-coded, and an unconditional model has no label table."""
+    """No 1000 is hard-coded, and an unconditional model has no label table."""
     model = small(num_classes=num_classes)
     x, t, _ = inputs()
     without = model(x, t)
@@ -218,8 +218,12 @@ def test_double_precision_model_agrees() -> None:
 @pytest.mark.parametrize(("dim", "grid"), [(64, 4), (1152, 16), (384, 8)])
 def test_position_table_equals_diffusers(dim: int, grid: int) -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
-    theirs = embeddings.get_2d_sincos_pos_embed(dim, grid, base_size=grid, output_type="pt")
-    torch.testing.assert_close(sincos_table(dim, grid)[0], theirs.double(), rtol=0, atol=1e-6)
+    diffusers_table = embeddings.get_2d_sincos_pos_embed(
+        dim, grid, base_size=grid, output_type="pt"
+    )
+    torch.testing.assert_close(
+        sincos_table(dim, grid)[0], diffusers_table.double(), rtol=0, atol=1e-6
+    )
 
 
 def test_position_table_is_checked_and_never_taken_from_a_file() -> None:
@@ -251,7 +255,7 @@ def test_position_table_is_checked_and_never_taken_from_a_file() -> None:
     ],
 )
 def test_a_mismatch_names_the_config_field(changes: dict, message: str) -> None:
-    """USER_PAINS #8: not a list of tensor shapes."""
+    """Not a list of tensor shapes."""
     with pytest.raises(ConfigError, match=message):
         small(**changes).load_state_dict(small().state_dict())
 

@@ -1,4 +1,4 @@
-"""Operations against a closed form; the largest activation and logit of each block against hooks."""
+"""Operations against a closed form; largest activations and logits against other hooks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""timm backbones as controls: block outputs, preprocessing and weights are those of the network itself."""
+"""timm backbones: block outputs, preprocessing and weights are those of the network itself."""
 
 import pickle
 
@@ -37,22 +37,22 @@ def outputs(model, x, depth):
 
 def test_blocks_are_those_of_forward_hooks(network, weights):
     model = open_backbone(f"timm:{NAME}@{weights}").model
-    found, seen = {}, []
+    hooked, ran = {}, []
     hooks = [
-        block.register_forward_hook(lambda _m, _i, y, k=k: found.update({k: y}))
+        block.register_forward_hook(lambda _m, _i, y, k=k: hooked.update({k: y}))
         for k, block in enumerate(network.blocks, start=1)
     ]
     with torch.inference_mode():
         network(model.preprocess(images()))
     for hook in hooks:
         hook.remove()
-    model.network.blocks[3].register_forward_hook(lambda *_: seen.append(4))
+    model.network.blocks[3].register_forward_hook(lambda *_: ran.append(4))
     ours = outputs(model, images(), 3)
     assert list(ours) == [1, 2, 3]
-    assert seen == []  # no block after the deepest runs
+    assert ran == []  # no block after the deepest runs
     for k, output in ours.items():
-        torch.testing.assert_close(output.prefix, found[k][:, :1])
-        torch.testing.assert_close(output.tokens(), found[k][:, 1:])
+        torch.testing.assert_close(output.prefix, hooked[k][:, :1])
+        torch.testing.assert_close(output.tokens(), hooked[k][:, 1:])
 
 
 def test_preprocessing_is_timms(weights):
@@ -87,11 +87,11 @@ def test_random_weights_are_the_same_every_time_and_touch_no_global_state():
 
 def test_a_network_of_stages_has_blocks_too():
     checkpoint = open_backbone("timm:test_resnet@random")
-    found = outputs(checkpoint.model, images(), 2)
-    assert list(found) == [1, 2]
-    assert found[2].prefix is None
+    stages = outputs(checkpoint.model, images(), 2)
+    assert list(stages) == [1, 2]
+    assert stages[2].prefix is None
     with pytest.raises(ConfigError, match="no final LayerNorm"):
-        BackboneTrunk(checkpoint.model, 2, torch.float32).normalised(2, found[2].tokens())
+        BackboneTrunk(checkpoint.model, 2, torch.float32).normalised(2, stages[2].tokens())
 
 
 class Evil:

@@ -47,7 +47,7 @@ def save(folder: Path, model: DiT, with_ema: bool = True, **info: Any) -> Path:
 @pytest.mark.parametrize("num_classes", [0, 1, 10, 1000])
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_round_trip(tmp_path: Path, patch: int, num_classes: int, learn_sigma: bool) -> None:
-    """USER_PAINS #8: the folder alone rebuilds the model, its objective and its latents."""
+    """The folder alone rebuilds the model, its objective and its latents."""
     model = tiny(patch_size=patch, num_classes=num_classes, learn_sigma=learn_sigma)
     folder = save(tmp_path / "ck", model)
     loaded = zoo.load(folder, weights="model")

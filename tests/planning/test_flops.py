@@ -1,4 +1,4 @@
-"""Operations and parameters: the published table of DiT sizes, torch's own counter, real networks."""
+"""Operations and parameters against the published table of DiT sizes and torch's counter."""
 
 from dataclasses import replace
 

@@ -78,13 +78,14 @@ def config_of(state: Mapping[str, Tensor], path: Path) -> DiTConfig:
     try:
         shape = shape_of_state(state)
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path} has not the names of a DiT: {error} is missing") from error
+        raise DataError(f"{path} lacks the names of a DiT: {error} is missing") from error
     width = shape["hidden_size"]
     return DiTConfig(num_heads=NUM_HEADS.get(width, max(1, width // 64)), **shape)
 
 
 def latents_of(config: DiTConfig) -> LatentSpec:
-    """DiT's latents: those of SD-VAE, scaled and not shifted. Which bytes of it is not known."""
+    """The latents that DiT is trained on: SD-VAE's, scaled and not shifted. A file does not record
+    the hash of the autoencoder's weights."""
     return LatentSpec(
         kind="moments",
         channels=config.in_channels,

@@ -1,4 +1,4 @@
-"""Files in the layout of facebookresearch/DiT: what they hold, by which label, and nothing run from them."""
+"""Files of facebookresearch/DiT: what they hold, and that nothing in them runs."""
 
 import argparse
 import pickle
@@ -27,9 +27,9 @@ def state(seed: int) -> dict[str, Tensor]:
 
 
 def equal(model: DiT, expected: dict[str, Tensor]) -> bool:
-    found = model.state_dict()
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[k], expected[k]) for k in found
+    state = model.state_dict()
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
     )
 
 
@@ -85,7 +85,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     [
         ([1, 2], "holds list, not a state dict"),
         ({"a": 3}, "is no state dict: a"),
-        ({"a": torch.ones(1)}, "has not the names of a DiT"),
+        ({"a": torch.ones(1)}, "lacks the names of a DiT"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
