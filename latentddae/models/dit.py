@@ -241,7 +241,7 @@ class DiT(nn.Module):
         `activation_max` and `attention_logit_max`: (depth,) float32, see inspection.block_maxima.
         """
         attentions = [block.attn for block in self.blocks if isinstance(block, Block)]
-        return block_maxima(self.blocks, attentions, self.stream(x, t, y))
+        return block_maxima(list(self.blocks), attentions, self.stream(x, t, y))
 
     def _embed(self, x: Tensor, t: Tensor, y: Conditioning) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and the condition (N, D), both float32."""

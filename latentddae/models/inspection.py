@@ -6,11 +6,21 @@ and `diagnostics()` call these functions.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from latentddae.models.layers import SelfAttention
+
+@runtime_checkable
+class AttentionLayer(Protocol):
+    """What an attention layer says about itself, given the input of its forward pass."""
+
+    def largest_logit(self, x: Tensor) -> Tensor:
+        """The largest |q k^T| / sqrt(d): () float32."""
+
+    def product_macs(self, x: Tensor) -> int:
+        """Multiply-accumulates of q k^T and of its product with v."""
 
 
 def count_macs(network: nn.Module, *inputs: Tensor) -> int:
@@ -27,7 +37,7 @@ def count_macs(network: nn.Module, *inputs: Tensor) -> int:
             macs += output.numel() * module.in_features
         elif isinstance(module, nn.Conv2d):
             macs += output.numel() * module.weight[0].numel()
-        elif isinstance(module, SelfAttention):
+        elif isinstance(module, AttentionLayer):
             macs += module.product_macs(args[0])
 
     with ExitStack() as hooks, torch.no_grad():
@@ -39,32 +49,36 @@ def count_macs(network: nn.Module, *inputs: Tensor) -> int:
 
 @torch.no_grad()
 def block_maxima(
-    blocks: nn.ModuleList,
-    attentions: Sequence[SelfAttention],
+    blocks: Sequence[nn.Module],
+    attentions: Sequence[nn.Module],
     outputs: Iterable[tuple[int, Tensor]],
 ) -> dict[str, Tensor]:
     """The largest |activation| and attention logit of every block, as `outputs` runs them.
 
-    `outputs` is the network's `stream` for a few samples, `attentions` has one layer per block.
-    Returns `activation_max`, of the block's output, and `attention_logit_max`, of
-    |q k^T| / sqrt(d): (depth,) float32 each, on the model's device, without a host
-    synchronisation.
+    `outputs` is the network's `stream` for a few samples, `attentions` has one layer per block, of
+    which those that do not attend have the logit 0. Returns `activation_max` (of the block's
+    output) and `attention_logit_max` (of |q k^T| / sqrt(d)), (depth,) float32 each, on the model's
+    device, without a host synchronisation.
     """
     activations: list[Tensor] = []
-    logits: list[Tensor] = []
+    logits: dict[nn.Module, Tensor] = {}
 
-    def record(attention: SelfAttention, args: tuple[Tensor]) -> None:
-        logits.append(attention.largest_logit(args[0]))
+    def record(attention: nn.Module, args: tuple[Tensor]) -> None:
+        assert isinstance(attention, AttentionLayer)
+        logits[attention] = attention.largest_logit(args[0])
 
     with ExitStack() as hooks, run_uncompiled(blocks):
         for attention in attentions:
-            hooks.enter_context(attention.register_forward_pre_hook(record))
+            if isinstance(attention, AttentionLayer):
+                hooks.enter_context(attention.register_forward_pre_hook(record))
         for _, tokens in outputs:
             activations.append(tokens.abs().amax().float())
-    return {"activation_max": torch.stack(activations), "attention_logit_max": torch.stack(logits)}
+    none = torch.zeros_like(activations[0])
+    largest = [logits.get(attention, none) for attention in attentions]
+    return {"activation_max": torch.stack(activations), "attention_logit_max": torch.stack(largest)}
 
 
-def run_uncompiled(blocks: nn.ModuleList) -> AbstractContextManager[object]:
+def run_uncompiled(blocks: Iterable[nn.Module]) -> AbstractContextManager[object]:
     """Compiled blocks run eagerly inside: another batch size would compile them once more."""
     if all(block._compiled_call_impl is None for block in blocks):
         return nullcontext()

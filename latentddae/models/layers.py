@@ -159,21 +159,26 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(qkv, "n t (three h d) -> three n h t d", three=3, h=self.num_heads)
         return q, k, v
 
-    @torch.no_grad()
     def largest_logit(self, x: Tensor) -> Tensor:
         """The largest |q k^T| / sqrt(d) over samples, heads and tokens: (N, T, D) -> () float32."""
         q, k, _ = self.heads(x)
-        dtype = compute_dtype(q.dtype)
-        largest = [  # sample by sample: all T x T matrices at once could fill the memory
-            (one_q.to(dtype) @ one_k.to(dtype).transpose(1, 2)).abs().amax()
-            for one_q, one_k in zip(q, k, strict=True)
-        ]
-        return torch.stack(largest).amax().float() * q.shape[-1] ** -0.5
+        return largest_logit(q, k)
 
     def product_macs(self, x: Tensor) -> int:
         """Multiply-accumulates of q k^T and of its product with v, for an input (N, T, D)."""
         n, tokens, _ = x.shape
         return 2 * n * tokens**2 * self.num_heads * self.head_dim
+
+
+@torch.no_grad()
+def largest_logit(q: Tensor, k: Tensor) -> Tensor:
+    """The largest |q k^T| / sqrt(d) over samples, heads and tokens: two (N, H, T, d) -> () float32."""
+    dtype = compute_dtype(q.dtype)
+    largest = [  # sample by sample: all T x T matrices at once could fill the memory
+        (one_q.to(dtype) @ one_k.to(dtype).transpose(1, 2)).abs().amax()
+        for one_q, one_k in zip(q, k, strict=True)
+    ]
+    return torch.stack(largest).amax().float() * q.shape[-1] ** -0.5
 
 
 def merge_heads(x: Tensor) -> Tensor:
