@@ -14,12 +14,12 @@ import torch
 from harness import cpu_seconds, machine, record
 from torch import Tensor
 
+from latentddae.core.precision import Precision
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import pooled_blocks
-from latentddae.transfer.extraction.spec import Precision
 from latentddae.transfer.extraction.trunk import precision_of, trunk_at
 
 IMAGES, BLOCK, LEVEL = 32, 6, 0.3

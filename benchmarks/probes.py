@@ -132,34 +132,33 @@ def whole_grid(demo: Path) -> None:
     checkpoint = inputs.open_checkpoint(str(demo / "pretrain"))
     train = inputs.open_shards(demo / "latents", "train", checkpoint)
     blocks = tuple(range(1, checkpoint.model.config.depth + 1))
-    config = grid.GridConfig(levels=LEVELS, pools=("mean",))
-    split = splits.split_train(train, holdout=config.holdout, seed=0, limit=None)
+    info = inputs.describe_checkpoint(checkpoint, str(demo / "pretrain"))
+    run = grid.GridRun(
+        checkpoint=checkpoint,
+        checkpoint_info=info,
+        train=train,
+        out=WORK,
+        settings=grid.GridSettings(levels=LEVELS, pools=("mean",)),
+    )
     parts = []
     for level in LEVELS:
-        path = WORK / f"{inputs.model_hash(checkpoint.model)}-{grid.PROTOCOL[-1]}-{level:g}.json"
+        path = WORK / f"{info.model_hash}-{grid.PROTOCOL[-1]}-{level:g}.json"
         if not path.exists():
-            part = one_level(checkpoint, train, split, blocks, config, level)
+            part = one_level(run, blocks, level)
             write_json(path, part)
             print(f"s={level:g}: {part['ours']:.1f} against {part['theirs']:.1f} CPU s", flush=True)
         parts.append(json.loads(path.read_text()))
-    report_grid(parts, split, len(blocks))
+    report_grid(parts, run.split, len(blocks))
 
 
-def one_level(
-    checkpoint: Any,
-    train: Any,
-    split: splits.Split,
-    blocks: tuple[int, ...],
-    config: grid.GridConfig,
-    level: float,
-) -> dict[str, Any]:
+def one_level(run: grid.GridRun, blocks: tuple[int, ...], level: float) -> dict[str, Any]:
     """One noise level both ways: CPU seconds and held-out accuracy of each block."""
     start = time.process_time()
-    judged = grid.judge_level(checkpoint, train, level, blocks, split, config)
+    judged = grid.judge_level(run, level)
     between = time.process_time()
-    full = trained_online(checkpoint, train, split, blocks, level)
+    full = trained_online(run.checkpoint, run.train, run.split, blocks, level)
     end = time.process_time()
-    ridges = [cell["accuracy"] for cell in judged["cells"]]
+    ridges = [cell.accuracy for cell in judged.cells]
     return {"ours": between - start, "theirs": end - between, "ridge": ridges, "full": full}
 
 

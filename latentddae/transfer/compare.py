@@ -28,10 +28,11 @@ from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer import grid as grids
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import BATCH, flat_latents
 from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.grid import GridRun, GridSettings, run_grid
+from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
@@ -42,8 +43,8 @@ from latentddae.transfer.protocol.cells import (
     check_grid,
     chosen_cell,
     open_test,
-    read_grid,
 )
+from latentddae.transfer.results import CheckpointInfo
 
 PROTOCOL = "compare/1"
 LABELS = {  # group -> how tables name it
@@ -60,7 +61,7 @@ class Subject:
     """A checkpoint with its grid, the data, and the pixels of the same images if there are any."""
 
     checkpoint: Checkpoint
-    grid: dict[str, Any]
+    grid: Grid
     train: SampleSet
     test: SampleSet
     pixel_train: SampleSet | None = None
@@ -107,9 +108,11 @@ def compare(
     """
     config = config or CompareConfig()
     described = inputs.describe_checkpoint(subject.checkpoint, subject.source, subject.weights)
-    check_grid(subject.grid, described["model_hash"], subject.train)
-    settings = {name: subject.grid[name] for name in ("seed", "holdout")} | {"limit": config.limit}
-    split = splits.split_train(subject.train, **settings)
+    check_grid(subject.grid, described.model_hash, subject.train)
+    settings = {"seed": subject.grid.seed, "holdout": subject.grid.holdout, "limit": config.limit}
+    split = splits.split_train(
+        subject.train, holdout=subject.grid.holdout, seed=subject.grid.seed, limit=config.limit
+    )
     rows = []
     with exclusive(out, "compare"):
         for entry in entries(subject, out, config, progress):
@@ -125,7 +128,7 @@ def compare(
 def entries(subject: Subject, out: Path, config: CompareConfig, progress: bool) -> Iterator[Entry]:
     """The rows in table order. Untrained networks have their grids run when their turn comes."""
     train, test = subject.train, subject.test
-    pools = subject.grid["pools"]
+    pools = subject.grid.pools
     for pool in pools:
         cell = chosen_cell(subject.grid, pool)
         yield Entry(group="ddae", train=train, test=test, network=subject.checkpoint, cell=cell)
@@ -155,13 +158,27 @@ def backbone_entries(
         train = Reordered(subject.pixel_train, subject.train)
         test = Reordered(subject.pixel_test, subject.test)
         network = inputs.open_checkpoint(PREFIX + name)
-        pools = (*subject.grid["pools"], *(["cls"] if network.model.has_class_token else []))
-        settings = grids.GridConfig(
-            levels=(0.0,), pools=pools, batch=config.batch,
-            **{key: subject.grid[key] for key in ("holdout", "seed", "limit", "shortlist")},
-        )  # fmt: skip
+        pools = (*subject.grid.pools, *(["cls"] if network.model.has_class_token else []))
+        settings = GridSettings(
+            levels=(0.0,),
+            pools=pools,
+            holdout=subject.grid.holdout,
+            seed=subject.grid.seed,
+            limit=subject.grid.limit,
+            rerank=subject.grid.rerank,
+        )
         folder = out / "grids" / re.sub(r"[^A-Za-z0-9.]+", "-", PREFIX + name)
-        own = grids.run(network, train, folder, settings, source=PREFIX + name, progress=progress)
+        own = run_grid(
+            GridRun(
+                checkpoint=network,
+                checkpoint_info=inputs.describe_checkpoint(network, PREFIX + name),
+                train=train,
+                out=folder,
+                settings=settings,
+                batch=config.batch,
+                show_progress=progress,
+            )
+        )
         for pool in pools:
             cell = chosen_cell(own, pool)
             yield Entry(group=PREFIX + name, train=train, test=test, network=network, cell=cell)
@@ -183,25 +200,34 @@ def control_grid(
     out: Path,
     config: CompareConfig,
     progress: bool,
-) -> dict[str, Any]:
+) -> Grid:
     """The grid of an untrained network by the protocol of the trained one's; resumable under `out`.
 
     As initialised all blocks are the identity: one stands for all.
     """
     grid = subject.grid
-    same = {
-        key: grid[key]
-        for key in ("holdout", "seed", "limit", "noise_samples", "noisy_input", "shortlist")
-    }
-    blocks = (1,) if group == "untrained" else tuple(grid["blocks"])
-    settings = grids.GridConfig(
-        levels=config.control_levels or tuple(grid["levels"]),
-        blocks=blocks,
-        pools=tuple(grid["pools"]),
-        batch=config.batch,
-        **same,
+    settings = GridSettings(
+        levels=config.control_levels or grid.levels,
+        blocks=(1,) if group == "untrained" else grid.blocks,
+        pools=grid.pools,
+        holdout=grid.holdout,
+        seed=grid.seed,
+        limit=grid.limit,
+        noise_samples=grid.noise_samples,
+        noisy_input=grid.noisy_input,
+        rerank=grid.rerank,
     )
-    return grids.run(network, subject.train, out, settings, source=group, progress=progress)
+    return run_grid(
+        GridRun(
+            checkpoint=network,
+            checkpoint_info=inputs.describe_checkpoint(network, group),
+            train=subject.train,
+            out=out,
+            settings=settings,
+            batch=config.batch,
+            show_progress=progress,
+        )
+    )
 
 
 def measure(
@@ -209,7 +235,7 @@ def measure(
     subject: Subject,
     split: splits.Split,
     settings: dict[str, Any],
-    described: dict[str, Any],
+    described: CheckpointInfo,
     out: Path,
     config: CompareConfig,
     progress: bool,
@@ -223,7 +249,7 @@ def measure(
     facts = {
         "kind": "compare",
         "group": entry.group,
-        "checkpoint": described if entry.network is not None else None,
+        "checkpoint": dataclasses.asdict(described) if entry.network is not None else None,
         "protocol": {
             "name": PROTOCOL,
             "linear": {"name": logistic.PROTOCOL, "strengths": list(logistic.STRENGTHS)},

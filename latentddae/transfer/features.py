@@ -6,7 +6,7 @@ torchrun --nproc-per-node 8 -m latentddae.transfer.features --checkpoint ...
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from latentddae.core import dist
@@ -36,7 +36,7 @@ def open_extraction(args: argparse.Namespace) -> Extraction:
     return Extraction(
         checkpoint=checkpoint,
         checkpoint_info={
-            **inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights),
+            **asdict(inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)),
             "ema": checkpoint.info.get("ema") if args.weights == "ema" else None,
         },
         samples={

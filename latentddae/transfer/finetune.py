@@ -13,7 +13,7 @@ once on test.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,7 +163,7 @@ class Task:
             config=config,
             contract={
                 **{key: value for key, value in fixed.items() if key not in MAY_CHANGE},
-                "model_hash": self.described["model_hash"],
+                "model_hash": self.described.model_hash,
             },
             info={"classes": list(self.train.classes)},
             model=self.classifier,
@@ -252,7 +252,7 @@ class Task:
         chosen = max(KINDS, key=lambda name: heldout[f"heldout_accuracy_{name}"])
         row = {
             "kind": "finetune",
-            "checkpoint": self.described,
+            "checkpoint": asdict(self.described),
             "from_scratch": config.from_scratch,
             "protocol": {"name": PROTOCOL, **_recipe(config)},
             "cell": {

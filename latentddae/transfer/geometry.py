@@ -12,6 +12,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from latentddae.core.errors import DataError, UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
+from latentddae.core.precision import Precision
 from latentddae.core.rng import key_positions, uniform
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
@@ -33,7 +35,7 @@ from latentddae.transfer.extraction.extract import (
     network_input,
     pooled_blocks,
 )
-from latentddae.transfer.extraction.spec import Precision, describe_level, levels_of
+from latentddae.transfer.extraction.spec import describe_level, levels_of
 from latentddae.transfer.extraction.trunk import device_of, precision_of, trunk_at
 from latentddae.transfer.probes.knn import normalised
 from latentddae.transfer.protocol.splits import subset
@@ -275,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         row = {
             "kind": "geometry",
-            "checkpoint": described,
+            "checkpoint": asdict(described),
             "protocol": {"name": PROTOCOL, "minibatch": args.minibatch},
             "cell": {
                 **describe_level(checkpoint.objective, level),

@@ -1,403 +1,449 @@
-"""`latentddae grid`: every block at every noise level, judged in one pass per level.
+"""`latentddae grid`: a ridge probe of every block at every noise level, one pass per level.
 
-Train is seen once per level, by any number of ranks. Its features feed streamed ridge statistics; a held-out part of
-train, gathered in the same pass, ranks the cells. The test split is never opened. Each level is
-written as it ends, so an interrupted grid goes on where it stopped. The few best cells of each pool
-are then judged by the full linear probe, still on held-out train, and the winner is the chosen
-cell. Reported numbers come from `latentddae linear` on it.
+The training set is seen once per noise level, by any number of ranks. Its features feed streamed
+ridge statistics, and a held-out part of train, gathered in the same pass, ranks the cells. The test
+split is never opened. Each level is written when it is finished, so an interrupted grid resumes.
+Then the full linear probe judges the best few cells of each pool, still on held-out train, and the
+winner is the chosen cell. Numbers to report come from `latentddae linear` on it.
 """
 
-import argparse
 import contextlib
-import csv
 import functools
-import io
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from latentddae.core import dist
-from latentddae.core.config import to_dict
+from latentddae.core import dist, progress
+from latentddae.core.command import Command
+from latentddae.core.config import require, to_dict
 from latentddae.core.errors import UsageError, run_command
-from latentddae.core.files import exclusive, text_hash, write_atomic, write_json
-from latentddae.data.subsets import SampleSet
+from latentddae.core.files import exclusive, read_json, text_hash, write_atomic, write_json
+from latentddae.data.subsets import Concat, SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import BATCH, extract
+from latentddae.transfer import grids, results
+from latentddae.transfer.extraction.extract import BATCH, Progress, extract
+from latentddae.transfer.extraction.inputs import TransferOptions, describe_cell, open_shards
 from latentddae.transfer.extraction.pooling import POOLS, check_pools
 from latentddae.transfer.extraction.spec import (
-    LEVEL_UNITS,
     Block,
     Cell,
     FeatureSpec,
+    blocks_of,
     check_blocks,
     check_level,
     describe_level,
     levels_of,
 )
 from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.grids import Grid, GridCell
 from latentddae.transfer.probes import ridge
-from latentddae.transfer.protocol import joined, rerank, search, splits
+from latentddae.transfer.protocol import search
+from latentddae.transfer.protocol.rerank import Reranking, rerank, shortlist
+from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
 from latentddae.transfer.reporting import plots
+from latentddae.transfer.results import CheckpointInfo, DataInfo, LevelUnits, Result
 
 PROTOCOL = "ridge-grid/2"
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridConfig:
-    """Which cells, judged on what."""
+class GridOptions:
+    """How cells are judged."""
 
-    levels: tuple[float, ...] = LEVELS
-    """Noise levels s = sigma / (alpha + sigma)."""
-    blocks: tuple[Block, ...] | None = None
-    """None: all of them."""
-    pools: tuple[str, ...] = tuple(POOLS)
-    holdout: float = splits.HOLDOUT
-    """Share of train that ranks the cells and fits none."""
-    seed: int = 0
-    limit: int | None = None
-    """At most this many training samples, chosen by key."""
+    pools: tuple[str, ...] = POOLS
+    """Poolings over tokens: mean, max, grid2, grid3, ..., cls; each with norm- before it."""
     noise_samples: int = 1
     """Features are averaged over this many noises."""
     noisy_input: bool = True
+    """False: the network sees the clean latent with the timestep of each level."""
+    holdout: float = HOLDOUT
+    """Fraction of train that ranks the cells and is never fitted on."""
+    seed: int = 0
+    """Of noise, held-out split and subset."""
+    limit: int | None = None
+    """Use at most this many training samples, chosen by key."""
     search: int = 0
-    """So many further levels, each where the best one seen so far points to."""
-    shortlist: int = 6
-    """Blocks of each pool, at their best level, that the full probe judges in the end; 0: none."""
-    batch: int = BATCH
-    """Speed only."""
+    """Look at this many further noise levels, each where the best one so far points to."""
+    rerank: int = 6
+    """Blocks of each pool, at their best level, that the full probe judges; 0: none."""
 
     def __post_init__(self) -> None:
+        require(self, positive=("noise_samples", "limit"), non_negative=("search", "rerank"))
+        require(self, fraction=("holdout",))
+        check_pools(self.pools)
+        if not self.pools:
+            raise UsageError("a grid needs at least one pool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings(GridOptions):
+    """Which cells, and how they are judged."""
+
+    levels: tuple[float, ...] = LEVELS
+    """Noise levels s = sigma / (alpha + sigma)."""
+    blocks: tuple[Block, ...] = ()
+    """Empty: all of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for level in self.levels:
             check_level(level)
-        check_pools(self.pools)
-        if not self.levels or not self.pools:
-            raise UsageError("a grid needs at least one noise level and one pool")
-        if self.shortlist < 0 or self.search < 0 or self.noise_samples < 1:
-            raise UsageError(
-                f"shortlist and search must be 0 or more and noise_samples 1 or more, got "
-                f"{self.shortlist}, {self.search}, {self.noise_samples}"
-            )
+        if not self.levels:
+            raise UsageError("a grid needs at least one noise level")
 
 
-def run(
-    checkpoint: Checkpoint,
-    train: SampleSet,
-    out: Path,
-    config: GridConfig,
-    *,
-    source: str = "",
-    weights: str = "ema",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Judge all cells of a network on a train set and write grid.json, grid.csv and one heat map
-    per pool.
+@dataclass(frozen=True, kw_only=True)
+class GridRun:
+    """One grid: a network, a training set, a folder, and what is judged."""
 
-    Returns the grid: cells, each with held-out accuracy per strength, `chosen` and
-    `chosen_by_pool`. Levels already finished under `out` with the same weights, data and settings
-    are read, not computed.
-    """
-    blocks = check_blocks(
-        config.blocks or range(1, checkpoint.model.config.depth + 1), checkpoint.model.config.depth
-    )
-    split = splits.split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
-    described = inputs.describe_checkpoint(checkpoint, source, weights)
-    settings = {
-        "protocol": PROTOCOL,
-        "model_hash": described["model_hash"],
-        "precision": precision_of(checkpoint),
-        "objective": to_dict(checkpoint.objective),
-        "data": train.fingerprints,
-        "strengths": list(ridge.STRENGTHS),
-        "blocks": list(blocks),
-        **{
-            key: getattr(config, key)
-            for key in ("holdout", "seed", "limit", "noise_samples", "noisy_input")
-        },
-        "pools": list(config.pools),
-    }
-    is_main = dist.world_from_environment().is_main
-    progress = progress and is_main
-    with exclusive(out, "grid") if is_main else contextlib.nullcontext():
-        look = functools.partial(
-            _levels, checkpoint, train, out, config, settings, blocks, split, progress
+    checkpoint: Checkpoint
+    checkpoint_info: CheckpointInfo
+    train: SampleSet
+    out: Path
+    settings: GridSettings
+    data_name: str | None = None
+    """Of the data set, for tables."""
+    batch: int = BATCH
+    """Speed only."""
+    show_progress: bool = True
+
+    @cached_property
+    def split(self) -> Split:
+        """The training samples, and which are held out."""
+        chosen = self.settings
+        return split_train(self.train, holdout=chosen.holdout, seed=chosen.seed, limit=chosen.limit)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks in ascending order."""
+        depth = self.checkpoint.model.config.depth
+        return check_blocks(self.settings.blocks or range(1, depth + 1), depth)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything that decides the cells of one level."""
+        settings = self.settings
+        deciding = ("pools", "noise_samples", "noisy_input", "holdout", "seed", "limit")
+        return text_hash(
+            {
+                "protocol": PROTOCOL,
+                "format": grids.FORMAT,
+                "model_hash": self.checkpoint_info.model_hash,
+                "precision": precision_of(self.checkpoint),
+                "objective": to_dict(self.checkpoint.objective),
+                "data": dict(self.train.fingerprints),
+                "l2_grid": list(ridge.STRENGTHS),
+                "blocks": list(self.blocks),
+                **{name: to_dict(settings)[name] for name in deciding},
+            }
         )
-        parts = look(sorted(set(config.levels)))
-        for _ in range(config.search):
-            level = search.next_level({part["s"]: best_accuracy(part) for part in parts})
+
+    def spec_at(self, level: float) -> FeatureSpec:
+        """What is extracted at one noise level."""
+        settings = self.settings
+        return FeatureSpec(
+            level=level,
+            blocks=self.blocks,
+            pools=settings.pools,
+            noise_samples=settings.noise_samples,
+            seed=settings.seed,
+            noisy_input=settings.noisy_input,
+        )
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """The cells of one noise level."""
+
+    units: LevelUnits
+    cells: tuple[GridCell, ...]
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The accuracy of its best cell by ridge."""
+        return max(cell.accuracy for cell in self.cells)
+
+
+def run_grid(run: GridRun) -> Grid:
+    """Judge all cells and write grid.json, grid.csv, one heat map per pool and a result line.
+
+    Levels finished earlier in `run.out` with the same weights, data and settings are read. A
+    collective; every rank returns the grid.
+    """
+    settings, is_main = run.settings, dist.world_from_environment().is_main
+    with exclusive(run.out, "grid") if is_main else contextlib.nullcontext():
+        done = judge_levels(run, sorted(set(settings.levels)))
+        for _ in range(settings.search):
+            level = search.next_level({level: result.best for level, result in done.items()})
             if level is None:
                 break
-            parts += look([level])
-        parts.sort(key=lambda part: part["s"])
-        levels = [part["s"] for part in parts]
-        cells = [cell for part in parts for cell in part["cells"]]
-        judged = rerank.run(
-            checkpoint, train, out / "levels", settings, split,
-            rerank.shortlisted(cells, config.pools, config.shortlist),
-            {key: getattr(config, key) for key in ("seed", "noise_samples", "noisy_input")},
-            config.batch,
-            lambda total: progress_bar(total, "shortlist", progress),
-        )  # fmt: skip
-        grid = assemble(settings, described, levels, parts, judged, config, split)
+            done |= judge_levels(run, [level])
+        done = dict(sorted(done.items()))
+        cells = [cell for result in done.values() for cell in result.cells]
+        judged = rerank(
+            _reranking(run),
+            shortlist(cells, settings.pools, settings.rerank),
+            lambda total: progress.images(total, "rerank", run.show_progress and is_main),
+        )
+        grid = assemble(run, list(done.values()), judged)
         if is_main:
-            _write(out, grid)
+            write(run, grid)
     return grid
 
 
-def _levels(
-    checkpoint: Checkpoint,
-    train: SampleSet,
-    out: Path,
-    config: GridConfig,
-    settings: dict[str, Any],
-    blocks: tuple[Block, ...],
-    split: splits.Split,
-    progress: bool,
-    levels: list[float],
-) -> list[dict[str, Any]]:
-    """The finished part of each level, computed or read. A collective."""
-    identity = text_hash(settings)
-    done = dist.on_rank0(lambda: {level: _read_level(out, level, identity) for level in levels})
-    todo = [level for level in levels if done[level] is None]
-    with progress_bar(len(todo) * len(split.train), "grid", progress) as bar:
-        for level in todo:
+def _reranking(run: GridRun) -> Reranking:
+    return Reranking(
+        checkpoint=run.checkpoint,
+        train=run.train,
+        split=run.split,
+        spec=run.spec_at(run.settings.levels[0]),
+        identity=run.identity,
+        folder=run.out / "levels",
+        batch=run.batch,
+    )
+
+
+def judge_levels(run: GridRun, levels: Sequence[float]) -> dict[float, LevelResult]:
+    """The result of each noise level, computed or read. A collective."""
+    done = {level: dist.on_rank0(functools.partial(read_level, run, level)) for level in levels}
+    pending = [level for level, result in done.items() if result is None]
+    show = run.show_progress and dist.world_from_environment().is_main
+    with progress.images(len(pending) * len(run.split.train), "grid", show) as bar:
+        for level in pending:
             bar.set_description(f"grid s={level:g}")
-            part = {
-                "identity": identity,
-                **judge_level(checkpoint, train, level, blocks, split, config, bar.update),
-            }
-            dist.on_rank0(functools.partial(write_json, _level_path(out, level), part))
-            done[level] = part
-    return [part for part in done.values() if part is not None]
+            result = judge_level(run, level, bar.update)
+            dist.on_rank0(functools.partial(write_level, run, result))
+            done[level] = result
+    return {level: result for level, result in done.items() if result is not None}
 
 
-def progress_bar(total: int, name: str, show: bool) -> Any:
-    """A bar that counts images, with rate and time left; hidden where there is nothing to do."""
-    return tqdm(
-        total=total, desc=name, unit="img", unit_scale=True, mininterval=0.5,
-        disable=not show or total == 0,
-    )  # fmt: skip
-
-
-def judge_level(
-    checkpoint: Checkpoint,
-    train: SampleSet,
-    level: float,
-    blocks: tuple[Block, ...],
-    split: splits.Split,
-    config: GridConfig,
-    tell: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Any]:
+def judge_level(run: GridRun, level: float, progress: Progress | None = None) -> LevelResult:
     """All cells of one noise level from one pass over train, of which each rank sees a part. A
     collective."""
     started = time.monotonic()
-    labels = torch.from_numpy(splits.labels_of(train, split.train))
-    heldout = torch.from_numpy(split.heldout)
-    own = dist.rank_slice(len(labels))
+    labels = torch.from_numpy(labels_of(run.train, run.split.train))
+    heldout = torch.from_numpy(run.split.heldout)
+    rank_rows = dist.rank_slice(len(labels))
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
-    seen = own.start
-    spec = FeatureSpec(
-        level=level,
-        blocks=blocks,
-        pools=config.pools,
-        noise_samples=config.noise_samples,
-        seed=config.seed,
-        noisy_input=config.noisy_input,
-    )
-    indices = split.train[own]
-    for part in extract(checkpoint, train, indices, spec, batch=config.batch, progress=tell):
-        here = slice(seen, seen + len(part.index))
-        aside = heldout[here]
+    seen = rank_rows.start
+    for part in extract(
+        run.checkpoint,
+        run.train,
+        run.split.train[rank_rows],
+        run.spec_at(level),
+        batch=run.batch,
+        progress=progress,
+    ):
+        rows = slice(seen, seen + len(part.index))
+        aside = heldout[rows]
         for cell, value in part.values.items():
             if cell not in statistics:
-                statistics[cell] = ridge.Statistics.start(value, len(train.classes))
+                statistics[cell] = ridge.Statistics.start(value, len(run.train.classes))
                 kept[cell] = []
-            statistics[cell].add(value[~aside], labels[here][~aside])
+            statistics[cell].add(value[~aside], labels[rows][~aside])
             kept[cell].append(value[aside])
-        seen = here.stop
+        seen = rows.stop
     cells = []
     for cell, sums in statistics.items():
         sums.reduce()
         features = torch.from_numpy(dist.all_gather_rows(torch.cat(kept.pop(cell)).numpy()))
         judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
         cells.append(dist.on_rank0(judge))
-    return {
-        **describe_level(checkpoint.objective, level),
-        "cells": cells,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    units = describe_level(run.checkpoint.objective, level)
+    return LevelResult(units, tuple(cells), round(time.monotonic() - started, 3))
 
 
 def _judge_cell(
     statistics: ridge.Statistics, features: Tensor, labels: Tensor, level: float, cell: Cell
-) -> dict[str, Any]:
+) -> GridCell:
+    """Ridge probes at every penalty, scored on held-out features (N, width), labels (N,)."""
     scores = ridge.accuracies(ridge.solve(statistics, standardise=True), features, labels)
     best = max(range(len(scores)), key=lambda i: scores[i])
-    return {
-        "level": level,
-        "block": cell[0],
-        "pool": cell[1],
-        "width": features.shape[1],
-        "accuracy": scores[best],
-        "strength": ridge.STRENGTHS[best],
-        "accuracies": scores,
-    }
+    return GridCell(
+        level=level,
+        block=cell[0],
+        pool=cell[1],
+        width=features.shape[1],
+        accuracy=scores[best],
+        l2=ridge.STRENGTHS[best],
+        accuracies=tuple(scores),
+    )
 
 
-def assemble(
-    settings: dict[str, Any],
-    described: dict[str, Any],
-    levels: list[float],
-    parts: list[dict[str, Any]],
-    judged: list[dict[str, Any]],
-    config: GridConfig,
-    split: splits.Split,
-) -> dict[str, Any]:
-    """The whole grid as JSON-able data, and the best cell overall and for each pool."""
-    scores = {(c["level"], c["block"], c["pool"]): c for c in judged}
-    cells = [
-        {**cell, **scores.get((cell["level"], cell["block"], cell["pool"]), {})}
-        for part in parts
-        for cell in part["cells"]
-    ]
-    by_pool = {
-        pool: best_cell([cell for cell in cells if cell["pool"] == pool])
-        for pool in settings["pools"]
-    }
-    return {
-        "kind": "grid",
-        **{key: settings[key] for key in ("protocol", "seed", "holdout", "limit", "noise_samples")},
-        **{key: settings[key] for key in ("noisy_input", "precision")},
-        "checkpoint": described,
-        "objective": settings["objective"],
-        "data": settings["data"],
-        "n_seen": {"fit": int((~split.heldout).sum()), "heldout": int(split.heldout.sum())},
-        "levels": levels,
-        "level_units": [{unit: part[unit] for unit in LEVEL_UNITS} for part in parts],
-        "blocks": settings["blocks"],
-        "pools": settings["pools"],
-        "strengths": settings["strengths"],
-        "shortlist": config.shortlist,
-        "search": config.search,
-        "chosen": best_cell(list(by_pool.values())),
-        "chosen_by_pool": by_pool,
-        "cells": cells,
-    }  # fmt: skip
+def assemble(run: GridRun, done: Sequence[LevelResult], judged: Sequence[GridCell]) -> Grid:
+    """The whole grid, with the reranked cells in place of their first versions."""
+    settings, split = run.settings, run.split
+    reranked = {(cell.level, cell.block, cell.pool): cell for cell in judged}
+    cells = (cell for result in done for cell in result.cells)
+    return Grid(
+        protocol=PROTOCOL,
+        checkpoint=run.checkpoint_info,
+        objective=to_dict(run.checkpoint.objective),
+        precision=precision_of(run.checkpoint),
+        data=dict(run.train.fingerprints),
+        n_seen={"fit": int((~split.heldout).sum()), "heldout": int(split.heldout.sum())},
+        seed=settings.seed,
+        holdout=settings.holdout,
+        limit=settings.limit,
+        noise_samples=settings.noise_samples,
+        noisy_input=settings.noisy_input,
+        level_units=tuple(result.units for result in done),
+        blocks=run.blocks,
+        pools=settings.pools,
+        l2_grid=ridge.STRENGTHS,
+        rerank=settings.rerank,
+        search=settings.search,
+        cells=tuple(reranked.get((c.level, c.block, c.pool), c) for c in cells),
+    )
 
 
-def best_accuracy(part: dict[str, Any]) -> float:
-    """How good a level is: its best cell by ridge."""
-    return max(cell["accuracy"] for cell in part["cells"])
+def level_path(out: Path, level: float) -> Path:
+    """The file of one finished noise level."""
+    return out / "levels" / f"level-{level:.6f}.json"
 
 
-def best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cell that reads held-out train best: by the full probe among those that it judged, else
-    by ridge; of equals the narrowest, then the first in (level, block)."""
-    judged = [cell for cell in cells if "probe_accuracy" in cell]
-    best = min(
-        judged or cells,
-        key=lambda c: (
-            -c.get("probe_accuracy", c["accuracy"]), c["width"], c["level"], c["block"]
-        ),
-    )  # fmt: skip
-    return {key: value for key, value in best.items() if key != "accuracies"}
-
-
-def _level_path(out: Path, level: float) -> Path:
-    return out / "levels" / f"s-{level:.6f}.json"
-
-
-def _read_level(out: Path, level: float, identity: str) -> dict[str, Any] | None:
-    """A finished level, or None if it is not there or was made with other weights, data or
-    settings."""
-    path = _level_path(out, level)
+def read_level(run: GridRun, level: float) -> LevelResult | None:
+    """A finished level, or None if it is absent or of other weights, data or settings."""
+    path = level_path(run.out, level)
     if not path.exists():
         return None
-    part = json.loads(path.read_text())
-    return part if part["identity"] == identity and part["s"] == level else None
+    row = read_json(path, "a finished level of a grid")
+    if row["identity"] != run.identity or row["units"]["level"] != level:
+        return None
+    cells = (GridCell(**{**cell, "accuracies": tuple(cell["accuracies"])}) for cell in row["cells"])
+    return LevelResult(row["units"], tuple(cells), row["seconds"])
 
 
-def _write(out: Path, grid: dict[str, Any]) -> None:
-    write_json(out / "grid.json", grid)
-    write_atomic(out / "grid.csv", as_csv(grid))
-    for pool in grid["pools"]:
-        write_atomic(out / f"grid-{pool}.png", plots.heat_map(grid, pool))
-    summary = {key: value for key, value in grid.items() if key not in ("cells", "level_units")}
-    inputs.record(out, summary)
+def write_level(run: GridRun, result: LevelResult) -> None:
+    """Keep a finished level for the next start of the same grid."""
+    row = {"identity": run.identity, **asdict(result)}
+    write_json(level_path(run.out, result.units["level"]), row)
 
 
-def as_csv(grid: dict[str, Any]) -> str:
-    """One line per cell and strength."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["level", "t", "block", "pool", "width", "strength", "heldout_accuracy"])
-    times = {unit["s"]: unit["t"] for unit in grid["level_units"]}
-    for cell in grid["cells"]:
-        for strength, score in zip(grid["strengths"], cell["accuracies"], strict=True):
-            writer.writerow(
-                [cell["level"], times[cell["level"]], cell["block"], cell["pool"], cell["width"],
-                 strength, f"{score:.6f}"]
-            )  # fmt: skip
-    return text.getvalue()
+def write(run: GridRun, grid: Grid) -> None:
+    """grid.json, grid.csv, a heat map per pool, and the result line."""
+    write_json(run.out / grids.FILE, grids.to_dict(grid))
+    write_atomic(run.out / "grid.csv", grids.to_csv(grid))
+    for pool in grid.pools:
+        write_atomic(run.out / f"grid-{pool}.png", plots.heat_map(grids.to_dict(grid), pool))
+    results.append_once(run.out, result_of(run, grid))
 
 
-def _listed(levels: Sequence[float]) -> str:
-    return ",".join(map(str, levels))
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae grid", description="Probe every block at every noise level."
+def result_of(run: GridRun, grid: Grid) -> Result:
+    """The line of results.jsonl."""
+    best = grid.chosen
+    spec = replace(run.spec_at(best.level), blocks=(best.block,), pools=(best.pool,))
+    data = DataInfo(name=run.data_name, train=grid.data, train_split=run.train.split)
+    return Result(
+        kind="grid",
+        checkpoint=run.checkpoint_info,
+        protocol={
+            "name": PROTOCOL,
+            **{name: getattr(grid, name) for name in ("holdout", "limit", "rerank", "search")},
+            **{name: list(getattr(grid, name)) for name in ("blocks", "pools", "l2_grid")},
+        },
+        cell=describe_cell(run.checkpoint, spec),
+        data=data,
+        seed=grid.seed,
+        n_seen=grid.n_seen,
+        width=best.width,
+        heldout_accuracy=best.score,
+        values={
+            "levels": list(grid.levels),
+            "chosen": grids.summary_of(best),
+            "chosen_by_pool": {
+                pool: grids.summary_of(cell) for pool, cell in grid.chosen_by_pool.items()
+            },
+        },
     )
-    inputs.add_arguments(parser)
-    joined.add_argument(parser)
-    parser.add_argument("--levels", help=f"noise levels s in [0, 1] (default {_listed(LEVELS)})")
-    parser.add_argument(
-        "--search", type=int, default=0, metavar="N",
-        help=f"look at N further levels around the best (then --levels is {_listed(search.COARSE)})",
-    )  # fmt: skip
-    parser.add_argument("--blocks", default="all", help="e.g. 3,4,5")
-    parser.add_argument("--pools", default=",".join(POOLS), help=f"of {', '.join(POOLS)}")
-    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per sample")
-    parser.add_argument(
-        "--shortlist", type=int, default=6, help="blocks per pool judged by the full probe"
+
+
+def chosen_text(grid: Grid) -> str:
+    """The best cell of each pool, one line each."""
+    lines = []
+    for pool, cell in grid.chosen_by_pool.items():
+        mark = "  <- chosen" if pool == grid.chosen.pool else ""
+        lines.append(
+            f"{pool:<6} block {cell.block} at s={cell.level:g}: {100 * cell.score:.2f} % "
+            f"held-out (width {cell.width}){mark}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(GridOptions, TransferOptions):
+    """A ridge probe of every block at every noise level; the test split is not opened."""
+
+    train_splits: tuple[str, ...] = ("train",)
+    """Splits to fit on, e.g. train,val."""
+    levels: tuple[str, ...] = ()
+    """Noise levels: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5. Default:
+    0.01,0.02,0.05,0.1,0.2,0.3,0.4,0.5, or 0.01,0.05,0.2,0.5 with --search."""
+    blocks: tuple[str, ...] = ("all",)
+    """Blocks, 1 to depth; 5+6 concatenates two."""
+
+    def __post_init__(self) -> None:
+        GridOptions.__post_init__(self)
+        TransferOptions.__post_init__(self)
+
+
+def open_run(config: GridConfig) -> GridRun:
+    """The checkpoint and the training set of a command, checked against each other."""
+    checkpoint = config.open_checkpoint()
+    default = search.COARSE if config.search else LEVELS
+    options = {name: getattr(config, name) for name in GridOptions.__dataclass_fields__}
+    settings = GridSettings(
+        levels=levels_of(config.levels or default, checkpoint.objective),
+        blocks=blocks_of(config.blocks, checkpoint.model.config.depth),
+        **options,
     )
-    parser.add_argument(
-        "--clean-input", action="store_true", help="clean latent, time of the level"
+    sets = [open_shards(config.data, name, checkpoint) for name in config.train_splits]
+    return GridRun(
+        checkpoint=checkpoint,
+        checkpoint_info=config.describe(checkpoint),
+        train=sets[0] if len(sets) == 1 else Concat(sets),
+        out=config.out,
+        settings=settings,
+        data_name=config.data.resolve().name,
+        batch=config.batch,
     )
-    args = parser.parse_args(argv)
+
+
+def grid(config: GridConfig) -> None:
+    """Run the command on every rank and print the chosen cells."""
     if dist.world_from_environment().size > 1:
         dist.start()
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    levels = args.levels or _listed(search.COARSE if args.search else LEVELS)
-    config = GridConfig(
-        levels=levels_of(levels, checkpoint.objective), search=args.search,
-        blocks=None if args.blocks == "all" else inputs.numbers(args.blocks, int, "--blocks"),
-        pools=tuple(args.pools.split(",")),
-        noise_samples=args.noise_samples, shortlist=args.shortlist, noisy_input=not args.clean_input, batch=args.batch,
-        **inputs.settings_of(args, {}),
-    )  # fmt: skip
-    train = joined.open_train(args, checkpoint)
-    grid = run(checkpoint, train, args.out, config, source=args.checkpoint, weights=args.weights)
-    if not dist.world_from_environment().is_main:
-        return
-    for pool, cell in grid["chosen_by_pool"].items():
-        mark = "  <- chosen" if pool == grid["chosen"]["pool"] else ""
-        score = cell.get("probe_accuracy", cell["accuracy"])
-        print(
-            f"{pool:<6} block {cell['block']} at s={cell['level']:g}: "
-            f"{100 * score:.2f} % held-out (width {cell['width']}){mark}"
-        )
+    finished = run_grid(open_run(config))
+    if dist.world_from_environment().is_main:
+        print(chosen_text(finished))
+
+
+def plan(config: GridConfig) -> str:
+    """What `grid` would judge."""
+    run = open_run(config)
+    levels = sorted(set(run.settings.levels))
+    pending = [level for level in levels if read_level(run, level) is None]
+    labels_of(run.train, run.split.train)
+    heldout = int(run.split.heldout.sum())
+    return (
+        f"{len(levels)} noise levels ({len(levels) - len(pending)} finished), "
+        f"{len(run.blocks)} blocks, {len(run.settings.pools)} pools: "
+        f"{len(levels) * len(run.blocks) * len(run.settings.pools)} cells on "
+        f"{len(run.split.fit)} training and {heldout} held-out samples -> {run.out}"
+    )
+
+
+COMMAND = Command("grid", GridConfig, run=grid, plan=plan)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def accuracy_curve(
             answer = head(reader.features(x0, noise, t), level).argmax(dim=1)
             right[number] += (answer == label).sum().item()
     return [
-        {"s": float(reader.objective.to_level(time)), "t": float(time), "accuracy": share}
+        {"level": float(reader.objective.to_level(time)), "t": float(time), "accuracy": share}
         for time, share in zip(times.cpu(), (right / len(test)).tolist(), strict=True)
     ]
 
@@ -166,7 +166,7 @@ def picture(curve: list[dict[str, Any]], block: int) -> bytes:
     figure = plots.figure(5.2, 3.2)
     axes = figure.subplots()
     axes.plot(
-        [row["s"] for row in curve], [100 * row["accuracy"] for row in curve],
+        [row["level"] for row in curve], [100 * row["accuracy"] for row in curve],
         marker="o", markersize=3, color=plots.ACCENT,
     )  # fmt: skip
     axes.set_xlabel("noise level s")
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     head = train_head(reader, part, len(train.classes), settings, seed)
     row = {
         "kind": "noise_classifier",
-        "checkpoint": described,
+        "checkpoint": asdict(described),
         "protocol": {"name": PROTOCOL, **asdict(settings)},
         "cell": {"block": args.block, "precision": precision_of(checkpoint)},
         "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / f"{name}.json", line)
     write_atomic(args.out / f"{name}.png", picture(line["curve"], args.block))
     for point in line["curve"]:
-        print(f"s={point['s']:.3f} (t={point['t']:g}): {100 * point['accuracy']:.2f} %")
+        print(f"s={point['level']:.3f} (t={point['t']:g}): {100 * point['accuracy']:.2f} %")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def result_table(found: Found, named: bool) -> str:
                     probe_label(row),
                     probe_bar(row),
                     _heldout(row),
-                    _cell_text({**row["cell"], "level": row["cell"]["s"]}),
+                    _cell_text(row["cell"]),
                     Short(row["cell"].get("pool", "")),
                     (row["checkpoint"] or {}).get("images_seen") or 0,
                 ]
@@ -413,7 +413,7 @@ def as_csv(found: Sequence[Found]) -> str:
             for probe in ("linear", "knn"):
                 writer.writerow(_csv_line(f, row, compare.name_of(row), probe, row[probe]))
         for row in f.probes:
-            cell = {**row["cell"], "level": row["cell"]["s"]}
+            cell = row["cell"]
             line = {"width": "", **row, "cell": cell, "chosen": ""}
             writer.writerow(_csv_line(f, line, "DDAE features", row["kind"], row))
     return text.getvalue()

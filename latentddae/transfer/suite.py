@@ -93,7 +93,7 @@ def row_of(data: Path, out: Path) -> dict[str, Any]:
         "metric": first["metric"],
         **{name: line["accuracy"] for name, line in lines.items()},
         "block": first["cell"]["block"],
-        "level": first["cell"]["s"],
+        "level": first["cell"]["level"],
         "n_test": first["n_seen"]["test"],
     }
 

@@ -6,10 +6,15 @@ from typing import Any
 import pytest
 
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
 from latentddae.models.dit import DiTConfig
 from latentddae.models.untrained import randomize_gates
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.inputs import describe_checkpoint
+from latentddae.transfer.grid import GridRun, GridSettings, run_grid
+from latentddae.transfer.grids import Grid
 from latentddae.transfer.reporting import plots
 
 CONFIG = DiTConfig(
@@ -30,6 +35,23 @@ def write_checkpoint(
         weights={"model": model.state_dict(), "ema": model.state_dict()},
         info={"images_seen": 1000, "classes": list(shards.classes)},
     )
+
+
+def make_grid(
+    checkpoint: Checkpoint, train: SampleSet, out: Path, settings: GridSettings, batch: int = 32
+) -> Grid:
+    """A finished grid of the "toy" checkpoint in `out`."""
+    info = describe_checkpoint(checkpoint, "toy")
+    run = GridRun(
+        checkpoint=checkpoint,
+        checkpoint_info=info,
+        train=train,
+        out=out,
+        settings=settings,
+        batch=batch,
+        show_progress=False,
+    )
+    return run_grid(run)
 
 
 @pytest.fixture

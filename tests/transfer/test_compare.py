@@ -13,10 +13,13 @@ from latentddae.core.files import read_json_lines
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.transfer import compare as comparison
-from latentddae.transfer import grid
 from latentddae.transfer.compare import CompareConfig, Subject, compare, mark_chosen
 from latentddae.transfer.extraction.extract import pooled_blocks
 from latentddae.transfer.extraction.trunk import trunk_at
+from latentddae.transfer.grid import GridSettings
+from latentddae.transfer.grids import to_dict
+
+from .conftest import make_grid
 
 GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
@@ -45,8 +48,8 @@ def pixels(train, test, tmp_path_factory):
 @pytest.fixture(scope="module")
 def subject(checkpoint, train, test, pixels, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
-    config = grid.GridConfig(levels=(0.1, 0.3), holdout=0.3, seed=3, shortlist=1)
-    chosen = grid.run(checkpoint, train, out, config, progress=False)
+    settings = GridSettings(levels=(0.1, 0.3), holdout=0.3, seed=3, rerank=1)
+    chosen = make_grid(checkpoint, train, out, settings)
     return Subject(
         checkpoint=checkpoint, grid=chosen, train=train, test=test, source="toy",
         pixel_train=ShardSet(pixels, "train"), pixel_test=ShardSet(pixels, "test"),
@@ -180,7 +183,7 @@ def test_a_grid_of_other_weights_or_data_is_refused(subject, tmp_path):
 
 def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp_path, capsys):
     grid_file = tmp_path / "grid.json"
-    grid_file.write_text(json.dumps(subject.grid))
+    grid_file.write_text(json.dumps(to_dict(subject.grid)))
     arguments = f"--checkpoint {checkpoint_folder} --data {tiny_shards} --grid {grid_file}"
     comparison.main([*arguments.split(), "--out", str(tmp_path), "--control-levels", "0.3"])
     lines = capsys.readouterr().out.strip().splitlines()

@@ -61,9 +61,11 @@ def test_planted_classes_are_read_where_there_is_signal(reader, train, test) -> 
         reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
     )
     curve = noise_classifier.accuracy_curve(reader, head, test, seed=0)
-    assert len(curve) == 20 and [row["s"] for row in curve] == sorted(row["s"] for row in curve)
+    assert len(curve) == 20 and [row["level"] for row in curve] == sorted(
+        row["level"] for row in curve
+    )
     assert curve[0]["accuracy"] > 0.9  # almost clean
-    assert curve[-1]["s"] == 1.0 and curve[-1]["accuracy"] < 0.6  # pure noise: chance is 0.25
+    assert curve[-1]["level"] == 1.0 and curve[-1]["accuracy"] < 0.6  # pure noise: chance is 0.25
 
 
 def test_training_is_repeatable(reader, train) -> None:

@@ -11,12 +11,13 @@ from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet
 from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer import features, grid
+from latentddae.transfer import features
+from latentddae.transfer.grid import GridSettings
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.metrics import mean_per_class, top1
 from latentddae.transfer.protocol import session
 
-from .conftest import CONFIG, write_checkpoint
+from .conftest import CONFIG, make_grid, write_checkpoint
 
 COMMANDS = {"linear": logistic, "knn": knn}
 
@@ -24,8 +25,7 @@ COMMANDS = {"linear": logistic, "knn": knn}
 @pytest.fixture(scope="module")
 def grid_file(checkpoint, train, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
-    config = grid.GridConfig(levels=(0.1, 0.4), holdout=0.3, seed=3)
-    grid.run(checkpoint, train, out, config, progress=False)
+    make_grid(checkpoint, train, out, GridSettings(levels=(0.1, 0.4), holdout=0.3, seed=3))
     return out / "grid.json"
 
 
@@ -46,7 +46,7 @@ def test_reads_the_planted_classes_from_the_chosen_cell(
     (line,) = read_json_lines(tmp_path / "results.jsonl")
     best = json.loads(grid_file.read_text())["chosen"]
     assert line["kind"] == name
-    assert (line["cell"]["block"], line["cell"]["s"]) == (best["block"], best["level"])
+    assert (line["cell"]["block"], line["cell"]["level"]) == (best["block"], best["level"])
     assert line["cell"]["precision"] == resolve_precision("auto", torch.device("cpu"))
     assert (line["protocol"]["seed"], line["protocol"]["holdout"]) == (3, 0.3)  # of the grid
     assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
@@ -64,8 +64,8 @@ def test_a_cell_by_hand(checkpoint_folder, tiny_shards, tmp_path):
 def test_a_cheap_search_may_serve_a_full_probe(
     checkpoint, checkpoint_folder, train, tiny_shards, tmp_path
 ):
-    config = grid.GridConfig(levels=(0.1,), holdout=0.3, seed=3, limit=50, shortlist=0)
-    grid.run(checkpoint, train, tmp_path, config, progress=False)
+    settings = GridSettings(levels=(0.1,), holdout=0.3, seed=3, limit=50, rerank=0)
+    make_grid(checkpoint, train, tmp_path, settings)
     cell = ("--cell", tmp_path / "grid.json")
     logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
     (line,) = read_json_lines(tmp_path / "probe" / "results.jsonl")
@@ -112,7 +112,7 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
         logistic.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
     with pytest.raises(UsageError, match="name the cell"):
         logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
-    with pytest.raises(ConfigError, match="run `latentddae grid` first"):
+    with pytest.raises(ConfigError, match="the result of `latentddae grid`"):
         logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
     rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
@@ -189,7 +189,7 @@ def test_a_config_file_holds_options_and_the_command_line_goes_first(
     file.write_text("block: 1\nlevel: 0.2\nlimit: 80\npublished: 85.73\nfew_shot: null\n")
     rest = ("--config", file, "--block", 3)
     (line,) = lines_of(logistic, checkpoint_folder, tiny_shards, tmp_path, *rest)
-    assert (line["cell"]["block"], line["cell"]["s"], line["n_seen"]["train"]) == (3, 0.2, 80)
+    assert (line["cell"]["block"], line["cell"]["level"], line["n_seen"]["train"]) == (3, 0.2, 80)
     assert "published 85.73 %" in capsys.readouterr().out
     file.write_text("blok: 1\n")
     with pytest.raises(ConfigError, match="unknown option blok; known: batch, batch_size, block"):

@@ -68,7 +68,7 @@ def probe_line(name, kind, accuracy, images, **protocol):
     protocols = {"linear": "lbfgs-linear/1", "knn": "knn/1"}
     return {
         "id": name, "kind": kind, "width": 24, "seed": 0, **probe_result(accuracy),
-        "cell": {"s": 0.1, "block": 3, "pool": "mean"},
+        "cell": {"level": 0.1, "block": 3, "pool": "mean"},
         "checkpoint": {"images_seen": images}, "protocol": {"name": protocols[kind], **protocol},
         "n_seen": {"train": 4000, "heldout": 800, "test": 1000},
     }  # fmt: skip
@@ -88,10 +88,10 @@ def studies():
         }
         for k in (1, 2, 3)
     ]  # fmt: skip
-    geometry = study("geometry", {"s": 0.1}, blocks=blocks, cka=np.eye(3).tolist())
-    curve = [{"s": s, "t": s, "accuracy": 0.9 - s} for s in (0.1, 0.5)]
+    geometry = study("geometry", {"level": 0.1}, blocks=blocks, cka=np.eye(3).tolist())
+    curve = [{"level": s, "t": s, "accuracy": 0.9 - s} for s in (0.1, 0.5)]
     pck = [{"alpha": 0.1, "per_point": 0.345, "per_pair": 0.3}]
-    cell = {"s": 0.1, "block": 2}
+    cell = {"level": 0.1, "block": 2}
     return [
         geometry,
         geometry,
@@ -113,7 +113,7 @@ def look():
         for name in ("b", "c", HOSTILE)
     ]
     query = {"image": image(16), "class": "b", "tokens": image(4), "neighbours": near}
-    return {"cell": {"block": 3, "s": 0.1}, "queries": [query, query]}
+    return {"cell": {"block": 3, "level": 0.1}, "queries": [query, query]}
 
 
 def png_file(path, seed=0):

@@ -1,34 +1,77 @@
-"""What every transfer command is given: a checkpoint and a data folder that fit each other, and a
-result file."""
+"""What every transfer command opens: a checkpoint and data that fit each other."""
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from latentddae import __version__
 from latentddae.core import dist
+from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, UsageError
-from latentddae.core.files import append_json_line, read_json_lines, text_hash
+from latentddae.core.files import append_json_line, read_json_lines, state_dict_hash, text_hash
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
-from latentddae.models.network import Network
 from latentddae.models.timm_backbone import PREFIX, open_backbone
 from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.extract import BATCH
+from latentddae.transfer.extraction.spec import FeatureSpec, describe_level
+from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.grids import Grid
 from latentddae.transfer.probes.metrics import ProbeResult
 from latentddae.transfer.protocol.splits import HOLDOUT
+from latentddae.transfer.results import CellInfo, CheckpointInfo, DataInfo
 
 RESULTS = "results.jsonl"
+Weights = Literal["ema", "model"]
 CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or @download, @random)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """What every command that extracts features is given."""
+
+    checkpoint: str
+    """Portable checkpoint, run folder, file of published weights, or a baseline:
+    timm:NAME@FILE (or @download, @random)."""
+    data: Path
+    """Folder of latent shards."""
+    out: Path
+    """Folder for results."""
+    weights: Weights = "ema"
+    """The averaged weights or the raw ones."""
+    batch: int = BATCH
+    """Images per batch. Changes the speed, not the features."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("batch",))
+
+    def open_checkpoint(self) -> Checkpoint:
+        """The network, on this rank's GPU where there is one."""
+        return open_checkpoint(self.checkpoint, self.weights)
+
+    def describe(self, checkpoint: Checkpoint) -> CheckpointInfo:
+        """The opened checkpoint as results record it."""
+        return describe_checkpoint(checkpoint, self.checkpoint, self.weights)
+
+    def describe_data(self, train: SampleSet | None, test: SampleSet | None) -> DataInfo:
+        """The opened splits as results record them."""
+        return DataInfo(
+            name=self.data.resolve().name,
+            train=None if train is None else train.fingerprints,
+            test=None if test is None else test.fingerprints,
+            train_split=None if train is None else train.split,
+            test_split=None if test is None else test.split,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> None:
@@ -48,19 +91,19 @@ def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> N
     parser.add_argument("--batch", type=int, default=128, help="does not change the features")
 
 
-def settings_of(args: argparse.Namespace, grid: dict[str, Any]) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, grid: Grid | None) -> dict[str, Any]:
     """Seed and held-out share as given, else as the grid that chose the cell had them, else the
     defaults. The limit is a command's own: a search may be cheaper than what it is for."""
     defaults = {"seed": 0, "holdout": HOLDOUT}
     given = {name: getattr(args, name) for name in defaults}
     chosen = {
-        name: grid.get(name, default) if given[name] is None else given[name]
+        name: getattr(grid, name, default) if given[name] is None else given[name]
         for name, default in defaults.items()
     }
     return {**chosen, "limit": args.limit}
 
 
-def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
+def open_checkpoint(source: str, weights: Weights = "ema") -> Checkpoint:
     """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features."""
     device = dist.device_for(dist.world_from_environment())
     if source.startswith(PREFIX):
@@ -75,9 +118,11 @@ def open_checkpoint(source: str, weights: Literal["ema", "model"] = "ema") -> Ch
     return checkpoint
 
 
-def ema_not_warmed_up(info: dict[str, Any]) -> bool:
-    """Whether a weight average has forgotten less than one part in e of its start: steps x (1 -
-    decay) < 1. Averages that ramp up are never young."""
+def ema_not_warmed_up(info: Mapping[str, Any]) -> bool:
+    """Whether an average still consists mostly of initial weights: steps x (1 - decay) < 1.
+
+    Never for an average whose half-life grows with the run.
+    """
     ema = info.get("ema") or {}
     if ema.get("rampup") is not None or not ema.get("halflife_images"):
         return False
@@ -113,27 +158,29 @@ def check_data(spec: LatentSpec | None, shards: SampleSet) -> None:
         )
 
 
-def model_hash(model: Network) -> str:
-    """A short hash of every named weight: the identity of a network wherever it came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 def describe_checkpoint(
     checkpoint: Checkpoint, source: str, weights: str = "ema"
-) -> dict[str, Any]:
-    """Which network, with which weights: what a result line says about it."""
-    info = checkpoint.info
-    return {
-        "source": source,
-        "weights": info.get("weights", weights),  # of a control: its file, download or random
-        "model_hash": model_hash(checkpoint.model),
-        "images_seen": info.get("images_seen"),
-    }
+) -> CheckpointInfo:
+    """Which network, with which of its weights, as results record it."""
+    return CheckpointInfo(
+        source=source,
+        weights=checkpoint.info.get("weights", weights),
+        model_hash=state_dict_hash(checkpoint.model.state_dict())[:16],
+        images_seen=checkpoint.info.get("images_seen"),
+    )
+
+
+def describe_cell(checkpoint: Checkpoint, spec: FeatureSpec) -> CellInfo:
+    """The one cell of a spec as results record it."""
+    block, pool = spec.cell
+    return CellInfo(
+        **describe_level(checkpoint.objective, spec.level),
+        block=block,
+        pool=pool,
+        noise_samples=spec.noise_samples,
+        noisy_input=spec.noisy_input,
+        precision=precision_of(checkpoint, spec.precision),
+    )
 
 
 def as_row(result: ProbeResult) -> dict[str, Any]:

@@ -3,28 +3,28 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from latentddae.core.errors import UsageError
+from latentddae.core.precision import Precision
 from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.diffusion.objective import Objective
 from latentddae.transfer.extraction.pooling import check_pools
+from latentddae.transfer.results import LevelUnits
 
 Block = int | str
 """A block's number, or several concatenated: "3+4"."""
 AnyBlock = TypeVar("AnyBlock", int, Block)
 Cell = tuple[Block, str]
 """(block, pool)"""
-Precision = Literal["auto", "fp32", "bf16"]
 
-LEVEL_UNITS = ("s", "t", "sigma_over_alpha", "log_snr")
 FROM_UNIT: dict[str, Callable[[Objective, float], float]] = {
-    "s": lambda objective, value: value,
+    "level": lambda objective, value: value,
     "t": lambda objective, value: objective.to_level(value),
     "sigma_over_alpha": lambda objective, value: level_of_ratio(value),
     "log_snr": lambda objective, value: level_of_log_snr(value),
 }
-ALIASES = {"": "s", "level": "s", "sigma": "sigma_over_alpha", "logsnr": "log_snr"}
+ALIASES = {"": "level", "s": "level", "sigma": "sigma_over_alpha", "logsnr": "log_snr"}
 LEVEL_HELP = "noise level: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5"
 
 
@@ -118,8 +118,8 @@ def level_of(text: str, objective: Objective) -> float:
         level = float(FROM_UNIT[unit](objective, value))
     except (ValueError, KeyError) as error:
         raise UsageError(
-            f"noise level {text!r}: expected s in [0, 1], or {', '.join(f'{u}=' for u in FROM_UNIT)} "
-            "with a number"
+            f"noise level {text!r}: expected a number in [0, 1], or "
+            f"{', '.join(f'{name}=' for name in FROM_UNIT)} with a number"
         ) from error
     if unit == "t" and not math.isclose(
         objective.to_time(level), value, rel_tol=1e-6, abs_tol=1e-6
@@ -139,12 +139,12 @@ def levels_of(texts: str | Iterable[str | float], objective: Objective) -> tuple
     return levels
 
 
-def describe_level(objective: Objective, level: float) -> dict[str, float | None]:
-    """One noise level in all units: s, the objective's timestep t, sigma / alpha and log-SNR;
+def describe_level(objective: Objective, level: float) -> LevelUnits:
+    """One noise level in all units: level, the objective's timestep t, sigma / alpha and log-SNR;
     None where infinite."""
     inside = 0 < level < 1
     return {
-        "s": level,
+        "level": level,
         "t": float(objective.to_time(level)),
         "sigma_over_alpha": level / (1 - level) if level < 1 else None,
         "log_snr": 2 * math.log((1 - level) / level) if inside else None,

@@ -8,7 +8,7 @@ The noise follows from (seed, file name, number of the noise).
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class TokenMaps:
     def facts(self, source: str, weights: str) -> dict[str, Any]:
         """What a result line says about them."""
         return {
-            "checkpoint": inputs.describe_checkpoint(self.checkpoint, source, weights),
+            "checkpoint": asdict(inputs.describe_checkpoint(self.checkpoint, source, weights)),
             "cell": {
                 **describe_level(self.checkpoint.objective, self.level),
                 "block": self.block,

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.precision import DTYPES, Precision, resolve_precision
 from latentddae.diffusion.objective import Objective
 from latentddae.models.frozen_trunk import Output, fold, foldable
 from latentddae.models.timm_backbone import Backbone, BackboneTrunk
 from latentddae.models.zoo import Checkpoint
-from latentddae.training.deepspeed_config import DTYPES, resolve_precision
-from latentddae.transfer.extraction.spec import Precision
 
 IMAGES_AT_ONCE = 128
 """Images per call of a network that does not fold."""
@@ -104,6 +103,6 @@ def device_of(checkpoint: Checkpoint) -> torch.device:
     return device
 
 
-def precision_of(checkpoint: Checkpoint, precision: Precision = "auto") -> str:
+def precision_of(checkpoint: Checkpoint, precision: Precision = "auto") -> Literal["fp32", "bf16"]:
     """What features of this network are computed in: "bf16" or "fp32"."""
     return resolve_precision(precision, device_of(checkpoint))

@@ -1,7 +1,6 @@
 """Features of one chosen cell (noise level, block, pool) for train and test, ready for a probe."""
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from latentddae.transfer.extraction.spec import (
     block_of,
     check_blocks,
 )
+from latentddae.transfer.grids import Grid
 from latentddae.transfer.protocol import splits
 
 TEST_SPLITS = ("test", "val")
@@ -134,40 +134,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-split", help="default: test, else val")
 
 
-def read_grid(path: Path) -> dict[str, Any]:
-    """A finished grid.json."""
-    try:
-        grid = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; run `latentddae grid` first"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(grid, dict) or grid.get("kind") != "grid":
-        raise DataError(f"{path} is not the result of `latentddae grid`")
-    return grid
-
-
-def chosen_cell(grid: dict[str, Any], pool: str | None = None) -> CellChoice:
+def chosen_cell(grid: Grid, pool: str | None = None) -> CellChoice:
     """The best cell of a grid, or of one of its pools."""
-    if pool is not None and pool not in grid["chosen_by_pool"]:
-        raise UsageError(f"the grid has no pool {pool!r}; it has {', '.join(grid['pools'])}")
-    best = grid["chosen"] if pool is None else grid["chosen_by_pool"][pool]
+    if pool is not None and pool not in grid.pools:
+        raise UsageError(f"the grid has no pool {pool!r}; it has {', '.join(grid.pools)}")
+    best = grid.chosen if pool is None else grid.chosen_by_pool[pool]
     return CellChoice(
-        level=best["level"], block=best["block"], pool=best["pool"],
-        noise_samples=grid["noise_samples"], noisy_input=grid["noisy_input"],
-    )  # fmt: skip
+        level=best.level,
+        block=best.block,
+        pool=best.pool,
+        noise_samples=grid.noise_samples,
+        noisy_input=grid.noisy_input,
+    )
 
 
-def check_grid(grid: dict[str, Any], model_hash: str, train: SampleSet) -> None:
+def check_grid(grid: Grid, model_hash: str, train: SampleSet) -> None:
     """Refuse a cell that was chosen on other weights or other data."""
-    if grid["checkpoint"]["model_hash"] != model_hash:
+    if grid.checkpoint.model_hash != model_hash:
         raise ConfigError(
-            f"the grid was computed with weights {grid['checkpoint']['model_hash']}, the "
+            f"the grid was computed with weights {grid.checkpoint.model_hash}, the "
             f"checkpoint has {model_hash}; run `latentddae grid` on this checkpoint"
         )
-    if grid["data"] != train.fingerprints:
+    if grid.data != train.fingerprints:
         raise ConfigError(
-            f"the grid was computed on data {grid['data']}, this folder is {train.fingerprints}"
+            f"the grid was computed on data {grid.data}, this folder is {train.fingerprints}"
         )

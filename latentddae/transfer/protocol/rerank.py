@@ -1,139 +1,164 @@
-"""The last round of a grid: the few best blocks of each pool, judged by the reported probe on
-held-out train.
+"""The last round of a grid: the reported probe judges the best few blocks of each pool.
 
 Closed-form ridge ranks cells well but not perfectly: with a weak penalty it whitens the features,
-which flatters early blocks. The winners are therefore picked by the logistic regression that
-`latentddae linear` reports. The test split has no part in it.
+which flatters early blocks. The winner is therefore chosen by the logistic regression that
+`latentddae linear` reports, on held-out train; the test split has no part in it.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from latentddae.core import dist
-from latentddae.core.files import text_hash, write_json
+from latentddae.core.files import read_json, text_hash, write_json
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction.extract import BATCH, collect
+from latentddae.transfer.extraction.extract import BATCH, Progress, collect
 from latentddae.transfer.extraction.spec import FeatureSpec
+from latentddae.transfer.grids import GridCell
 from latentddae.transfer.probes import logistic
-from latentddae.transfer.protocol import splits
-from latentddae.transfer.protocol.splits import subset
+from latentddae.transfer.protocol.splits import Split, labels_of, subset
 
 SAMPLES = 10_000
 """Fit on at most this many samples: it ranks a handful of cells, and a fit costs seconds."""
 STRENGTHS = logistic.STRENGTHS[::2]
 
 
-def shortlisted(
-    cells: Sequence[dict[str, Any]], pools: Sequence[str], count: int
-) -> list[dict[str, Any]]:
-    """The `count` best blocks of each pool, each at its best noise level, by ridge accuracy.
+class Bar(Protocol):
+    """What is used of a progress bar."""
 
-    One cell per block: neighbours in noise say much the same, and ridge errs between blocks. Of
-    equals the first in (level, block).
+    def update(self, n: float | None = 1) -> object: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reranking:
+    """What judges the cells, and where finished noise levels are kept."""
+
+    checkpoint: Checkpoint
+    train: SampleSet
+    split: Split
+    spec: FeatureSpec
+    """Seed and number of noises, input and precision; level, blocks and pools are the cells'."""
+    identity: str
+    """Hash of everything that decides the grid."""
+    folder: Path
+    batch: int = BATCH
+    """Speed only."""
+
+
+def shortlist(cells: Sequence[GridCell], pools: Sequence[str], count: int) -> list[GridCell]:
+    """The `count` best blocks of each pool by ridge accuracy, each at its best noise level.
+
+    Adjacent noise levels are redundant, and ridge mis-ranks across blocks rather than within one.
+    Ties go to the lowest (level, block).
     """
-    out: list[dict[str, Any]] = []
+    chosen: list[GridCell] = []
     for pool in pools:
-        best: dict[int, dict[str, Any]] = {}
-        for cell in sorted((cell for cell in cells if cell["pool"] == pool), key=_rank):
-            best.setdefault(cell["block"], cell)
-        out += list(best.values())[:count]
-    return out
+        best: dict[int | str, GridCell] = {}
+        for cell in sorted((cell for cell in cells if cell.pool == pool), key=_rank):
+            best.setdefault(cell.block, cell)
+        chosen += list(best.values())[:count]
+    return chosen
 
 
-def _rank(cell: dict[str, Any]) -> tuple[float, float, int]:
-    return -cell["accuracy"], cell["level"], cell["block"]
+def _rank(cell: GridCell) -> tuple[float, float, tuple[int, ...]]:
+    return -cell.accuracy, cell.level, tuple(map(int, str(cell.block).split("+")))
 
 
-def samples(train: SampleSet, split: splits.Split, seed: int) -> splits.Split:
-    """All held-out samples and at most SAMPLES of those that fit, in the order of the split."""
+def fewer_samples(train: SampleSet, split: Split, seed: int) -> Split:
+    """All held-out samples and at most SAMPLES of the others, in the order of the split."""
     fit = split.fit[subset(train.keys(split.fit), SAMPLES, seed)]
     keep = split.heldout | np.isin(split.train, fit)
-    return splits.Split(train=split.train[keep], heldout=split.heldout[keep])
+    return Split(train=split.train[keep], heldout=split.heldout[keep])
 
 
 def judge(
-    checkpoint: Checkpoint,
-    train: SampleSet,
-    split: splits.Split,
-    cells: Sequence[dict[str, Any]],
-    options: dict[str, Any],
-    batch: int = BATCH,
-    tell: Callable[[int], Any] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """The cells of one level with their held-out accuracy under the linear probe, from one pass. A
-    collective.
+    run: Reranking, cells: Sequence[GridCell], progress: Progress | None = None
+) -> list[GridCell]:
+    """Cells of one noise level with their held-out accuracy under the linear probe, from one pass.
 
-    `options` are those of a `FeatureSpec`: seed, noise_samples, noisy_input.
+    `run.split` is used as it is. A collective.
     """
-    own = split.train[dist.rank_slice(len(split.train))]
-    spec = FeatureSpec(
-        level=cells[0]["level"],
-        blocks=tuple(cell["block"] for cell in cells),
-        pools=tuple(sorted({cell["pool"] for cell in cells})),
-        **options,
+    rank_samples = run.split.train[dist.rank_slice(len(run.split.train))]
+    spec = replace(
+        run.spec,
+        level=cells[0].level,
+        blocks=tuple(cell.block for cell in cells),
+        pools=tuple(sorted({cell.pool for cell in cells})),
     )
-    features = collect(checkpoint, train, own, spec, batch=batch, progress=tell)
-    labels = splits.labels_of(train, split.train)
-    out = []
+    features = collect(
+        run.checkpoint, run.train, rank_samples, spec, batch=run.batch, progress=progress
+    )
+    labels = labels_of(run.train, run.split.train)
+    judged = []
     for cell in cells:
-        x = dist.all_gather_rows(features[cell["block"], cell["pool"]])
-        judge = functools.partial(
-            logistic.judge, x, labels, split.heldout, len(train.classes), STRENGTHS
+        x = dist.all_gather_rows(features[cell.block, cell.pool])
+        score = functools.partial(
+            logistic.judge, x, labels, run.split.heldout, len(run.train.classes), STRENGTHS
         )
-        choice = dist.on_rank0(judge)
-        out.append(
-            {
-                **{key: cell[key] for key in ("level", "block", "pool")},
-                "probe_accuracy": choice.heldout_accuracy,
-                "probe_strength": choice.strength,
-            }
+        choice = dist.on_rank0(score)
+        judged.append(
+            replace(cell, probe_accuracy=choice.heldout_accuracy, probe_l2=choice.strength)
         )
-    return out
+    return judged
 
 
-def read(path: Path, identity: str) -> list[dict[str, Any]] | None:
-    """A finished level of the round, or None."""
+def rerank(
+    run: Reranking,
+    cells: Sequence[GridCell],
+    progress_bar: Callable[[int], AbstractContextManager[Bar]],
+) -> list[GridCell]:
+    """All `cells` with the linear probe's accuracy and penalty, one pass per noise level.
+
+    Levels finished earlier are read from `run.folder`; `progress_bar` is called with the number of
+    images to come. A collective.
+    """
+    run = replace(run, split=fewer_samples(run.train, run.split, run.spec.seed))
+    by_level: dict[float, list[GridCell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.level):
+        by_level.setdefault(cell.level, []).append(cell)
+    judged = {
+        level: dist.on_rank0(functools.partial(_read, run, group))
+        for level, group in by_level.items()
+    }
+    pending = [level for level, group in judged.items() if group is None]
+    with progress_bar(len(pending) * len(run.split.train)) as bar:
+        for level in pending:
+            group = judge(run, by_level[level], bar.update)
+            dist.on_rank0(functools.partial(_write, run, by_level[level], group))
+            judged[level] = group
+    return [cell for group in judged.values() for cell in group or []]
+
+
+def _path(run: Reranking, level: float) -> Path:
+    return run.folder / f"probe-{level:.6f}.json"
+
+
+def _identity(run: Reranking, cells: Sequence[GridCell]) -> str:
+    rules = [run.identity, logistic.PROTOCOL, list(STRENGTHS), SAMPLES]
+    return text_hash([*rules, [[cell.level, cell.block, cell.pool] for cell in cells]])
+
+
+def _read(run: Reranking, cells: Sequence[GridCell]) -> list[GridCell] | None:
+    """A finished level with its scores, or None."""
+    path = _path(run, cells[0].level)
     if not path.exists():
         return None
-    part = json.loads(path.read_text())
-    return part["cells"] if part["identity"] == identity else None
+    row = read_json(path, "a reranked level of a grid")
+    if row["identity"] != _identity(run, cells):
+        return None
+    return [
+        replace(cell, probe_accuracy=accuracy, probe_l2=l2)
+        for cell, (accuracy, l2) in zip(cells, row["scores"], strict=True)
+    ]
 
 
-def run(
-    checkpoint: Checkpoint,
-    train: SampleSet,
-    folder: Path,
-    settings: dict[str, Any],
-    split: splits.Split,
-    cells: Sequence[dict[str, Any]],
-    options: dict[str, Any],
-    batch: int,
-    make_bar: Callable[[int], Any],
-) -> list[dict[str, Any]]:
-    """Judge the shortlisted `cells`, one pass per level; finished levels under `folder` are
-    read."""
-    few = samples(train, split, settings["seed"])
-    rules = [settings, logistic.PROTOCOL, list(STRENGTHS), SAMPLES]
-    done: dict[float, list[dict[str, Any]]] = {}
-    todo: list[tuple[float, list[dict[str, Any]], Path, str]] = []
-    for level in sorted({cell["level"] for cell in cells}):
-        own = [cell for cell in cells if cell["level"] == level]
-        identity = text_hash([*rules, level, [[cell["block"], cell["pool"]] for cell in own]])
-        path = folder / f"probe-s-{level:.6f}.json"
-        finished = dist.on_rank0(functools.partial(read, path, identity))
-        if finished is None:
-            todo.append((level, own, path, identity))
-        else:
-            done[level] = finished
-    with make_bar(len(todo) * len(few.train)) as bar:
-        for level, own, path, identity in todo:
-            done[level] = judge(checkpoint, train, few, own, options, batch, bar.update)
-            found = {"identity": identity, "cells": done[level]}
-            dist.on_rank0(functools.partial(write_json, path, found))
-    return [cell for level in sorted(done) for cell in done[level]]
+def _write(run: Reranking, cells: Sequence[GridCell], judged: Sequence[GridCell]) -> None:
+    scores = [[cell.probe_accuracy, cell.probe_l2] for cell in judged]
+    row = {"identity": _identity(run, cells), "scores": scores}
+    write_json(_path(run, cells[0].level), row)

@@ -30,11 +30,13 @@ from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import describe_level, level_of
 from latentddae.transfer.extraction.store import FeatureStore
 from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.grids import read_grid
 from latentddae.transfer.probes import few_shot
 from latentddae.transfer.probes.metrics import METRICS, ProbeResult, confusion
 from latentddae.transfer.protocol import cells as cells
 from latentddae.transfer.protocol import joined, splits
 from latentddae.transfer.protocol.cells import Arrays, CellChoice
+from latentddae.transfer.results import CheckpointInfo
 
 Probe = Callable[..., ProbeResult]  # (train_x, train_y, test_x, test_y, heldout, *, classes, ...)
 
@@ -44,7 +46,7 @@ class Opened:
     """A checkpoint, the data that judge it, and the cell that is looked at."""
 
     checkpoint: Checkpoint
-    described: dict[str, Any]
+    described: CheckpointInfo
     train: SampleSet
     test: SampleSet
     split: splits.Split
@@ -79,7 +81,7 @@ class Opened:
         self, stored: FeatureStore, shards: SampleSet, indices: np.ndarray, seed: int
     ) -> np.ndarray:
         """Rows of the folder, (N, D) float16; the map itself where all rows are wanted."""
-        weights = self.described["model_hash"]
+        weights = self.described.model_hash
         stored.check(weights, shards.split, shards.fingerprints, self.cell.spec(seed))
         rows = stored.features(shards.split, self.cell.spec(seed))
         return rows if np.array_equal(indices, np.arange(len(rows))) else rows[indices]
@@ -156,7 +158,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
         raise UsageError(f"--noise-seeds must be 1 or more, got {args.noise_seeds}")
     if dist.world_from_environment().size > 1:
         dist.start()
-    grid = cells.read_grid(args.cell) if args.cell else {}
+    grid = read_grid(args.cell) if args.cell else None
     settings = inputs.settings_of(args, grid)
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     if grid:
@@ -175,7 +177,7 @@ def open_cell(args: argparse.Namespace) -> Opened:
         raise UsageError(f"{test.split} is one of --train-splits: name another --test-split")
     described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
     if grid:
-        cells.check_grid(grid, described["model_hash"], train)
+        cells.check_grid(grid, described.model_hash, train)
     return Opened(
         checkpoint=checkpoint,
         described=described,
@@ -224,7 +226,7 @@ def facts_of(kind: str, protocol: dict[str, Any], opened: Opened) -> dict[str, A
     precision = precision_of(opened.checkpoint) if stored is None else stored.meta["precision"]
     return {
         "kind": kind,
-        "checkpoint": opened.described,
+        "checkpoint": dataclasses.asdict(opened.described),
         "protocol": {**protocol, **opened.settings},
         "cell": {
             **describe_level(opened.checkpoint.objective, cell.level),
@@ -337,7 +339,7 @@ def line_of(line: dict[str, Any]) -> str:
     parts = [
         f"{name}{f', {few} of each class' if few else ''}: {100 * line['accuracy']:.2f}{spread} %",
         "" if line["metric"] == "top1" else f" {line['metric'].replace('_', ' ')}",
-        f" on {line['n_seen']['test']} test samples (block {where['block']}, s={where['s']:g}, "
+        f" on {line['n_seen']['test']} test samples (block {where['block']}, s={where['level']:g}, "
         f"pool {where['pool']}, width {line['width']}",
         "" if heldout is None else f"; held-out {100 * heldout:.2f} %",
         ")",

@@ -120,7 +120,7 @@ def looks(found: Iterable[dict[str, Any]]) -> tuple[str, str]:
     near, tokens = "", ""
     for entry in found:
         cell = entry["cell"]
-        where = f"block {cell['block']} at s = {cell['s']:g}"
+        where = f"block {cell['block']} at s = {cell['level']:g}"
         near += paragraph(
             f"Test images, then the training images whose features at {where} are the most similar "
             "by cosine; green frames: of the same class.",
@@ -162,7 +162,7 @@ def _at(line: dict[str, Any]) -> str:
     """Block and level of a line, and how long its network was trained."""
     cell = line["cell"]
     block = f"block {cell['block']}" if "block" in cell else ""
-    level = f"s = {cell['s']:g}" if "s" in cell else ""
+    level = f"s = {cell['level']:g}" if "level" in cell else ""
     return ", ".join(part for part in (block, level, f"{_images(line):,} images") if part)
 
 
@@ -222,5 +222,5 @@ def best_confusion(
         return []
     best = max(known, key=lambda line: line["accuracy"])
     cell = best["cell"]
-    name = f"{run.name}: {probe_name(best)}, block {cell['block']} at s = {cell['s']:g}"
+    name = f"{run.name}: {probe_name(best)}, block {cell['block']} at s = {cell['level']:g}"
     return [(name, read(paths[best["id"]]))]

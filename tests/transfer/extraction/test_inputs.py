@@ -21,7 +21,7 @@ from latentddae.transfer.extraction import inputs
 def test_an_average_that_is_still_its_start_is_named(
     checkpoint_folder, tmp_path, capsys, images, ema, young
 ):
-    """USER_PAINS #37: steps x (1 - decay) < 1."""
+    """While steps x (1 - decay) < 1."""
     folder = tmp_path / "export"
     shutil.copytree(checkpoint_folder, folder)
     facts = json.loads((folder / "config.json").read_text())
@@ -29,7 +29,7 @@ def test_an_average_that_is_still_its_start_is_named(
     opened = inputs.open_checkpoint(str(folder))
     assert ("mostly initial weights" in capsys.readouterr().err) == young
     described = inputs.describe_checkpoint(opened, "toy", "ema")
-    assert (described["weights"], described["images_seen"]) == ("ema", images)
+    assert (described.weights, described.images_seen) == ("ema", images)
     inputs.open_checkpoint(str(folder), "model")
     assert capsys.readouterr().err == ""
 
@@ -38,6 +38,6 @@ def test_a_control_says_its_weights_and_reads_images_only(train):
     control = inputs.open_checkpoint("timm:test_vit@random")
     assert control.info == {"weights": "random", "images_seen": None}
     described = inputs.describe_checkpoint(control, "timm:test_vit@random")
-    assert (described["weights"], described["images_seen"]) == ("random", None)
+    assert (described.weights, described.images_seen) == ("random", None)
     with pytest.raises(ConfigError, match="reads images"):
         inputs.open_shards(train.root, "train", control)

@@ -1,7 +1,7 @@
 """Features on disk: every row once, on any number of ranks, after any kill, and nothing half done."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SPECS = tuple(
 def write(checkpoint, data, out, specs=SPECS):
     extraction = Extraction(
         checkpoint=checkpoint,
-        checkpoint_info=inputs.describe_checkpoint(checkpoint, "toy"),
+        checkpoint_info=asdict(inputs.describe_checkpoint(checkpoint, "toy")),
         samples={split: ShardSet(data, split) for split in ("train", "test")},
         specs=specs,
     )
@@ -86,7 +86,7 @@ def test_meta_says_what_it_is(whole, checkpoint):
     assert meta["checkpoint"]["weights"] == "ema"
     assert meta["checkpoint"]["images_seen"] == 1000
     assert [set(level) for level in meta["levels"]] == 2 * [
-        {"s", "t", "sigma_over_alpha", "log_snr"}
+        {"level", "t", "sigma_over_alpha", "log_snr"}
     ]
     assert {
         "seed",
