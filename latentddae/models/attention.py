@@ -17,12 +17,18 @@ from latentddae.core.errors import ConfigError
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own fused attention: flash, memory-efficient or cuDNN on CUDA, flash on CPU."""
+    """torch's own fused attention: flash, memory-efficient or cuDNN on CUDA, flash on CPU.
+
+    Three (N, H, T, d) -> (N, H, T, d).
+    """
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, with the whole T x T matrix in memory: the reference in tests."""
+    """The definition, with the whole T x T matrix in memory: the reference in tests.
+
+    Three (N, H, T, d) -> (N, H, T, d).
+    """
     heads, dim = q.shape[1], q.shape[3]
     q, k, v = (rearrange(x, "n h t d -> (n h) t d") for x in (q, k, v))
     unused = q.new_empty(())  # baddbmm scales within the product; with beta 0 this is never read
@@ -31,7 +37,10 @@ def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xFormers' memory-efficient attention (the optional package xformers)."""
+    """xFormers' memory-efficient attention (the optional package xformers).
+
+    Three (N, H, T, d) -> (N, H, T, d).
+    """
     from xformers.ops import memory_efficient_attention
 
     q, k, v = (rearrange(x, "n h t d -> n t h d") for x in (q, k, v))
@@ -39,7 +48,10 @@ def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Flash attention (the optional package flash-attn): half precision on CUDA."""
+    """Flash attention (the optional package flash-attn): half precision on CUDA.
+
+    Three (N, H, T, d) -> (N, H, T, d).
+    """
     from flash_attn import flash_attn_func
 
     q, k, v = (rearrange(x, "n h t d -> n t h d") for x in (q, k, v))

@@ -16,13 +16,14 @@ float32.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.models.dit_state import check_state
 from latentddae.models.inspection import block_maxima, count_macs
@@ -51,11 +52,17 @@ class DiTConfig:
     input_size: int = 32
     """Height and width of the latents."""
     patch_size: int = 2
+    """Height and width of a patch, in latent pixels; one patch is one token."""
     in_channels: int = 4
+    """Channels of the latents."""
     hidden_size: int = 1152
+    """Width of the tokens."""
     depth: int = 28
+    """Number of blocks."""
     num_heads: int = 16
+    """Attention heads per block."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs, in multiples of hidden_size."""
     num_classes: int = 1000
     """Labels are 0 ... num_classes - 1, the null label is num_classes. 0: unconditional, without a
     label table."""
@@ -64,11 +71,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        for name in sizes:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
+        require(self, positive=sizes, non_negative=("num_classes",))
         if int(self.hidden_size * self.mlp_ratio) <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         if self.input_size % self.patch_size:
@@ -94,6 +97,7 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
+        """Channels of the prediction."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
@@ -240,7 +244,7 @@ class DiT(nn.Module):
 
         `activation_max` and `attention_logit_max`: (depth,) float32, see inspection.block_maxima.
         """
-        attentions = [block.attn for block in self.blocks if isinstance(block, Block)]
+        attentions = [cast(Block, block).attn for block in self.blocks]
         return block_maxima(list(self.blocks), attentions, self.stream(x, t, y))
 
     def _embed(self, x: Tensor, t: Tensor, y: Conditioning) -> tuple[Tensor, Tensor]:
@@ -320,7 +324,7 @@ def _label_of(condition: Condition) -> Tensor | None:
     return condition.label
 
 
-def _check_before_loading(model: DiT, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _check_before_loading(model: DiT, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Refuse a state dict of another config, and put our position table in the place of its own."""
     entries = {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)

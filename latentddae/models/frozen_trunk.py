@@ -12,7 +12,7 @@ Folding costs about as much as one image and is done once per noise level.
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,8 +206,8 @@ def fold(model: DiT, network_t: Tensor, *, depth: int, dtype: torch.dtype) -> Fo
     if not foldable(model):
         raise ConfigError(f"a network of this kind does not fold: {model.config}")
     c = model.embed_condition(network_t.reshape(1).to(model.pos_embed.device))
-    blocks = [block for block in model.blocks[:depth] if isinstance(block, Block)]
-    return FoldedTrunk(model, tuple(_folded(block, c, dtype) for block in blocks), dtype)
+    blocks = tuple(_folded(cast(Block, block), c, dtype) for block in model.blocks[:depth])
+    return FoldedTrunk(model, blocks, dtype)
 
 
 def _folded(block: Block, c: Tensor, dtype: torch.dtype) -> FoldedBlock:

@@ -24,7 +24,8 @@ class AttentionLayer(Protocol):
 
 
 def count_macs(network: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-accumulates of `network(*inputs)` in linear layers, convolutions and attention.
+    """Multiply-accumulates of `network(*inputs)` in linear layers, convolutions and attention, for
+    inputs (N, ...): of all N samples together.
 
     `network` and inputs may be on the meta device. Norms and other elementwise work, a percent or
     less of a transformer, do not count.

@@ -33,10 +33,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sincos_table(dim: int, grid_size: int) -> Tensor:
-    """Fixed 2-D position embedding (MAE, arXiv 2111.06377): (1, grid_size^2, dim) float64.
+    """Fixed 2-D position embedding (MAE, arXiv 2111.06377): (1, T, dim) float64.
 
-    Tokens go row by row. The first half of the channels encodes the column, the second half the
-    row, each as [sin | cos] of position * 10000^(-k / (dim / 4)).
+    The T = grid_size^2 tokens go row by row. The first half of the channels encodes the column, the
+    second half the row, each as [sin | cos] of position * 10000^(-k / (dim / 4)).
     """
     quarter = dim // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
@@ -201,7 +201,7 @@ class Mlp(nn.Module):
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    Any shape and dtype, which the result shares.
+    (N, ...) -> (N, ...) in the dtype of the input.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")

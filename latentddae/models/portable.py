@@ -59,7 +59,7 @@ def save(
     objective: Objective,
     latents: LatentSpec,
     weights: Mapping[str, Mapping[str, Tensor | Entry]],
-    info: Mapping[str, Any],
+    info: Mapping[str, object],
 ) -> Path:
     """Write a portable checkpoint and return its folder; an older one of that name is replaced.
 

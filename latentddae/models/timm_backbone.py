@@ -1,4 +1,4 @@
-"""Any timm backbone as a baseline: the same probes on MAE, DINO, supervised or random networks.
+"""A timm backbone as a baseline: the same probes on MAE, DINO, supervised or random networks.
 
     checkpoint = open_backbone("timm:vit_base_patch16_224.mae@mae.safetensors")
 
@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", rearrange(torch.tensor(settings["std"]), "c -> c 1 1"))
 
     def forward(self, x: Tensor, t: Tensor, y: Conditioning = None) -> NoReturn:
+        """Refused for images (N, 3, H, W): raises ConfigError."""
         raise ConfigError("a timm backbone gives features only: it does not denoise")
 
     def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
@@ -103,9 +104,11 @@ class Backbone(nn.Module):
         return shapes
 
     def flops(self) -> NoReturn:
+        """Raises ConfigError."""
         raise ConfigError("the operations of a timm backbone are not counted")
 
     def diagnostics(self, x: Tensor, t: Tensor, y: Conditioning = None) -> NoReturn:
+        """Refused for images (N, 3, H, W): raises ConfigError."""
         raise ConfigError("a timm backbone is not trained here: it has no diagnostics")
 
     def feature_maps(self, x: Tensor, depth: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -113,7 +116,7 @@ class Backbone(nn.Module):
 
         Each a map (N, D, h, w) and its prefix tokens (N, P, D), the class token first, or None.
         """
-        options: dict[str, Any] = {"intermediates_only": True, "stop_early": True}
+        options = {"intermediates_only": True, "stop_early": True}
         has_prefix = bool(getattr(self.network, "num_prefix_tokens", 0))
         if has_prefix:
             options["return_prefix_tokens"] = True

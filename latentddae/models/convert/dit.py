@@ -10,7 +10,6 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +63,11 @@ def read(path: Path, weights: Weights) -> dict[str, Tensor]:
             f"weights are ema, got {weights!r}"
         )
     state = _mapping(wrapped.get(weights, content), path)
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong or not state:
-        raise DataError(f"{path} is no state dict: {', '.join(map(str, wrong[:3])) or 'empty'}")
-    return {_plain_name(name): value.to(torch.float32) for name, value in state.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    others = [str(name) for name in state if name not in tensors]
+    if others or not tensors:
+        raise DataError(f"{path} is no state dict: {', '.join(others[:3]) or 'empty'}")
+    return {_plain_name(name): value.to(torch.float32) for name, value in tensors.items()}
 
 
 def config_of(state: Mapping[str, Tensor], path: Path) -> DiTConfig:
@@ -96,7 +96,7 @@ def latents_of(config: DiTConfig) -> LatentSpec:
     )
 
 
-def _mapping(value: object, path: Path) -> dict[str, Any]:
+def _mapping(value: object, path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise DataError(f"{path} holds {type(value).__name__}, not a state dict")
     return value
