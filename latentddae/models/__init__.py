@@ -1,9 +1,10 @@
-"""Networks: the Diffusion Transformer, its block taps, its named sizes, portable checkpoints.
+"""Networks: the Diffusion Transformer and DDAE's U-Nets, named sizes, checkpoints.
 
 `from latentddae.models import zoo` works without an import here: zoo needs `diffusion` and `data`,
 which themselves need the networks.
 """
 
 from latentddae.models.dit import DiT, DiTConfig
+from latentddae.models.unet import UNet, UNetConfig
 
-__all__ = ["DiT", "DiTConfig"]
+__all__ = ["DiT", "DiTConfig", "UNet", "UNetConfig"]

@@ -15,7 +15,7 @@ float32.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
@@ -84,6 +84,21 @@ class DiTConfig:
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
+
+    def for_data(
+        self, *, size: int, channels: int, num_classes: int, learn_sigma: bool
+    ) -> "DiTConfig":
+        """This shape for latents of `size` and `channels`, labels and an objective.
+
+        Raises ValueError where they do not fit.
+        """
+        return replace(
+            self,
+            input_size=size,
+            in_channels=channels,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
 
     @property
     def grid_size(self) -> int:

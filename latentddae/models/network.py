@@ -58,6 +58,14 @@ class NetworkConfig(Protocol):
         """Twice the output channels, the second half for a learned variance."""
 
 
+class TrainableConfig(NetworkConfig, Protocol):
+    """A config record that adapts to a data set."""
+
+    def for_data(self, *, size: int, channels: int, num_classes: int, learn_sigma: bool) -> Self:
+        """The same network for other inputs, labels and objective; ValueError where they do not
+        fit."""
+
+
 class Network(Protocol):
     """A denoising network. Every implementation is an nn.Module as well."""
 

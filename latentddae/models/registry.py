@@ -5,10 +5,12 @@ model = build("dit_s_2", input_size=8, num_classes=10)
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from latentddae.core.errors import ConfigError
 from latentddae.models.dit import DiT, DiTConfig
-from latentddae.models.network import NetworkConfig
+from latentddae.models.network import Network, NetworkConfig, TrainableConfig
+from latentddae.models.unet import UNet, UNetConfig
 
 DIT_SIZES = {  # size -> depth, width, heads (arXiv 2212.09748, table 1)
     "s": (12, 384, 6),
@@ -31,17 +33,33 @@ def dit_config(size: str, patch_size: int) -> DiTConfig:
     )
 
 
-CONFIGS: Mapping[str, DiTConfig] = {
-    f"dit_{size}_{patch}": dit_config(size, patch) for size in DIT_SIZES for patch in DIT_PATCHES
+DDPMPP = UNetConfig(channel_mults=(2, 2, 2), blocks_per_level=4, resample="residual")
+CONFIGS: Mapping[str, TrainableConfig] = {
+    **{
+        f"dit_{size}_{patch}": dit_config(size, patch)
+        for size in DIT_SIZES
+        for patch in DIT_PATCHES
+    },
+    "ddpm_cifar10": UNetConfig(),
+    "ddpmpp_cifar10": DDPMPP,
+    "ddpmpp_tiny_imagenet": UNetConfig(
+        image_size=64,
+        base_channels=192,
+        channel_mults=(1, 2, 3, 4),
+        attention_levels=(1, 2, 3),
+        channels_per_head=64,
+        blocks_per_level=3,
+        resample="residual",
+    ),
 }
 NAMES = tuple(CONFIGS)
-REGISTRY: Mapping[str, DiTConfig] = {**CONFIGS, "dit": DiTConfig()}
-"""What a configuration file may name: the published sizes, and "dit" for a size of one's own."""
-NETWORKS: Mapping[str, Callable[..., DiT]] = {"dit": DiT}
+REGISTRY: Mapping[str, TrainableConfig] = {**CONFIGS, "dit": DiTConfig(), "unet": UNetConfig()}
+"""What a configuration file may name: the published sizes, and "dit" or "unet" for one's own."""
+NETWORKS: Mapping[str, Callable[..., Network]] = {"dit": DiT, "unet": UNet}
 """Kind of a configuration -> network."""
 
 
-def build(model: str | NetworkConfig, seed: int = 0, **overrides: object) -> DiT:
+def build(model: str | NetworkConfig, seed: int = 0, **overrides: object) -> Any:
     """A freshly initialised network for a config record or a name, with some fields replaced.
 
     Under `torch.device("meta")` it has shapes and no weights. Raises ConfigError for an unknown

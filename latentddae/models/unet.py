@@ -15,7 +15,7 @@ float32 and only the inputs of convolutions and matrix products are cast; the ou
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -118,6 +118,19 @@ class UNetConfig:
     def depth(self) -> int:
         """Blocks of the decoder."""
         return self.levels * (self.blocks_per_level + 1)
+
+    def for_data(
+        self, *, size: int, channels: int, num_classes: int, learn_sigma: bool
+    ) -> "UNetConfig":
+        """This shape for images of `size` and `channels`.
+
+        Raises ValueError for labels and for a learned variance, which a U-Net does not have.
+        """
+        if num_classes:
+            raise ValueError("a U-Net takes no labels: conditional=false")
+        if learn_sigma:
+            raise ValueError("a U-Net predicts no variance: choose another reverse variance")
+        return replace(self, image_size=size, in_channels=channels)
 
     def channels(self, level: int) -> int:
         """Channels at a level."""
@@ -302,6 +315,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.has_class_token = False
         self.checkpoint_blocks = 0
         """Every n-th decoder block keeps no activations and runs again in the backward pass."""
         with torch.random.fork_rng(devices=[]):
@@ -417,6 +431,16 @@ class UNet(nn.Module):
         if every and number % every == 0 and torch.is_grad_enabled():
             return checkpoint(block, x, time, use_reentrant=False)  # keeps the dropout's generator
         return block(x, time)
+
+    def tap_shapes(self) -> dict[int, tuple[int, int]]:
+        """{k: (T, C)} of every decoder block."""
+        config = self.config
+        shapes: dict[int, tuple[int, int]] = {}
+        for level in reversed(range(config.levels)):
+            shape = ((config.image_size // 2**level) ** 2, config.channels(level))
+            for _ in range(config.blocks_per_level + 1):
+                shapes[len(shapes) + 1] = shape
+        return shapes
 
     def flops(self) -> int:
         """Floating-point operations of one image's forward pass, two per multiply-accumulate:

@@ -168,16 +168,13 @@ def contract(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
 def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
     """The configuration with everything filled in that follows from the data."""
     shards.check_scale()
-    spec = shards.spec
-    classes = len(shards.classes) if config.conditional else 0
-    learn_sigma = bool(getattr(config.objective, "learn_sigma", False))
-    wanted = {
-        "input_size": spec.size,
-        "in_channels": spec.channels,
-        "num_classes": classes,
-        "learn_sigma": learn_sigma,
-    }
     try:
-        return replace(config, model=replace(config.model, **wanted))
+        model = config.model.for_data(
+            size=shards.spec.size,
+            channels=shards.spec.channels,
+            num_classes=len(shards.classes) if config.conditional else 0,
+            learn_sigma=config.objective.learn_sigma,
+        )
+        return replace(config, model=model)
     except ValueError as error:
         raise ConfigError(f"model does not fit the data {shards.root}: {error}") from error

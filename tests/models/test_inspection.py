@@ -91,7 +91,7 @@ def closed_form_macs(config: DiTConfig) -> int:
     return config.depth * (attention + mlp + modulation) + embeddings + final
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", [name for name in zoo.NAMES if name.startswith("dit_")])
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 0, "mlp_ratio": 2.5, "input_size": 64}])
 def test_operations_of_every_size_equal_the_closed_form(name: str, changes: dict) -> None:
     with torch.device("meta"):
