@@ -1,5 +1,6 @@
 """The documentation tells the truth: its commands parse, its files exist, its links lead somewhere."""
 
+import ast
 import importlib
 import json
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,14 @@ def check_line(words: list[str]) -> None:
         assert program in SHELL or program == "bash", f"what is {program}?"
 
 
+@cache
+def repository_files() -> frozenset[str]:
+    """Every file, by its path from the root, without environments and caches."""
+    folders = ("latentddae", "configs", "slurm", "data_prep", "benchmarks", "tests", "docs")
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*")]
+    return frozenset(str(p.relative_to(ROOT)) for p in [*paths, *ROOT.glob("*")] if p.is_file())
+
+
 def all_lines() -> list[tuple[str, list[str]]]:
     pages = [(page, [*command_lines(page), *inline_commands(page)]) for page in PAGES]
     configs = [(path, config_commands(path)) for path in CONFIGS]
@@ -216,6 +226,32 @@ def test_own_data_page_runs_as_written(tmp_path, monkeypatch, ranks, capfd) -> N
     assert results[-1]["accuracy"] > 0.8  # the classes differ in colour alone
     assert (run / "report.html").stat().st_size > 10_000
     assert len(list((run / "samples" / "images").glob("*.png"))) == 16
+    notebook_runs_as_written(ranks)
+
+
+def notebook_runs_as_written(ranks) -> None:
+    """The page on Python use, one block after the other, in the folder of the test above."""
+    page = ROOT / "docs" / "notebook.md"
+    for words in command_lines(page):
+        assert ranks(lambda: cli.run(words[1:])) == [0], words  # noqa: B023
+    code = "\n".join(python_blocks(page))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_import_what_exists(page: Path) -> None:
+    for block in python_blocks(page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latentddae"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    if not hasattr(module, alias.name):  # a module inside the package?
+                        importlib.import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -230,7 +266,7 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
     """`a/b.py`, `configs/x.yaml`, `slurm/y.sh`: from the root, the package, or a folder above."""
     suffixes = r"\.(?:py|sh|cff|toml)|configs/[\w/.-]+\.(?:yaml|json)"
     names = re.findall(rf"`((?:[\w-]+/)*[\w-]+(?:{suffixes}))`", page.read_text())
-    every = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    every = repository_files()
     for name in set(names) - {"linear.py", "knn.py", "transfer/knn.py"}:
         assert any(f"/{path}".endswith(f"/{name}") for path in every), name
 
