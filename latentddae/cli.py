@@ -28,8 +28,8 @@ GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
     },
     "transfer": {
         "grid": ("latentddae.transfer.grid", "ridge probe of every block at every noise level"),
-        "linear": ("latentddae.transfer.probes.logistic", "linear probe of one cell"),
-        "knn": ("latentddae.transfer.probes.knn", "k-nearest-neighbour probe of one cell"),
+        "linear": ("latentddae.transfer.linear", "linear probe of one cell"),
+        "knn": ("latentddae.transfer.knn", "k-nearest-neighbour probe of one cell"),
         "compare": ("latentddae.transfer.compare", "the network against its baselines, one table"),
         "suite": ("latentddae.transfer.suite", "grid and probes on several data sets"),
         "finetune": ("latentddae.transfer.finetune", "fine-tune a pretrained trunk for classes"),

@@ -34,16 +34,16 @@ from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
+from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
-    Arrays,
     CellChoice,
-    arrays_of,
-    cell_arrays,
+    cell_data,
     check_grid,
     chosen_cell,
-    open_test,
+    probe_data,
 )
+from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.results import CheckpointInfo
 
 PROTOCOL = "compare/1"
@@ -252,8 +252,12 @@ def measure(
         "checkpoint": dataclasses.asdict(described) if entry.network is not None else None,
         "protocol": {
             "name": PROTOCOL,
-            "linear": {"name": logistic.PROTOCOL, "strengths": list(logistic.STRENGTHS)},
-            "knn": {"name": knn.PROTOCOL, "ks": list(knn.KS), "temperature": knn.TEMPERATURE},
+            "linear": {"name": logistic.PROTOCOL, "l2_grid": list(logistic.L2_GRID)},
+            "knn": {
+                "name": knn.PROTOCOL,
+                "k_grid": list(knn.K_GRID),
+                "temperature": knn.TEMPERATURE,
+            },
             **settings,
         },
         "cell": dataclasses.asdict(cell) if cell else None,
@@ -266,30 +270,29 @@ def measure(
     for row in read_json_lines(out / inputs.RESULTS):
         if row.get("key") == key:
             return row
-    arrays = _arrays(entry, subject, split, settings["seed"], config.batch, progress)
-    classes = len(subject.train.classes)
+    data = _probe_data(entry, subject, split, settings["seed"], config.batch, progress)
     row = {
         "key": key,
         **facts,
-        "n_seen": arrays.n_seen,
-        "width": arrays.train_x.shape[1],
-        "linear": inputs.as_row(arrays.probe_with(logistic.probe, classes=classes)),
-        "knn": inputs.as_row(arrays.probe_with(knn.probe, classes=classes)),
+        "n_seen": data.n_seen,
+        "width": data.width,
+        "linear": logistic.probe(data).values(),
+        "knn": knn.probe(data).values(),
     }
     return inputs.record(out, row)
 
 
-def _arrays(
+def _probe_data(
     entry: Entry,
     subject: Subject,
     split: splits.Split,
     seed: int,
     batch: int,
     progress: bool,
-) -> Arrays:
+) -> ProbeData:
     """Features of an entry in the order of the latent sets, with the latent sets' labels."""
     if entry.network is not None and entry.cell is not None:
-        return cell_arrays(
+        return cell_data(
             entry.network, entry.train, entry.test, split, entry.cell,
             seed=seed, batch=batch, progress=progress,
         )  # fmt: skip
@@ -300,7 +303,7 @@ def _arrays(
             (subject.test, np.arange(len(subject.test)), entry.test),
         )
     )
-    return arrays_of(train_x, test_x, subject.train, subject.test, split)
+    return probe_data(train_x, test_x, subject.train, subject.test, split)
 
 
 def mark_chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.core.files import text_hash
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.token_maps import TokenMaps, add_arguments, map_file, open_maps
+from latentddae.transfer.probes.metrics import pck
 
 PROTOCOL = "correspond/1"
 ENDS = ("source", "target")
@@ -107,16 +108,6 @@ def distances(
     if pair.box is not None:
         extent = np.array(pair.box[2:]) - np.array(pair.box[:2])
     return np.linalg.norm(found - pair.target_points, axis=1) / extent.max()
-
-
-def pck(distances: Sequence[np.ndarray], alpha: float) -> dict[str, float]:
-    """Share of right points, over all points and as the mean over pairs."""
-    right = [d <= alpha for d in distances]
-    return {
-        "alpha": alpha,
-        "per_point": float(np.concatenate(right).mean()),
-        "per_pair": float(np.mean([r.mean() for r in right])),
-    }
 
 
 def run(maps: TokenMaps, data: Path, out: Path) -> dict[str, Any]:

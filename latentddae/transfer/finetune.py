@@ -44,7 +44,8 @@ from latentddae.transfer.finetuning.classifier import (
     path_factors,
 )
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed, soft_cross_entropy
-from latentddae.transfer.protocol import cells, splits
+from latentddae.transfer.protocol import splits
+from latentddae.transfer.protocol.options import open_test
 
 PROTOCOL = "finetune/1"
 EVALUATION_BATCH = 256
@@ -138,7 +139,7 @@ class Task:
         data = self.config.data
         null_labels(self.checkpoint.model, 1)  # refuses a network that has none
         train = inputs.open_shards(Path(data.path), data.split, self.checkpoint)
-        test = cells.open_test(Path(data.path), self.config.test_split, self.checkpoint)
+        test = open_test(Path(data.path), self.config.test_split, self.checkpoint)
         if test.split == train.split:
             raise ConfigError(f"data.split and test_split are both {test.split!r}")
         for shards in (train, test):

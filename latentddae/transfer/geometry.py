@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="latentddae geometry",
         description="Alignment, uniformity, effective rank and CKA of every block's features.",
     )
-    inputs.add_arguments(parser, holdout=False)
+    inputs.add_arguments(parser)
     parser.add_argument("--levels", default="0.05", help="noise levels, e.g. 0.05,0.2 or t=121")
     parser.add_argument("--split", default="train")
     parser.add_argument(

@@ -139,7 +139,7 @@ class GridRun:
                 "precision": precision_of(self.checkpoint),
                 "objective": to_dict(self.checkpoint.objective),
                 "data": dict(self.train.fingerprints),
-                "l2_grid": list(ridge.STRENGTHS),
+                "l2_grid": list(ridge.L2_GRID),
                 "blocks": list(self.blocks),
                 **{name: to_dict(settings)[name] for name in deciding},
             }
@@ -254,12 +254,22 @@ def judge_level(run: GridRun, level: float, progress: Progress | None = None) ->
         seen = rows.stop
     cells = []
     for cell, sums in statistics.items():
-        sums.reduce()
+        reduce_over_ranks(sums)
         features = torch.from_numpy(dist.all_gather_rows(torch.cat(kept.pop(cell)).numpy()))
         judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
         cells.append(dist.on_rank0(judge))
     units = describe_level(run.checkpoint.objective, level)
     return LevelResult(units, tuple(cells), round(time.monotonic() - started, 3))
+
+
+def reduce_over_ranks(statistics: ridge.Statistics) -> None:
+    """Add the samples of all ranks. A collective."""
+    world = dist.world_from_environment()
+    if world.size > 1:
+        device = dist.device_for(world)
+        statistics.reduce(
+            dist.broadcast_object, lambda sums: dist.sum_tensor(sums.to(device)).cpu()
+        )
 
 
 def _judge_cell(
@@ -274,7 +284,7 @@ def _judge_cell(
         pool=cell[1],
         width=features.shape[1],
         accuracy=scores[best],
-        l2=ridge.STRENGTHS[best],
+        l2=ridge.L2_GRID[best],
         accuracies=tuple(scores),
     )
 
@@ -299,7 +309,7 @@ def assemble(run: GridRun, done: Sequence[LevelResult], judged: Sequence[GridCel
         level_units=tuple(result.units for result in done),
         blocks=run.blocks,
         pools=settings.pools,
-        l2_grid=ridge.STRENGTHS,
+        l2_grid=ridge.L2_GRID,
         rerank=settings.rerank,
         search=settings.search,
         cells=tuple(reranked.get((c.level, c.block, c.pool), c) for c in cells),

@@ -31,7 +31,8 @@ from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks
 from latentddae.transfer.extraction.trunk import null_labels, precision_of
-from latentddae.transfer.protocol import cells, splits
+from latentddae.transfer.protocol import splits
+from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
 
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="latentddae noise-classifier",
         description="One MLP on a block's features for all noise levels, and its accuracy curve.",
     )
-    inputs.add_arguments(parser, holdout=False)
+    inputs.add_arguments(parser)
     parser.set_defaults(batch=Settings.batch)
     parser.add_argument("--block", type=int, required=True, help="1 to depth")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
     described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
     train = inputs.open_shards(args.data, "train", checkpoint)
-    test = cells.open_test(args.data, args.test_split, checkpoint)
+    test = open_test(args.data, args.test_split, checkpoint)
     for shards in (train, test):
         splits.labels_of(shards, np.arange(len(shards)))
     part = Subset(train, subset(train.keys(np.arange(len(train))), args.limit, seed))

@@ -289,7 +289,7 @@ def probe_label(row: dict[str, Any]) -> str | Tagged:
 def probe_bar(row: dict[str, Any]) -> Bar:
     """A probe's accuracy with its sd over noises where there are several, else its standard
     error."""
-    if "accuracy_sd" in row:
+    if row.get("accuracy_sd") is not None:
         return Bar(row["accuracy"], row["accuracy_sd"])
     return bar(row, row["n_seen"]["test"])
 
@@ -427,7 +427,7 @@ def _csv_line(
         found.name, features, row["chosen"], cell["block"], cell["level"], cell["pool"], row["width"],
         probe, result["accuracy"], result.get("heldout_accuracy"), row["n_seen"]["train"],
         row["n_seen"]["test"], row["seed"], row["protocol"].get(probe, row["protocol"])["name"],
-        row.get("metric", "top1"), row.get("accuracy_sd", ""),
+        row.get("metric", "top1"), row.get("accuracy_sd") or "",
         (row["checkpoint"] or {}).get("images_seen", ""),
     ]  # fmt: skip
 

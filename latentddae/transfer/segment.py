@@ -36,7 +36,7 @@ from latentddae.transfer.extraction.token_maps import (
     map_file,
     open_maps,
 )
-from latentddae.transfer.probes.metrics import confusion
+from latentddae.transfer.probes.metrics import confusion, mean_iou
 
 PROTOCOL = "segment-linear/1"
 IGNORED = 255
@@ -145,18 +145,6 @@ def predict(layer: nn.Linear, tokens: Tensor, height: int, width: int) -> np.nda
     shares = layer(tokens).softmax(dim=-1).permute(2, 0, 1)[None]
     full = F.interpolate(shares, (height, width), mode="bilinear", align_corners=False)
     return full[0].argmax(dim=0).numpy()
-
-
-def mean_iou(table: np.ndarray) -> tuple[float, list[float | None]]:
-    """mIoU and the IoU of each class from a confusion table; a class in neither mask nor answer
-    counts nowhere."""
-    right = np.diagonal(table)
-    union = table.sum(axis=0) + table.sum(axis=1) - right
-    each = [float(r / u) if u else None for r, u in zip(right, union, strict=True)]
-    present = [value for value in each if value is not None]
-    if not present:
-        raise DataError("no pixel of the test masks is of a class")
-    return sum(present) / len(present), each
 
 
 def score(layer: nn.Linear, tokens: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:

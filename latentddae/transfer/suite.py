@@ -1,40 +1,44 @@
-"""Transfer sets by name, with the metric and the splits that papers use, and a suite of them.
+"""`latentddae suite`: transfer sets by name, with the metric and the splits that papers use.
 
     latentddae suite --checkpoint RUN --out RUN/transfer data/pets data/flowers102 data/cifar10
 
-Each data folder's name says which set it is; another name is judged by top-1 on train and test. A
-set gets a grid, then the linear and the k-NN probe on the chosen cell. What is done is not done
-again, so an interrupted suite goes on.
+Each data folder's name says which set it is; any other is scored by top-1 on train and test. A set
+gets a grid, then the linear and the k-NN probe on the chosen cell. Finished parts are not computed
+again, so an interrupted suite continues.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from latentddae.core import dist
-from latentddae.core.config import build, merge
+from latentddae.core.command import Command
+from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
-from latentddae.core.files import read_json_lines, write_json
-from latentddae.transfer import grid
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.probes import knn, logistic
+from latentddae.core.files import write_json
+from latentddae.transfer.extraction.inputs import open_checkpoint
+from latentddae.transfer.grid import GridConfig, open_run, run_grid
+from latentddae.transfer.knn import knn
+from latentddae.transfer.linear import LinearConfig, linear
+from latentddae.transfer.protocol.options import open_test, open_train
+from latentddae.transfer.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSet:
     """How a set is scored. Splits are those of `latentddae encode --source NAME`."""
 
-    metric: str = "top1"
+    metric: Literal["top1", "mean_per_class"] = "top1"
     train: tuple[str, ...] = ("train",)
-    """Fitted on in the end; a held-out part of it makes every choice."""
+    """Splits that are fitted on; a held-out part of them makes every choice."""
     test: str = "test"
 
 
 BOTH = ("train", "val")
-SETS = {  # Kornblith et al. 2019 (arXiv 1805.08974), table 1; mean per class where classes are uneven
+# Kornblith et al. 2019 (arXiv 1805.08974), table 1; mean per class where classes are uneven.
+SETS = {
     "cifar10": TransferSet(),
     "cifar100": TransferSet(),
     "stl10": TransferSet(),
@@ -49,91 +53,143 @@ SETS = {  # Kornblith et al. 2019 (arXiv 1805.08974), table 1; mean per class wh
     "tiny-imagenet": TransferSet(test="val"),
     "mnist5k": TransferSet(),
 }
-PROBES = {"linear": logistic, "knn": knn}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
-    """What `--config` may set."""
+    """Grid, linear and k-NN probe on several data sets."""
 
+    data: tuple[Path, ...] = positional(())
+    """Data folders, named as their sets."""
+    checkpoint: str
+    """Portable checkpoint folder, published weights, or a baseline."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights, or those of the last step."""
+    out: Path
+    """Folder for results: OUT/SET."""
     sets: tuple[str, ...] = ()
-    """Data folders below `root`."""
-    root: str = "data"
-    levels: tuple[float, ...] | None = None
+    """Without `data`: data folders below `root`."""
+    root: Path = Path("data")
+    """Folder of `sets`."""
+    levels: tuple[str, ...] = ()
+    """Noise levels of the grids; default: those of `latentddae grid`."""
     search: int = 0
+    """Further noise levels that a grid searches around the best."""
     limit: int | None = None
     """Training images of a grid; probes use all."""
 
+    def __post_init__(self) -> None:
+        require(self, non_negative=("search",), positive=("limit",))
+        if not self.data and not self.sets:
+            raise UsageError("name data folders, or a --config with `sets`")
 
-def options_of(data: Path) -> list[str]:
-    """How a probe command is told the custom of a set."""
-    known = SETS.get(data.name, TransferSet())
-    splits = ["--train-splits", ",".join(known.train)]
-    return [*splits, "--test-split", known.test, "--metric", known.metric]
-
-
-def run_set(data: Path, out: Path, common: Sequence[str], search: Sequence[str]) -> dict[str, Any]:
-    """Grid and probes of one set; returns its row of the table."""
-    known = SETS.get(data.name, TransferSet())
-    given = ["--data", str(data), *common]
-    splits = ["--train-splits", ",".join(known.train)]
-    grid.main([*given, *splits, *search, "--out", str(out / "grid")])
-    for name, module in PROBES.items():
-        cell = ["--cell", str(out / "grid" / "grid.json"), "--out", str(out / name)]
-        module.main([*given, *options_of(data), *cell])
-    return dist.on_rank0(lambda: row_of(data, out))
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The data folders."""
+        return self.data or tuple(self.root / name for name in self.sets)
 
 
-def row_of(data: Path, out: Path) -> dict[str, Any]:
-    """What the probes have found on a set."""
-    lines = {name: read_json_lines(out / name / inputs.RESULTS)[-1] for name in PROBES}
-    first = lines["linear"]
-    return {
-        "set": data.name,
-        "metric": first["metric"],
-        **{name: line["accuracy"] for name, line in lines.items()},
-        "block": first["cell"]["block"],
-        "level": first["cell"]["level"],
-        "n_test": first["n_seen"]["test"],
-    }
+@dataclass(frozen=True, kw_only=True)
+class SuiteRow:
+    """What the probes measured on one set."""
+
+    set: str
+    metric: str
+    linear: float
+    knn: float
+    block: int | str
+    level: float
+    n_test: int
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each set."""
+def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
+    """Grid and probes of one set. A collective."""
+    transfer_set, out = SETS.get(data.name, TransferSet()), config.out / data.name
+    run_grid(
+        open_run(
+            GridConfig(
+                checkpoint=config.checkpoint,
+                weights=config.weights,
+                data=data,
+                out=out / "grid",
+                train_splits=transfer_set.train,
+                levels=config.levels,
+                search=config.search,
+                limit=config.limit,
+            )
+        )
+    )
+    options = LinearConfig(
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        data=data,
+        out=out / "linear",
+        cell=out / "grid" / "grid.json",
+        train_splits=transfer_set.train,
+        test_split=transfer_set.test,
+        metric=transfer_set.metric,
+    )
+    (linear_result,) = linear(options)
+    (knn_result,) = knn(replace(options, out=out / "knn"))
+    return suite_row(data.name, linear_result, knn_result)
+
+
+def suite_row(name: str, linear_result: Result, knn_result: Result) -> SuiteRow:
+    """One row of the table."""
+    cell = linear_result.cell
+    assert cell is not None and cell.block is not None and cell.level is not None
+    assert linear_result.accuracy is not None and knn_result.accuracy is not None
+    return SuiteRow(
+        set=name,
+        metric=linear_result.metric,
+        linear=linear_result.accuracy,
+        knn=knn_result.accuracy,
+        block=cell.block,
+        level=cell.level,
+        n_test=linear_result.n_seen["test"],
+    )
+
+
+def table(rows: Sequence[SuiteRow]) -> str:
+    """The rows as text, one line for each set."""
     head = f"{'set':<16} {'metric':<14} {'linear':>8} {'k-NN':>8}  cell"
     lines = [
-        f"{row['set']:<16} {row['metric']:<14} {100 * row['linear']:>8.2f} {100 * row['knn']:>8.2f}"
-        f"  block {row['block']} at s={row['level']:g}, {row['n_test']} test samples"
+        f"{row.set:<16} {row.metric:<14} {100 * row.linear:>8.2f} {100 * row.knn:>8.2f}"
+        f"  block {row.block} at s={row.level:g}, {row.n_test} test samples"
         for row in rows
     ]
     return "\n".join([head, *lines])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae suite", description="Grid, linear and k-NN probe on several data sets."
-    )
-    parser.add_argument("data", nargs="*", type=Path, help="data folders, named as their sets")
-    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
-    parser.add_argument("--out", required=True, type=Path, help="results go to OUT/SET")
-    parser.add_argument("--config", type=Path, help="configs/transfer/suite.yaml, or your own")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    args = parser.parse_args(argv)
-    config = build(SuiteConfig, merge(args.config))
-    folders = args.data or [Path(config.root) / name for name in config.sets]
-    if not folders:
-        raise UsageError("name data folders, or a --config with `sets`")
-    search = ["--search", str(config.search)]
-    if config.levels:
-        search += ["--levels", ",".join(map(str, config.levels))]
-    if config.limit is not None:
-        search += ["--limit", str(config.limit)]
-    common = ["--checkpoint", args.checkpoint, "--weights", args.weights]
-    rows = [run_set(data, args.out / data.name, common, search) for data in folders]
+def run(config: SuiteConfig) -> list[SuiteRow]:
+    """Run all sets, write suite.json and print the table."""
+    if dist.world_from_environment().size > 1:
+        dist.start()
+    rows = [run_set(config, data) for data in config.folders]
     if dist.world_from_environment().is_main:
-        write_json(args.out / "suite.json", {"kind": "suite", "rows": rows})
+        content = {"kind": "suite", "rows": [asdict(row) for row in rows]}
+        write_json(config.out / "suite.json", content)
         print(table(rows))
+    return rows
 
+
+def plan(config: SuiteConfig) -> str:
+    """What the command would do."""
+    checkpoint = open_checkpoint(config.checkpoint, config.weights)
+    lines = []
+    for data in config.folders:
+        transfer_set = SETS.get(data.name, TransferSet())
+        train = open_train(data, transfer_set.train, checkpoint)
+        test = open_test(data, transfer_set.test, checkpoint)
+        lines.append(
+            f"{data.name}: {transfer_set.metric}, {len(train)} training samples of {train.split}, "
+            f"{len(test)} test samples of {test.split}; results go to {config.out / data.name}"
+        )
+    return "\n".join(lines)
+
+
+COMMAND = Command("suite", SuiteConfig, run=run, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("suite", main))

@@ -5,12 +5,12 @@ three principal components over all of them. Everything goes into visualize.json
 which `latentddae report` shows. Images are decoded from the latents, or cut from --source.
 """
 
-import argparse
 import base64
 import dataclasses
 import io
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ from einops import rearrange
 from PIL import Image
 
 from latentddae.core import dist
-from latentddae.core.errors import UsageError, run_command
+from latentddae.core.command import Command
+from latentddae.core.config import require
+from latentddae.core.errors import run_command
 from latentddae.core.files import write_json
 from latentddae.data.preview import decoded, find_source, source_squares
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import members_of
 from latentddae.transfer.probes.knn import nearest
-from latentddae.transfer.protocol import session
+from latentddae.transfer.protocol.options import ProbeOptions
+from latentddae.transfer.protocol.session import ProbeSession, cell_info, describe, open_session
 from latentddae.transfer.protocol.splits import subset
 
 FILE = "visualize.json"
@@ -34,9 +37,29 @@ QUANTILES = (0.01, 0.99)
 """Of each component's values: what becomes the darkest and the brightest."""
 
 
-def neighbours(opened: session.Opened, queries: np.ndarray, count: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class VisualizeConfig(ProbeOptions):
+    """Nearest neighbours and token colours of test images, for one cell."""
+
+    limit: int | None = BANK
+    """Training samples among which neighbours are searched."""
+    queries: int = 8
+    """Test images."""
+    neighbours: int = 6
+    """Nearest neighbours of each."""
+    source: str | None = None
+    """Images to show; default: decoded from the latents."""
+    autoencoder: str | None = None
+    """Autoencoder for decoding; default: the one that the manifest names."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, positive=("queries", "neighbours"))
+
+
+def neighbours(opened: ProbeSession, queries: np.ndarray, count: int) -> list[dict[str, Any]]:
     """For each test sample its `count` nearest training samples by cosine, best first."""
-    seed = opened.settings["seed"]
+    seed = opened.seed
     bank = opened.features(opened.train, opened.split.train, seed, "train")
     asked = opened.features(opened.test, queries, seed, "test")
     similarity, found = nearest(asked, bank, count)
@@ -47,7 +70,7 @@ def neighbours(opened: session.Opened, queries: np.ndarray, count: int) -> list[
     ]
 
 
-def token_maps(opened: session.Opened, samples: np.ndarray) -> np.ndarray:
+def token_maps(opened: ProbeSession, samples: np.ndarray) -> np.ndarray:
     """Tokens of test samples at the cell: (N, side, side, D) float32.
 
     A pool of as many patches as there are tokens leaves the map as it is.
@@ -55,7 +78,7 @@ def token_maps(opened: session.Opened, samples: np.ndarray) -> np.ndarray:
     block = members_of(opened.cell.block)[-1]
     side = math.isqrt(opened.checkpoint.model.tap_shapes()[block][0])
     spec = dataclasses.replace(
-        opened.cell.spec(opened.settings["seed"]),
+        opened.cell.spec(opened.seed),
         blocks=(block,),
         pools=(f"grid{side}",),
     )
@@ -80,14 +103,14 @@ def principal_colours(maps: np.ndarray) -> np.ndarray:
     return (255 * colours).round().astype(np.uint8).reshape(*maps.shape[:3], 3)
 
 
-def images_of(shards: Any, indices: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+def images_of(shards: Any, indices: np.ndarray, config: VisualizeConfig) -> np.ndarray:
     """(N, H, W, 3) uint8: from --source, else decoded from the latents' first view."""
-    if args.source:
-        source = find_source(shards, args.source)
+    if config.source:
+        source = find_source(shards, config.source)
         assert source is not None
         resolution = shards.manifest["pipeline"]["resolution"]
         return source_squares(source, shards, indices, resolution)
-    return decoded(shards, indices, args.autoencoder)[:, 0]
+    return decoded(shards, indices, config.autoencoder)[:, 0]
 
 
 def as_text(image: np.ndarray) -> str:
@@ -97,15 +120,15 @@ def as_text(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
+def look(opened: ProbeSession, config: VisualizeConfig) -> dict[str, Any]:
     """The content of visualize.json."""
-    test, train, seed = opened.test, opened.train, opened.settings["seed"]
-    queries = subset(test.keys(np.arange(len(test))), args.queries, seed)
-    rows = neighbours(opened, queries, args.neighbours)
+    test, train, seed = opened.test, opened.train, opened.seed
+    queries = subset(test.keys(np.arange(len(test))), config.queries, seed)
+    rows = neighbours(opened, queries, config.neighbours)
     colours = principal_colours(token_maps(opened, queries))
-    asked = images_of(test, queries, args)
+    asked = images_of(test, queries, config)
     places = np.unique([place for row in rows for place, _ in row["neighbours"]])
-    pictures = dict(zip(places.tolist(), images_of(train, places, args), strict=True))
+    pictures = dict(zip(places.tolist(), images_of(train, places, config), strict=True))
     names, truth, known = test.classes, test.labels, train.labels
     shown = [
         {
@@ -124,34 +147,37 @@ def look(opened: session.Opened, args: argparse.Namespace) -> dict[str, Any]:
         }
         for row, image, map_ in zip(rows, asked, colours, strict=True)
     ]
-    facts = session.facts_of("visualize", {"bank": len(opened.split.train)}, opened)
-    return {**facts, "queries": shown}
+    return {
+        "kind": "visualize",
+        "checkpoint": dataclasses.asdict(opened.checkpoint_info),
+        "cell": dataclasses.asdict(cell_info(opened)),
+        "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
+        "bank": len(opened.split.train),
+        "seed": seed,
+        "queries": shown,
+    }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae visualize",
-        description="Nearest neighbours and token colours of test images.",
-    )
-    session.add_arguments(parser)
-    parser.set_defaults(limit=BANK)
-    parser.add_argument("--queries", type=int, default=8, help="test images (default 8)")
-    parser.add_argument("--neighbours", type=int, default=6, help="of each (default 6)")
-    parser.add_argument("--source", help="images to show; default: decoded from the latents")
-    parser.add_argument("--autoencoder", help="default: the one the manifest names")
-    args = session.parse(parser, argv)
-    if args.queries < 1 or args.neighbours < 1:
-        raise UsageError("--queries and --neighbours must be 1 or more")
-    found = look(session.open_cell(args), args)
+def run(config: VisualizeConfig) -> None:
+    """Write visualize.json and print how many neighbours are of the right class."""
+    content = look(open_session(config), config)
     if dist.world_from_environment().is_main:
-        write_json(args.out / FILE, found)
-        neighbours_ = [near for query in found["queries"] for near in query["neighbours"]]
-        share = sum(near["right"] for near in neighbours_) / len(neighbours_)
+        write_json(config.out / FILE, content)
+        near = [near for query in content["queries"] for near in query["neighbours"]]
+        share = sum(neighbour["right"] for neighbour in near) / len(near)
         print(
-            f"{args.out / FILE}: {len(found['queries'])} test images, {100 * share:.0f} % of their "
-            "nearest neighbours are of their class"
+            f"{config.out / FILE}: {len(content['queries'])} test images, {100 * share:.0f} % of "
+            "their nearest neighbours are of their class"
         )
 
+
+def plan(config: VisualizeConfig) -> str:
+    """What the command would do."""
+    return describe(open_session(config), "nearest neighbours and token colours")
+
+
+COMMAND = Command("visualize", VisualizeConfig, run=run, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("visualize", main))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from latentddae.data.shards import ShardSet
@@ -54,6 +55,29 @@ def make_grid(
     return run_grid(run)
 
 
+def planted(
+    n: int,
+    seed: int,
+    *,
+    distance: float = 1.0,
+    classes: int = 6,
+    width: int = 30,
+    noise: float = 1.0,
+    offset: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian clusters around fixed centres: features (n, width) float32, labels (n,) int64."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, n)
+    centres = np.random.default_rng(99).normal(size=(classes, width)) * distance
+    x = centres[labels] + noise * random.normal(size=(n, width)) + offset
+    return x.astype(np.float32), labels
+
+
+def third(n: int) -> np.ndarray:
+    """Every third of n samples, (n,) bool."""
+    return np.arange(n) % 3 == 0
+
+
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     """Drawing heat maps costs more than computing these small grids."""
@@ -66,7 +90,7 @@ def train(tiny_shards: Path) -> ShardSet:
 
 
 @pytest.fixture(scope="session")
-def test(tiny_shards: Path) -> ShardSet:
+def test_set(tiny_shards: Path) -> ShardSet:
     return ShardSet(tiny_shards, "test")
 
 

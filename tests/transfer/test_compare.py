@@ -31,11 +31,11 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
-def pixels(train, test, tmp_path_factory):
+def pixels(train, test_set, tmp_path_factory):
     """The "images" of the same keys in another order: the label drawn as a bar, and noise."""
     root = tmp_path_factory.mktemp("pixels")
     spec = LatentSpec(kind="image", channels=3, size=8)
-    for shards, split in ((train, "train"), (test, "test")):
+    for shards, split in ((train, "train"), (test_set, "test")):
         order = np.random.default_rng(0).permutation(len(shards))
         images = np.random.default_rng(1).integers(0, 40, (len(shards), 1, 3, 8, 8), dtype=np.uint8)
         for place, index in enumerate(order):
@@ -46,12 +46,12 @@ def pixels(train, test, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(checkpoint, train, test, pixels, tmp_path_factory):
+def subject(checkpoint, train, test_set, pixels, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
     settings = GridSettings(levels=(0.1, 0.3), holdout=0.3, seed=3, rerank=1)
     chosen = make_grid(checkpoint, train, out, settings)
     return Subject(
-        checkpoint=checkpoint, grid=chosen, train=train, test=test, source="toy",
+        checkpoint=checkpoint, grid=chosen, train=train, test=test_set, source="toy",
         pixel_train=ShardSet(pixels, "train"), pixel_test=ShardSet(pixels, "test"),
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_one_pooling_of_each_group_is_chosen_on_held_out_train(finished):
 
 def test_finished_rows_are_not_computed_again(finished, subject, monkeypatch):
     out, rows = finished
-    for name in ("cell_arrays", "flat_latents"):
+    for name in ("cell_data", "flat_latents"):
         monkeypatch.setattr(comparison, name, lambda *_, **__: pytest.fail("computed again"))
     assert compare(subject, out, CONFIG, progress=False) == rows
     assert len(read_json_lines(out / "results.jsonl")) == len(rows)
@@ -137,7 +137,7 @@ def test_choices_do_not_see_test(finished, subject, tmp_path, monkeypatch):
     wrong.labels = np.roll(wrong.labels, 1)
     rows = compare(replace(subject, test=wrong), tmp_path, CONFIG, progress=False)
     for old, new in zip(finished[1], rows, strict=True):
-        for probe, key in (("linear", "strength"), ("knn", "k")):
+        for probe, key in (("linear", "l2"), ("knn", "k")):
             assert old[probe][key] == new[probe][key]
             assert old[probe]["heldout_accuracy"] == new[probe]["heldout_accuracy"]
         assert (old["cell"], old["chosen"]) == (new["cell"], new["chosen"])

@@ -18,6 +18,7 @@ from latentddae.models.dit import DiTConfig
 from latentddae.transfer import correspond, segment
 from latentddae.transfer.correspond import Pair
 from latentddae.transfer.extraction import token_maps
+from latentddae.transfer.probes import metrics
 from latentddae.transfer.segment import IGNORED, Settings
 
 SIDE = 32  # pixels
@@ -105,14 +106,14 @@ def test_miou_equals_sets_of_pixels() -> None:
     random = np.random.default_rng(0)
     mask, answer = (random.integers(0, 3, (20, 30)) for _ in range(2))
     table = segment.confusion(answer.ravel(), mask.ravel(), 4)
-    found, each = segment.mean_iou(table)
+    found, each = metrics.mean_iou(table)
     direct = [
         ((mask == k) & (answer == k)).sum() / ((mask == k) | (answer == k)).sum() for k in range(3)
     ]
     assert each[:3] == pytest.approx(direct) and each[3] is None
     assert found == pytest.approx(np.mean(direct))
     with pytest.raises(DataError):
-        segment.mean_iou(np.zeros((2, 2), np.int64))
+        metrics.mean_iou(np.zeros((2, 2), np.int64))
 
 
 def test_shares_under_tokens_count_pixels() -> None:
@@ -217,7 +218,7 @@ def test_matches_find_the_best_token_of_a_planted_map() -> None:
 
 def test_pck_counts_by_box_and_by_pair() -> None:
     near, far = np.array([0.04, 0.2]), np.array([0.09])
-    found = correspond.pck([near, far], 0.1)
+    found = metrics.pck([near, far], 0.1)
     assert found == {"alpha": 0.1, "per_point": pytest.approx(2 / 3), "per_pair": 0.75}
     maps = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
     points = np.array([[5.5, 5.5]])  # the middle of token (1, 1) of a 16 pixel image

@@ -51,7 +51,7 @@ def test_accuracies_are_those_of_scikit_learn(checkpoint, train, tmp_path):
         x = features[cell.level][cell.block, cell.pool].astype(np.float64)
         fit, aside = x[~split.heldout], x[split.heldout]
         scaler = StandardScaler().fit(fit)
-        for strength, score in zip(ridge.STRENGTHS, cell.accuracies, strict=True):
+        for strength, score in zip(ridge.L2_GRID, cell.accuracies, strict=True):
             theirs = RidgeClassifier(alpha=strength * len(fit), solver="cholesky")
             theirs.fit(scaler.transform(fit), train.labels[~split.heldout])
             right = theirs.score(scaler.transform(aside), train.labels[split.heldout])
@@ -99,7 +99,7 @@ def test_the_full_probe_has_the_last_word(checkpoint, train, tmp_path):
         assert chosen.probe_accuracy == max(cell.probe_accuracy for cell in judged)
         spec = FeatureSpec(level=chosen.level, blocks=(chosen.block,), pools=(pool,), seed=3)
         features = collect(checkpoint, train, split.train, spec)[spec.cell]
-        choice = logistic.judge(features, train.labels, split.heldout, 4, rerank.STRENGTHS)
+        choice = logistic.score_heldout(features, train.labels, split.heldout, 4, rerank.L2_GRID)
         assert chosen.probe_accuracy == choice.heldout_accuracy
 
 
@@ -126,7 +126,7 @@ def test_files(checkpoint, train, tmp_path, monkeypatch):
     result = run(checkpoint, train, tmp_path)
     assert read_grid(tmp_path / "grid.json") == result
     lines = list(csv.DictReader((tmp_path / "grid.csv").open()))
-    assert len(lines) == 12 * len(ridge.STRENGTHS)
+    assert len(lines) == 12 * len(ridge.L2_GRID)
     assert float(lines[0]["t"]) == 0.1
     for pool in SETTINGS.pools:
         assert len((tmp_path / f"grid-{pool}.png").read_bytes()) > 5000

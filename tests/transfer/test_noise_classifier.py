@@ -55,12 +55,12 @@ def test_every_draw_follows_from_the_position(reader, train) -> None:
     assert not torch.equal(level, noise_classifier.drawn(reader, loader.batch_at(0), 3)[1])
 
 
-def test_planted_classes_are_read_where_there_is_signal(reader, train, test) -> None:
+def test_planted_classes_are_read_where_there_is_signal(reader, train, test_set) -> None:
     part = Subset(train, np.arange(len(train)))
     head = noise_classifier.train_head(
         reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
     )
-    curve = noise_classifier.accuracy_curve(reader, head, test, seed=0)
+    curve = noise_classifier.accuracy_curve(reader, head, test_set, seed=0)
     assert len(curve) == 20 and [row["level"] for row in curve] == sorted(
         row["level"] for row in curve
     )

@@ -8,18 +8,16 @@ import pytest
 import torch
 
 from latentddae.core.errors import ConfigError, UsageError
-from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet
 from latentddae.training.deepspeed_config import resolve_precision
-from latentddae.transfer import features
+from latentddae.transfer import features, knn, linear, results
 from latentddae.transfer.grid import GridSettings
-from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.metrics import mean_per_class, top1
 from latentddae.transfer.protocol import session
 
 from .conftest import CONFIG, make_grid, write_checkpoint
 
-COMMANDS = {"linear": logistic, "knn": knn}
+COMMANDS = {"linear": linear, "knn": knn}
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +35,28 @@ def arguments(checkpoint_folder, data, out, *rest):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_reads_the_planted_classes_from_the_chosen_cell(
+def test_finds_the_planted_classes_from_the_chosen_cell(
     name, checkpoint_folder, tiny_shards, grid_file, tmp_path, capsys
 ):
     command = COMMANDS[name].main
     for _ in range(2):  # the second run adds nothing
         command(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", grid_file))
-    (line,) = read_json_lines(tmp_path / "results.jsonl")
+    (line,) = results.read(tmp_path / results.RESULTS)
     best = json.loads(grid_file.read_text())["chosen"]
-    assert line["kind"] == name
-    assert (line["cell"]["block"], line["cell"]["level"]) == (best["block"], best["level"])
-    assert line["cell"]["precision"] == resolve_precision("auto", torch.device("cpu"))
-    assert (line["protocol"]["seed"], line["protocol"]["holdout"]) == (3, 0.3)  # of the grid
-    assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
-    assert line["accuracy"] > 0.9
+    assert line.kind == name
+    assert (line.cell.block, line.cell.level) == (best["block"], best["level"])
+    assert line.cell.precision == resolve_precision("auto", torch.device("cpu"))
+    assert (line.seed, line.protocol["holdout"]) == (3, 0.3)  # of the grid
+    assert line.n_seen == {"train": 96, "heldout": 30, "test": 32}
+    assert line.accuracy > 0.9
     assert "% on 32 test samples" in capsys.readouterr().out
 
 
 def test_a_cell_by_hand(checkpoint_folder, tiny_shards, tmp_path):
     cell = ("--block", 2, "--level", 0.2, "--pool", "grid2", "--seed", 8, "--limit", 80)
-    logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *cell))
-    (line,) = read_json_lines(tmp_path / "results.jsonl")
-    assert (line["width"], line["seed"], line["n_seen"]["train"]) == (96, 8, 80)
+    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *cell))
+    (line,) = results.read(tmp_path / results.RESULTS)
+    assert (line.width, line.seed, line.n_seen["train"]) == (96, 8, 80)
 
 
 def test_a_cheap_search_may_serve_a_full_probe(
@@ -67,19 +65,19 @@ def test_a_cheap_search_may_serve_a_full_probe(
     settings = GridSettings(levels=(0.1,), holdout=0.3, seed=3, limit=50, rerank=0)
     make_grid(checkpoint, train, tmp_path, settings)
     cell = ("--cell", tmp_path / "grid.json")
-    logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
-    (line,) = read_json_lines(tmp_path / "probe" / "results.jsonl")
-    assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
+    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "probe", *cell))
+    (line,) = results.read(tmp_path / "probe" / results.RESULTS)
+    assert line.n_seen == {"train": 96, "heldout": 30, "test": 32}
 
 
 def test_selection_never_sees_test(
     checkpoint_folder, tiny_shards, grid_file, tmp_path, monkeypatch
 ):
-    """With every test label wrong the same strength is chosen, and test accuracy collapses."""
+    """With every test label wrong the same penalty is chosen, and test accuracy collapses."""
 
     def chosen(out):
-        logistic.main(arguments(checkpoint_folder, tiny_shards, out, "--cell", grid_file))
-        (line,) = read_json_lines(out / "results.jsonl")
+        linear.main(arguments(checkpoint_folder, tiny_shards, out, "--cell", grid_file))
+        (line,) = results.read(out / results.RESULTS)
         return line
 
     before = chosen(tmp_path / "before")
@@ -98,9 +96,9 @@ def test_selection_never_sees_test(
     monkeypatch.setattr(ShardSet, "gather", spied)
     monkeypatch.setattr(ShardSet, "__init__", wrong)
     after = chosen(tmp_path / "after")
-    for key in ("strength", "strengths", "heldout_accuracies"):
-        assert before[key] == after[key]
-    assert after["accuracy"] < 0.3 < 0.9 < before["accuracy"]
+    for key in ("l2", "l2_tried", "heldout_accuracies"):
+        assert before.values[key] == after.values[key]
+    assert after.accuracy < 0.3 < 0.9 < before.accuracy
     assert sum(count for split, count in gathered if split == "test") == 32  # each once
 
 
@@ -109,20 +107,20 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
 ):
     other = write_checkpoint(tmp_path / "other", train, seed=9)
     with pytest.raises(ConfigError, match="the grid was computed with weights"):
-        logistic.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
+        linear.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
     with pytest.raises(UsageError, match="name the cell"):
-        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
     with pytest.raises(ConfigError, match="the result of `latentddae grid`"):
-        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
     rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
-        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
 
 
 def test_labels_make_no_difference_to_a_conditional_network(train, tiny_shards, tmp_path):
     folder = write_checkpoint(tmp_path / "labelled", train, replace(CONFIG, num_classes=4))
-    logistic.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
-    assert read_json_lines(tmp_path / "results.jsonl")[0]["n_seen"]["test"] == 32
+    linear.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
+    assert results.read(tmp_path / results.RESULTS)[0].n_seen["test"] == 32
 
 
 HERE = ("--block", 2, "--level", 0.3)
@@ -131,31 +129,33 @@ HERE = ("--block", 2, "--level", 0.3)
 def lines_of(command, *rest):
     """The lines that a command leaves in its --out folder."""
     command.main(arguments(*rest))
-    return read_json_lines(rest[2] / "results.jsonl")
+    return results.read(rest[2] / results.RESULTS)
 
 
 def test_several_noise_seeds_give_mean_and_spread(checkpoint_folder, tiny_shards, tmp_path, capsys):
     noise = (*HERE[:3], 0.6, "--noise-seeds", 3)
     (line,) = lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / "three", *noise)
-    assert line["noise_seeds"] == [0, 1, 2]
-    assert line["accuracy"] == pytest.approx(np.mean(line["accuracies"]))
-    assert line["accuracy_sd"] == pytest.approx(np.std(line["accuracies"], ddof=1)) != 0
-    assert f" ± {100 * line['accuracy_sd']:.2f} %" in capsys.readouterr().out
+    assert line.noise_seeds == (0, 1, 2)
+    assert line.accuracy == pytest.approx(np.mean(line.values["accuracies"]))
+    assert line.accuracy_sd == pytest.approx(np.std(line.values["accuracies"], ddof=1)) != 0
+    assert f" ± {100 * line.accuracy_sd:.2f} %" in capsys.readouterr().out
     one = (*noise[:4], "--seed", 0)
     (alone,) = lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / "one", *one)
-    assert alone["accuracy"] == line["accuracies"][0]
-    assert line["runs"][0]["k"] == alone["k"]
+    assert alone.accuracy == line.values["accuracies"][0]
+    assert line.values["runs"][0]["k"] == alone.values["k"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_few_shots_use_the_few_only(name, checkpoint_folder, tiny_shards, tmp_path, capsys):
+def test_few_shots_use_the_selected_samples_only(
+    name, checkpoint_folder, tiny_shards, tmp_path, capsys
+):
     few = ("--few-shot", "1,5,50%", "--few-shot-draws", 3)
     rest = (checkpoint_folder, tiny_shards, tmp_path, *HERE, *few)
     lines = lines_of(COMMANDS[name], *rest)
-    assert [line["n_seen"]["train"] for line in lines] == [4, 20, 48]
-    assert [line["protocol"]["few_shot"] for line in lines] == ["1", "5", "50%"]
-    assert all(len(line["accuracies"]) == 3 for line in lines)
-    assert 0.4 < lines[0]["accuracy"] < lines[2]["accuracy"] > 0.8
+    assert [line.n_seen["train"] for line in lines] == [4, 20, 48]
+    assert [line.protocol["few_shot"] for line in lines] == ["1", "5", "50%"]
+    assert all(len(line.values["accuracies"]) == 3 for line in lines)
+    assert 0.4 < lines[0].accuracy < lines[2].accuracy > 0.8
     assert "5 of each class" in capsys.readouterr().out
 
 
@@ -170,30 +170,30 @@ def test_scores_and_confusion_are_those_of_the_predictions(
             self.labels = np.where(np.arange(len(self)) < 20, 0, self.labels)
 
     monkeypatch.setattr(ShardSet, "__init__", uneven)
-    rest = (*HERE, "--metric", "mean_per_class", "--published", 85.73)
-    (line,) = lines_of(logistic, checkpoint_folder, tiny_shards, tmp_path, *rest)
-    found = json.loads((tmp_path / f"confusion-{line['id']}.json").read_text())
+    rest = (*HERE, "--metric", "mean_per_class", "--reference-accuracy", 85.73)
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    found = json.loads((tmp_path / f"confusion-{line.id}.json").read_text())
     assert found["classes"] == ["a", "b", "c", "d"]
     table = np.array(found["counts"])
     assert table.sum() == 32
     assert table[0].sum() == 23
-    assert (line["accuracy"], line["top1"]) == (mean_per_class(table), top1(table))
-    assert line["accuracy"] != line["top1"]
-    assert line["published"] == pytest.approx(0.8573)
+    assert (line.accuracy, line.top1) == (mean_per_class(table), top1(table))
+    assert line.accuracy != line.top1
+    assert line.reference_accuracy == pytest.approx(0.8573)
 
 
-def test_a_config_file_holds_options_and_the_command_line_goes_first(
+def test_a_config_file_holds_options_and_the_command_line_wins(
     checkpoint_folder, tiny_shards, tmp_path, capsys
 ):
     file = tmp_path / "probe.yaml"
-    file.write_text("block: 1\nlevel: 0.2\nlimit: 80\npublished: 85.73\nfew_shot: null\n")
+    file.write_text("block: 1\nlevel: 0.2\nlimit: 80\nreference_accuracy: 85.73\nfew_shot: []\n")
     rest = ("--config", file, "--block", 3)
-    (line,) = lines_of(logistic, checkpoint_folder, tiny_shards, tmp_path, *rest)
-    assert (line["cell"]["block"], line["cell"]["level"], line["n_seen"]["train"]) == (3, 0.2, 80)
-    assert "published 85.73 %" in capsys.readouterr().out
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    assert (line.cell.block, line.cell.level, line.n_seen["train"]) == (3, 0.2, 80)
+    assert "reference 85.73 %" in capsys.readouterr().out
     file.write_text("blok: 1\n")
-    with pytest.raises(ConfigError, match="unknown option blok; known: batch, batch_size, block"):
-        logistic.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
+    with pytest.raises(ConfigError, match="unknown key blok; did you mean block"):
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
 
 
 def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, tmp_path):
@@ -201,14 +201,14 @@ def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, t
     rest = (*HERE[:3], 0.6, "--noise-seeds", 3)
     clean, noisy = (
         lines_of(knn, checkpoint_folder, tiny_shards, tmp_path / name, *rest, *more)[0]
-        for name, more in (("clean", ["--clean-input"]), ("noisy", ["--noise-samples", 4]))
+        for name, more in (("clean", ["--no-noisy-input"]), ("noisy", ["--noise-samples", 4]))
     )
-    assert (clean["cell"]["noisy_input"], clean["accuracy_sd"]) == (False, 0)
-    assert (noisy["cell"]["noise_samples"], noisy["cell"]["noisy_input"]) == (4, True)
+    assert (clean.cell.noisy_input, clean.accuracy_sd) == (False, 0)
+    assert (noisy.cell.noise_samples, noisy.cell.noisy_input) == (4, True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_features_on_disk_stand_in_for_the_network(
+def test_features_on_disk_replace_the_network(
     name, checkpoint_folder, tiny_shards, tmp_path, monkeypatch
 ):
     common = (checkpoint_folder, tiny_shards)
@@ -219,12 +219,12 @@ def test_features_on_disk_stand_in_for_the_network(
     monkeypatch.setattr(session, "collect", lambda *_: pytest.fail("the network was run"))
     held = ("--features", folder)
     (read,) = lines_of(COMMANDS[name], *common, tmp_path / "read", *rest, *held)
-    assert abs(read["accuracy"] - fresh["accuracy"]) <= 1 / 32  # float16
-    assert read["n_seen"] == fresh["n_seen"]
+    assert abs(read.accuracy - fresh.accuracy) <= 1 / 32  # float16
+    assert read.n_seen == fresh.n_seen
     with pytest.raises(ConfigError, match="noise seed 4, asked for is 5"):
         lines_of(COMMANDS[name], *common, tmp_path, *HERE, "--seed", 5, *held)
     with pytest.raises(UsageError, match="holds one noise"):
-        lines_of(logistic, *common, tmp_path, *rest, *held, "--recipe", "ddae")
+        lines_of(linear, *common, tmp_path, *rest, *held, "--recipe", "ddae")
 
 
 @pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])
@@ -237,9 +237,9 @@ def test_two_ranks_give_the_accuracy_of_one(
     for size in (1, 2):
         out = tmp_path / str(size)
         command = arguments(checkpoint_folder, tiny_shards, out, *rest)
-        assert ranks(lambda command=command: logistic.main(command), size) == [0] * size
-        lines += read_json_lines(out / "results.jsonl")  # one line for two ranks
+        assert ranks(lambda command=command: linear.main(command), size) == [0] * size
+        lines += results.read(out / results.RESULTS)  # one line for two ranks
     one, two = lines
-    assert abs(one["accuracy"] - two["accuracy"]) <= 0.001
-    assert one["n_seen"] == two["n_seen"]
-    assert one["heldout_accuracies"] == two["heldout_accuracies"]
+    assert abs(one.accuracy - two.accuracy) <= 0.001
+    assert one.n_seen == two.n_seen
+    assert one.values["heldout_accuracies"] == two.values["heldout_accuracies"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentddae.core.config import load
 from latentddae.core.errors import UsageError
-from latentddae.core.files import read_json_lines
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
-from latentddae.transfer import suite
+from latentddae.transfer import linear, results, suite
 from latentddae.transfer.probes import logistic
 from latentddae.transfer.probes.recipes import RECIPES
 
@@ -43,7 +43,7 @@ def pets_and_flowers(tmp_path_factory):
     return root
 
 
-def test_a_suite_judges_each_set_by_its_own_custom(
+def test_a_suite_scores_each_set_by_its_own_metric_and_splits(
     pets_and_flowers, tmp_path, capsys, no_pictures, monkeypatch
 ):
     train = ShardSet(pets_and_flowers / "pets", "train")
@@ -60,8 +60,8 @@ def test_a_suite_judges_each_set_by_its_own_custom(
     ]  # fmt: skip
     assert all(row["linear"] > 0.9 and row["knn"] > 0.9 for row in rows)
     assert "48 test samples" in said
-    (line,) = read_json_lines(tmp_path / "out" / "flowers102" / "linear" / "results.jsonl")
-    assert (line["n_seen"]["train"], line["metric"]) == (72, "mean_per_class")
+    (line,) = results.read(tmp_path / "out" / "flowers102" / "linear" / results.RESULTS)
+    assert (line.n_seen["train"], line.metric) == (72, "mean_per_class")
     grid = json.loads((tmp_path / "out" / "pets" / "grid" / "grid.json").read_text())
     assert len(grid["levels"]) == 3
     monkeypatch.setattr(logistic, "probe", lambda *_: pytest.fail("measured again"))
@@ -75,7 +75,7 @@ def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
     common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path)]
     cell = ["--block", "1", "--level", "0.1", "--train-splits", "train,test"]
     with pytest.raises(UsageError, match="test is one of --train-splits"):
-        logistic.main([*common, *cell])
+        linear.main([*common, *cell])
     with pytest.raises(UsageError, match="name data folders"):
         suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path)])
 
@@ -92,14 +92,15 @@ def test_every_torchvision_set_is_known_with_splits_that_it_has():
 
 
 def test_the_shipped_suite_is_read():
-    config = suite.build(suite.SuiteConfig, suite.merge(ROOT / "configs/transfer/suite.yaml"))
+    given = ["checkpoint=RUN", "out=OUT"]
+    config = load(suite.SuiteConfig, ROOT / "configs/transfer/suite.yaml", given)
     assert set(config.sets) <= set(suite.SETS)
 
 
 @pytest.mark.parametrize(
-    ("name", "time", "published"), [("cifar10", 121, 0.8573), ("tiny_imagenet", 81, 0.6657)]
+    ("name", "time", "reference"), [("cifar10", 121, 0.8573), ("tiny_imagenet", 81, 0.6657)]
 )
-def test_ddaes_own_protocol_runs_as_shipped(name, time, published, tmp_path, capsys):
+def test_ddaes_own_protocol_runs_as_shipped(name, time, reference, tmp_path, capsys):
     """On a network of 14 tiny blocks, with the copies that the recipe trains on."""
     from latentddae.diffusion import OBJECTIVES
     from latentddae.models import zoo
@@ -121,11 +122,11 @@ def test_ddaes_own_protocol_runs_as_shipped(name, time, published, tmp_path, cap
     )  # fmt: skip
     file = ROOT / f"configs/transfer/ddae_{name}.yaml"
     arguments = ["--checkpoint", folder, "--data", tmp_path / "data", "--out", tmp_path / "out"]
-    logistic.main([*map(str, arguments), "--config", str(file), "--epochs", "2"])
-    (line,) = read_json_lines(tmp_path / "out" / "results.jsonl")
-    assert line["cell"]["t"] == pytest.approx(time)
-    assert (line["cell"]["block"], line["cell"]["pool"]) == (14, "mean")
-    assert line["published"] == pytest.approx(published)
-    assert line["protocol"]["name"] == "ddae/1"
-    assert line["protocol"]["rates"] == list(RECIPES["ddae"].rates)
-    assert f"published {100 * published:.2f} %" in capsys.readouterr().out
+    linear.main([*map(str, arguments), "--config", str(file), "--epochs", "2"])
+    (line,) = results.read(tmp_path / "out" / results.RESULTS)
+    assert line.cell.t == pytest.approx(time)
+    assert (line.cell.block, line.cell.pool) == (14, "mean")
+    assert line.reference_accuracy == pytest.approx(reference)
+    assert line.protocol["name"] == "ddae/1"
+    assert line.protocol["learning_rates"] == list(RECIPES["ddae"].learning_rates)
+    assert f"reference {100 * reference:.2f} %" in capsys.readouterr().out

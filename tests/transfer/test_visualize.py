@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from latentddae.core.errors import UsageError
+from latentddae.core.errors import ConfigError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.models.dit import DiTConfig
@@ -109,5 +109,5 @@ def test_colours_of_equal_tokens_and_of_two_channels():
 
 
 def test_nothing_to_show_is_refused(pixels, tmp_path):
-    with pytest.raises(UsageError, match="1 or more"):
+    with pytest.raises(ConfigError, match="must be positive"):
         run(pixels, tmp_path, "--queries", 0)

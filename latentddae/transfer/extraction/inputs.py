@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from latentddae import __version__
 from latentddae.core import dist
 from latentddae.core.config import require
@@ -26,9 +24,6 @@ from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH
 from latentddae.transfer.extraction.spec import FeatureSpec, describe_level
 from latentddae.transfer.extraction.trunk import precision_of
-from latentddae.transfer.grids import Grid
-from latentddae.transfer.probes.metrics import ProbeResult
-from latentddae.transfer.protocol.splits import HOLDOUT
 from latentddae.transfer.results import CellInfo, CheckpointInfo, DataInfo
 
 RESULTS = "results.jsonl"
@@ -74,33 +69,15 @@ class TransferOptions:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, holdout: bool = True) -> None:
-    """The options that all transfer commands share; `holdout` for those that choose something."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all transfer commands share."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--seed", type=int, help="of noise, held-out part and subset (default 0)")
-    if holdout:
-        parser.add_argument(
-            "--holdout",
-            type=float,
-            help=f"share of train kept for every choice (default {HOLDOUT})",
-        )
     parser.add_argument("--limit", type=int, help="use at most this many training samples")
     parser.add_argument("--batch", type=int, default=128, help="does not change the features")
-
-
-def settings_of(args: argparse.Namespace, grid: Grid | None) -> dict[str, Any]:
-    """Seed and held-out share as given, else as the grid that chose the cell had them, else the
-    defaults. The limit is a command's own: a search may be cheaper than what it is for."""
-    defaults = {"seed": 0, "holdout": HOLDOUT}
-    given = {name: getattr(args, name) for name in defaults}
-    chosen = {
-        name: getattr(grid, name, default) if given[name] is None else given[name]
-        for name, default in defaults.items()
-    }
-    return {**chosen, "limit": args.limit}
 
 
 def open_checkpoint(source: str, weights: Weights = "ema") -> Checkpoint:
@@ -181,17 +158,6 @@ def describe_cell(checkpoint: Checkpoint, spec: FeatureSpec) -> CellInfo:
         noisy_input=spec.noisy_input,
         precision=precision_of(checkpoint, spec.precision),
     )
-
-
-def as_row(result: ProbeResult) -> dict[str, Any]:
-    """A probe's result as JSON-able data, without arrays and the counts that the line gives as
-    n_seen."""
-    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    return {
-        key: value
-        for key, value in row.items()
-        if not key.startswith("n_") and not isinstance(value, np.ndarray)
-    }
 
 
 def record(out: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What every probe takes and returns: features and labels in, scores and predictions out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 import numpy as np
@@ -91,6 +91,9 @@ class ProbeData:
         }
 
 
+Setting = float | str | tuple[float, ...] | tuple[tuple[float, float], ...] | None
+
+
 class Scored(TypedDict):
     """Fields of a `ProbeResult` that do not depend on the probe."""
 
@@ -115,6 +118,11 @@ class ProbeResult:
     """Numbers of samples: train, heldout (a part of train), test."""
     predictions: np.ndarray
     """Predicted classes of test, (M,) int64."""
+
+    def values(self) -> dict[str, Setting]:
+        """Scores and settings by name: every field but the predictions, the width and n_seen."""
+        names = [f.name for f in fields(self) if f.name not in ("predictions", "width", "n_seen")]
+        return {name: getattr(self, name) for name in names}
 
 
 def check_features(x: np.ndarray, y: np.ndarray, heldout: np.ndarray, classes: int) -> None:

@@ -1,31 +1,24 @@
-"""`latentddae knn`: cosine k-nearest-neighbour probe with a softmax vote, nothing to train.
+"""Cosine k-nearest-neighbour probe with a softmax vote; nothing is trained.
 
-A neighbour at cosine similarity c votes for its class with exp(c / T), T = .07 (DINO's protocol).
+A neighbour at cosine similarity c votes for its class with exp(c / T), T = 0.07 (DINO's protocol).
 Neighbours are exact: the bank is read in chunks and the best k so far are kept, so memory is
 bounded by the chunks. k is chosen on the held-out part of train against the rest; test is then
 scored once against all of train.
 """
 
-import argparse
 import mmap
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.core import dist
-from latentddae.core.errors import run_command
-from latentddae.transfer.probes.logistic import check_arrays
-from latentddae.transfer.probes.metrics import ProbeResult
-from latentddae.transfer.protocol import session
+from latentddae.transfer.probes.data import ProbeData, ProbeResult
 
 PROTOCOL = "knn/1"
-KS = (5, 10, 20, 50, 100, 200)
-FEW_NEIGHBOURS = 20
+K_GRID = (5, 10, 20, 50, 100, 200)
+FEW_SHOT_MAX_K = 20
 TEMPERATURE = 0.07
 QUERIES = 1024  # rows of the similarity tile
 BANK = 16384  # its columns: a tile is 64 MiB
@@ -33,68 +26,58 @@ BANK = 16384  # its columns: a tile is 64 MiB
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult(ProbeResult):
+    """The result of a k-NN probe."""
+
     k: int
-    ks: tuple[int, ...]
+    """The number of neighbours that was chosen."""
+    k_tried: tuple[int, ...]
+    """Ascending; at most as many as there are samples to search."""
     temperature: float
 
 
 def probe(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    heldout: np.ndarray,
-    *,
-    ks: Sequence[int] = KS,
-    temperature: float = TEMPERATURE,
-    classes: int | None = None,
+    data: ProbeData, *, k_grid: Sequence[int] = K_GRID, temperature: float = TEMPERATURE
 ) -> KnnResult:
-    """Choose k on held-out rows of train, score test once: x (N, D) float, y (N,) int, heldout
-    (N,) bool. With a single k there may be no held-out row."""
-    check_arrays(train_x, train_y, test_x, test_y, heldout, choosing=len(ks) > 1)
-    count = classes or int(max(train_y.max(), test_y.max())) + 1
-    labels = torch.from_numpy(train_y.astype(np.int64))
-    allowed = sorted({min(k, len(train_x) - int(heldout.sum())) for k in ks})
-    scores: list[float] = []
-    if heldout.any():
-        scores = heldout_scores(train_x, labels, heldout, allowed, count, temperature)
-    best = scores.index(max(scores)) if scores else 0  # of equals the smallest k
-    similarity, neighbours = nearest(test_x, train_x, allowed[best])
-    predictions = vote(similarity, labels[neighbours], count, temperature).numpy()
+    """Choose k on held-out train, score test once.
+
+    With a single k there may be no held-out sample.
+    """
+    if len(k_grid) > 1:
+        data.require_heldout()
+    train_x, labels = data.train_x, torch.from_numpy(data.train_y.astype(np.int64))
+    allowed = sorted({min(k, len(train_x) - int(data.heldout.sum())) for k in k_grid})
+    scores = heldout_scores(data, allowed, temperature) if data.heldout.any() else []
+    best = scores.index(max(scores)) if scores else 0  # ties go to the smallest k
+    similarity, neighbours = nearest(data.test_x, train_x, allowed[best])
+    predictions = vote(similarity, labels[neighbours], data.classes, temperature).numpy()
     return KnnResult(
-        accuracy=float((predictions == test_y).mean()),
+        **data.scored(predictions),
         heldout_accuracy=scores[best] if scores else None,
-        k=allowed[best],
-        ks=tuple(allowed),
         heldout_accuracies=tuple(scores),
+        k=allowed[best],
+        k_tried=tuple(allowed),
         temperature=temperature,
-        width=train_x.shape[1],
-        n_train=len(train_x),
-        n_heldout=int(heldout.sum()),
-        n_test=len(test_x),
-        predictions=predictions,
     )
 
 
-def heldout_scores(
-    x: np.ndarray,
-    labels: Tensor,
-    heldout: np.ndarray,
-    ks: Sequence[int],
-    classes: int,
-    temperature: float,
-) -> list[float]:
-    """How well the other rows of train read the held-out ones: one accuracy per k, ascending."""
-    fit = np.flatnonzero(~heldout)
-    similarity, neighbours = nearest(x[heldout], x, max(ks), rows=fit)
-    truth = labels[torch.from_numpy(heldout)]
-    return [
-        (vote(similarity[:, :k], labels[neighbours[:, :k]], classes, temperature) == truth)
-        .double()
-        .mean()
-        .item()
-        for k in ks
-    ]
+def heldout_scores(data: ProbeData, k_grid: Sequence[int], temperature: float) -> list[float]:
+    """Accuracy on the held-out samples, with the rest of train as the bank, for each k."""
+    labels = torch.from_numpy(data.train_y.astype(np.int64))
+    bank = np.flatnonzero(~data.heldout)
+    similarity, neighbours = nearest(
+        data.train_x[data.heldout], data.train_x, max(k_grid), rows=bank
+    )
+    truth = labels[torch.from_numpy(data.heldout)]
+    scores = []
+    for k in k_grid:
+        answers = vote(similarity[:, :k], labels[neighbours[:, :k]], data.classes, temperature)
+        scores.append((answers == truth).double().mean().item())
+    return scores
+
+
+def few_shot_grid(per_class: int) -> tuple[int, ...]:
+    """The k for few samples: as many neighbours as a class has, at most FEW_SHOT_MAX_K."""
+    return (min(per_class, FEW_SHOT_MAX_K),)
 
 
 def nearest(
@@ -105,82 +88,58 @@ def nearest(
     query_chunk: int = QUERIES,
     bank_chunk: int = BANK,
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query by cosine, best first: similarities (Q, k)
-    float32, indices (Q, k).
+    """The k most similar bank rows of each query by cosine, most similar first.
 
-    `rows` restricts the bank; indices are into `bank`. Arrays may be float16 and memory-mapped: a
-    chunk at a time is normalised in float32.
+    queries (Q, D) and bank (B, D) may be float16 and memory-mapped: a chunk at a time is normalised
+    in float32. Returns similarities (Q, k) float32 and indices into the bank (Q, k) int64. `rows`
+    (R,) restricts the search to these rows of the bank.
     """
     rows = np.arange(len(bank)) if rows is None else rows
     best = [
-        (torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64))
-        for q in _chunks(queries, query_chunk)
+        (torch.empty(len(chunk), 0), torch.empty(len(chunk), 0, dtype=torch.int64))
+        for chunk in _chunks(queries, query_chunk)
     ]
     for start in range(0, len(rows), bank_chunk):
-        part = rows[start : start + bank_chunk]
-        keys = normalised(bank[part])
+        bank_rows = rows[start : start + bank_chunk]
+        keys = normalised(bank[bank_rows])
         forget_pages(bank)
-        names = torch.from_numpy(part.astype(np.int64))
+        index_of = torch.from_numpy(bank_rows.astype(np.int64))
         for number, chunk in enumerate(_chunks(queries, query_chunk)):
-            found = normalised(chunk) @ keys.T
-            top, place = found.topk(min(k, len(part)), dim=1)
+            tile = normalised(chunk) @ keys.T
+            top, column = tile.topk(min(k, len(bank_rows)), dim=1)
             similarity = torch.cat([best[number][0], top], dim=1)
-            index = torch.cat([best[number][1], names[place]], dim=1)
-            top, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            best[number] = (top, index.gather(1, place))
+            index = torch.cat([best[number][1], index_of[column]], dim=1)
+            top, column = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best[number] = (top, index.gather(1, column))
     return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
 
 
 def forget_pages(array: np.ndarray) -> None:
-    """Unmap the pages of a read-only memory map that were touched so far: they stay in the system's
-    cache and no longer count as this process's memory."""
-    mapped: Any = array
-    while mapped is not None and not isinstance(mapped, mmap.mmap):
-        if isinstance(mapped, np.memmap) and mapped.mode != "r":
+    """Unmap the pages of a read-only memory map (any shape) that were read so far.
+
+    They stay in the system's cache and no longer count as this process's memory. Arrays in memory
+    are left alone.
+    """
+    base: object = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        if isinstance(base, np.memmap) and base.mode != "r":
             return
-        mapped = getattr(mapped, "base", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+        base = getattr(base, "base", None)
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
-def _chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
-    return [x[start : start + size] for start in range(0, len(x), size)]
+def _chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (x[start : start + size] for start in range(0, len(x), size))
 
 
 def normalised(x: np.ndarray) -> Tensor:
-    """Rows at length one, float32; a zero row stays zero."""
+    """Rows at unit length: (N, D) -> (N, D) float32; a zero row stays zero."""
     return torch.nn.functional.normalize(torch.from_numpy(np.asarray(x, dtype=np.float32)), dim=1)
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
     """Class of each query: similarities and labels of its neighbours (Q, k) -> (Q,) int64."""
-    weight = (
-        (similarity - similarity[:, :1]) / temperature
-    ).exp()  # relative to the best: no overflow
+    # Relative to the most similar neighbour, so that nothing overflows.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
     return torch.zeros(len(similarity), classes).scatter_add_(1, labels, weight).argmax(dim=1)
-
-
-def few_options(per_class: int) -> dict[str, Any]:
-    """With few samples, as many neighbours as a class has."""
-    return {"ks": (min(per_class, FEW_NEIGHBOURS),)}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae knn", description="k-nearest-neighbour probe on the features of one cell."
-    )
-    session.add_arguments(parser)
-    session.add_few_shot(parser)
-    args = session.parse(parser, argv)
-    opened = session.open_cell(args)
-    protocol = {"name": PROTOCOL, "temperature": TEMPERATURE}
-    if args.few_shot:
-        lines = session.run_few_shot("knn", protocol, opened, probe, few_options, args)
-    else:
-        lines = [session.run_arrays("knn", protocol, opened, probe)]
-    if dist.world_from_environment().is_main:
-        print("\n".join(map(session.line_of, lines)))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("knn", main))

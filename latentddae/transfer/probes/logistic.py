@@ -1,49 +1,46 @@
-"""`latentddae linear`: the reported probe, a multinomial logistic regression on frozen features of
-one cell.
+"""Linear probe: multinomial logistic regression on frozen features.
 
-Features are standardised with train statistics. L-BFGS runs over the whole train set until it
+Features are standardised with train statistics. L-BFGS runs over the whole training set until it
 converges, so the result is the optimum of a convex problem and depends on no learning rate, batch
-or epoch count. The L2 strength is chosen on the held-out part of train, the winner is fitted again
-on all of train, and the test set is scored once. Agrees with scikit-learn's LogisticRegression.
+size or number of epochs. The L2 penalty is chosen on the held-out part of train, the winner is
+fitted again on all of train, and the test set is scored once. Agrees with scikit-learn's
+LogisticRegression.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.core import dist
-from latentddae.core.errors import DataError, run_command
-from latentddae.transfer.probes.few_shot import ENOUGH
-from latentddae.transfer.probes.metrics import ProbeResult
-from latentddae.transfer.probes.recipes import LBFGS
-from latentddae.transfer.protocol import session, sgd_probe
+from latentddae.transfer.probes.data import ProbeData, ProbeResult, check_features
+from latentddae.transfer.probes.few_shot import MIN_FOR_HELDOUT
+from latentddae.transfer.probes.standardise import standard_scale, standardise
 
 PROTOCOL = "lbfgs-linear/1"
-STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
-"""L2 strengths, strongest first: the loss is mean cross-entropy + strength / 2 * |weight|².
+L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+"""L2 penalties, strongest first: the loss is mean cross-entropy + l2 / 2 * |weight|^2.
 
-scikit-learn's C is 1 / (n strength).
+scikit-learn's C is 1 / (n l2).
 """
 PATIENCE = 3
-"""Strengths in a row without a better held-out accuracy after which weaker ones are not tried."""
-FEW_STRENGTH = 0.1
-"""Where there are too few samples to hold one of each class out."""
+"""Penalties in a row without a better held-out accuracy, after which weaker ones are not tried."""
+FEW_SHOT_L2 = 0.1
+"""The penalty where there are too few samples to hold one of each class out."""
 MAX_ITERATIONS = 200
-CHUNK = 1024
+CHUNK = 1024  # rows per product: a chunk and its logits fit a cache
 TOLERANCE = 1e-4
 """Largest gradient entry at which a fit ends, in coordinates where the curvature is about one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearResult(ProbeResult):
-    strength: float
-    strengths: tuple[float, ...]
+    """The result of a linear probe."""
+
+    l2: float
+    """The penalty that was chosen."""
+    l2_tried: tuple[float, ...]
     """Those tried, strongest first."""
 
 
@@ -51,72 +48,73 @@ class LinearResult(ProbeResult):
 class Choice:
     """What the held-out part of train decided."""
 
-    strength: float
+    l2: float
     heldout_accuracy: float | None
-    strengths: tuple[float, ...]  # those tried, strongest first
-    heldout_accuracies: tuple[float, ...]  # one per strength tried
-    model: "Softmax"  # fitted without the held-out part; zero where there is none
+    l2_tried: tuple[float, ...]
+    """Strongest first."""
+    heldout_accuracies: tuple[float, ...]
+    """One per penalty tried."""
+    model: "Softmax"
+    """Fitted without the held-out part; zero where there is none."""
 
 
-def probe(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    heldout: np.ndarray,
-    *,
-    strengths: Sequence[float] = STRENGTHS,
-    classes: int | None = None,
-) -> LinearResult:
-    """Fit and score a linear probe: x (N, D) float, y (N,) int in [0, classes), heldout (N,) bool.
+def probe(data: ProbeData, *, l2_grid: Sequence[float] = L2_GRID) -> LinearResult:
+    """Choose the L2 penalty on held-out train, fit all of train, score test once.
 
-    Everything is chosen on the held-out rows of train; test is used for one prediction at the end.
-    With a single strength there may be no held-out row.
+    With a single penalty there may be no held-out sample.
     """
-    check_arrays(train_x, train_y, test_x, test_y, heldout, choosing=len(strengths) > 1)
-    count = classes or int(max(train_y.max(), test_y.max())) + 1
-    mean, scale = standard_scale(train_x)
-    x, y, n_fit = fit_first(train_x, train_y, heldout, mean, scale)
+    if len(l2_grid) > 1:
+        data.require_heldout()
+    mean, scale = standard_scale(data.train_x)
+    x, y, n_fit = fit_rows_first(data.train_x, data.train_y, data.heldout, mean, scale)
     curvature = second_moment(x)
-    start = Softmax.zero(x.shape[1], count)
+    start = Softmax.zero(x.shape[1], data.classes)
     choice = (
-        choose(x, y, n_fit, count, strengths, curvature)
-        if heldout.any()
-        else Choice(strengths[0], None, tuple(strengths), (), start)
+        choose(x, y, n_fit, data.classes, l2_grid, curvature)
+        if data.heldout.any()
+        else Choice(l2_grid[0], None, tuple(l2_grid), (), start)
     )
-    model = fit(x, y, choice.strength, start=choice.model, curvature=curvature)
-    predictions = predict(model, standardise(test_x, mean, scale)).numpy()
+    model = fit(x, y, choice.l2, start=choice.model, curvature=curvature)
+    predictions = predict(model, standardise(data.test_x, mean, scale)).numpy()
     return LinearResult(
-        accuracy=float((predictions == test_y).mean()),
+        **data.scored(predictions),
         heldout_accuracy=choice.heldout_accuracy,
-        strength=choice.strength,
-        strengths=choice.strengths,
         heldout_accuracies=choice.heldout_accuracies,
-        width=train_x.shape[1],
-        n_train=len(train_x),
-        n_heldout=int(heldout.sum()),
-        n_test=len(test_x),
-        predictions=predictions,
+        l2=choice.l2,
+        l2_tried=choice.l2_tried,
     )
 
 
-def judge(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
+def score_heldout(
+    x: np.ndarray,
+    y: np.ndarray,
     heldout: np.ndarray,
     classes: int,
-    strengths: Sequence[float] = STRENGTHS,
+    l2_grid: Sequence[float] = L2_GRID,
 ) -> Choice:
-    """The part of `probe` that comes before test: how good the features look on held-out train."""
-    x, y, n_fit = fit_first(train_x, train_y, heldout, *standard_scale(train_x))
-    return choose(x, y, n_fit, classes, strengths, second_moment(x))
+    """The part of `probe` before test: how well features score on held-out train.
+
+    x (N, D) float, y (N,) int64, heldout (N,) bool with at least one sample of either kind.
+    """
+    check_features(x, y, heldout, classes)
+    x_first, y_first, n_fit = fit_rows_first(x, y, heldout, *standard_scale(x))
+    return choose(x_first, y_first, n_fit, classes, l2_grid, second_moment(x_first))
 
 
-def fit_first(
+def few_shot_grid(per_class: int) -> tuple[float, ...]:
+    """The penalties for `per_class` samples per class: chosen among all on held-out samples, or
+    FEW_SHOT_L2 where there are too few to hold any out."""
+    return L2_GRID if per_class >= MIN_FOR_HELDOUT else (FEW_SHOT_L2,)
+
+
+def fit_rows_first(
     x: np.ndarray, y: np.ndarray, heldout: np.ndarray, mean: np.ndarray, scale: np.ndarray
 ) -> tuple[Tensor, Tensor, int]:
-    """Standardised rows and labels, those to fit on first: both parts are then views of one
-    array."""
+    """Standardised rows (N, D) float32 and labels (N,) with the held-out ones last, and how many
+    come before them: both parts are then views of one array.
+
+    x (N, D), y (N,), heldout (N,) bool, mean and scale (D,).
+    """
     rows = np.concatenate([np.flatnonzero(~heldout), np.flatnonzero(heldout)])
     labels = torch.from_numpy(y[rows].astype(np.int64))
     return standardise(x, mean, scale, rows), labels, int((~heldout).sum())
@@ -127,80 +125,33 @@ def choose(
     y: Tensor,
     n_fit: int,
     classes: int,
-    strengths: Sequence[float],
+    l2_grid: Sequence[float],
     curvature: Tensor,
 ) -> Choice:
-    """Fit on the first `n_fit` rows from the strongest penalty to the weakest, each from the last,
-    and keep the one that reads the other rows best; of equals the strongest."""
-    path = sorted(strengths, reverse=True)
+    """Fit on the first `n_fit` rows from the strongest penalty to the weakest, each starting from
+    the last, and keep the one with the best accuracy on the other rows; ties go to the strongest.
+
+    x (N, D) float32, y (N,) int64, curvature (D, D).
+    """
+    path = sorted(l2_grid, reverse=True)
     fitted: list[Softmax] = []
     scores: list[float] = []
     best = 0
     model = Softmax.zero(x.shape[1], classes)
-    for number, strength in enumerate(path):
-        model = fit(x[:n_fit], y[:n_fit], strength, start=model, curvature=curvature)
+    for number, l2 in enumerate(path):
+        model = fit(x[:n_fit], y[:n_fit], l2, start=model, curvature=curvature)
         fitted.append(model)
         scores.append(accuracy(model, x[n_fit:], y[n_fit:]))
         best = number if scores[number] > scores[best] else best
         if number - best >= PATIENCE:
             break
     return Choice(
-        strength=path[best],
+        l2=path[best],
         heldout_accuracy=scores[best],
-        strengths=tuple(path[: len(scores)]),
+        l2_tried=tuple(path[: len(scores)]),
         heldout_accuracies=tuple(scores),
         model=fitted[best],
     )
-
-
-def check_arrays(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    heldout: np.ndarray,
-    choosing: bool = True,
-) -> None:
-    """Refuse arrays that do not fit each other, hold non-finite numbers, or lack a held-out part
-    while something is to be chosen."""
-    if not (len(train_x) == len(train_y) == len(heldout) and len(test_x) == len(test_y)):
-        raise DataError(
-            f"lengths differ: train {len(train_x)}/{len(train_y)}/{len(heldout)}, "
-            f"test {len(test_x)}/{len(test_y)}"
-        )
-    if heldout.all() or (choosing and not heldout.any()) or not len(test_x):
-        raise DataError("a probe needs samples to fit on, held-out samples and test samples")
-    for name, x in (("train", train_x), ("test", test_x)):
-        if not np.isfinite(x.sum(dtype=np.float64)):
-            raise DataError(f"the {name} features hold NaN or infinity")
-
-
-def standard_scale(x: np.ndarray, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, (D,) float64 each; constant columns get scale
-    1."""
-    mean = x.mean(axis=0, dtype=np.float64)
-    total = np.zeros_like(mean)
-    for start in range(0, len(x), chunk):
-        total += ((x[start : start + chunk] - mean) ** 2).sum(axis=0)
-    scale = np.sqrt(total / len(x))
-    flat = scale <= 1e-6 * np.abs(mean) + np.finfo(np.float32).tiny
-    return mean, np.where(flat, 1.0, scale)
-
-
-def standardise(
-    x: np.ndarray,
-    mean: np.ndarray,
-    scale: np.ndarray,
-    rows: np.ndarray | None = None,
-    chunk: int = 4096,
-) -> Tensor:
-    """(x[rows] - mean) / scale as float32, without a float64 copy of everything."""
-    rows = np.arange(len(x)) if rows is None else rows
-    out = np.empty((len(rows), x.shape[1]), np.float32)
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        out[start : start + chunk] = (x[part] - mean) / scale
-    return torch.from_numpy(out)
 
 
 @dataclass(frozen=True)
@@ -212,6 +163,7 @@ class Softmax:
 
     @classmethod
     def zero(cls, width: int, classes: int) -> "Softmax":
+        """All weights (width, classes) and biases (classes,) zero."""
         return cls(torch.zeros(width, classes), torch.zeros(classes))
 
 
@@ -221,30 +173,34 @@ def predict(model: Softmax, x: Tensor) -> Tensor:
 
 
 def accuracy(model: Softmax, x: Tensor, y: Tensor) -> float:
-    """Share of rows whose largest logit is the label's."""
+    """Fraction of rows of x (N, D) whose largest logit is that of their label in y (N,)."""
     return (predict(model, x) == y).double().mean().item()
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """x'x / n: (N, D) -> (D, D) float32."""
+    """x'x / N: (N, D) -> (D, D) float32."""
     return (x.T @ x) / len(x)
 
 
-def fit(x: Tensor, y: Tensor, strength: float, *, start: Softmax, curvature: Tensor) -> Softmax:
-    """The minimiser of mean cross-entropy + strength / 2 |weight|², found by L-BFGS from `start`.
+def fit(x: Tensor, y: Tensor, l2: float, *, start: Softmax, curvature: Tensor) -> Softmax:
+    """The minimiser of mean cross-entropy + l2 / 2 |weight|^2, found by L-BFGS from `start`.
 
-    The search runs in the coordinates v = R' w with R R' = curvature / C + strength, an estimate
-    of the Hessian at w = 0 (Böhning 1992): the optimum is the same, and it is reached in tens of
-    steps instead of thousands.
+    x (N, D) float32, y (N,) int64, curvature (D, D). The search runs in the coordinates v = R' w
+    with R R' = curvature / C + l2, an estimate of the Hessian at w = 0 (Boehning 1992): the optimum
+    is the same, and it is reached in tens of steps instead of thousands.
     """
     classes = len(start.bias)
-    factor = _factor(curvature / classes, strength)
+    factor = _factor(curvature / classes, l2)
     v = (factor.T @ start.weight).contiguous().requires_grad_()
     bias = (start.bias.clone() / classes**0.5).requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [v, bias], max_iter=MAX_ITERATIONS, history_size=20, tolerance_grad=TOLERANCE,
-        tolerance_change=1e-9, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [v, bias],
+        max_iter=MAX_ITERATIONS,
+        history_size=20,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
 
     def weight_of() -> Tensor:
         return torch.linalg.solve_triangular(factor.T, v.detach(), upper=True)
@@ -252,7 +208,7 @@ def fit(x: Tensor, y: Tensor, strength: float, *, start: Softmax, curvature: Ten
     def closure() -> Tensor:
         weight = weight_of()
         loss, weight_gradient, bias_gradient = objective(
-            x, y, weight, bias.detach() * classes**0.5, strength
+            x, y, weight, bias.detach() * classes**0.5, l2
         )
         gradient = torch.linalg.solve_triangular(factor, weight_gradient, upper=False)
         v.grad = gradient.contiguous()
@@ -263,14 +219,15 @@ def fit(x: Tensor, y: Tensor, strength: float, *, start: Softmax, curvature: Ten
     return Softmax(weight_of(), bias.detach() * classes**0.5)
 
 
-def _factor(curvature: Tensor, strength: float) -> Tensor:
-    """Lower Cholesky factor of curvature + strength, float32.
+def _factor(curvature: Tensor, l2: float) -> Tensor:
+    """Lower Cholesky factor of curvature + l2, float32.
 
-    It only steers the search: where float32 sums left a negative pivot the diagonal is raised.
+    It only preconditions the search: where float32 sums left a negative pivot, the diagonal is
+    raised.
     """
     system = curvature.double()
     mean = system.diagonal().mean().item()
-    raised = max(strength, 1e-6 * mean)
+    raised = max(l2, 1e-6 * mean)
     while True:
         factor, failed = torch.linalg.cholesky_ex(
             system + raised * torch.eye(len(system), dtype=torch.float64)
@@ -281,12 +238,14 @@ def _factor(curvature: Tensor, strength: float) -> Tensor:
 
 
 def objective(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, strength: float
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (float64 scalar) and its gradients for weight (D, C) and bias (C,), rows taken in
-    chunks that fit a cache."""
+    """Loss (float64, shape ()) and its gradients for weight (D, C) and bias (C,).
+
+    x (N, D) float32, y (N,) int64; rows are taken in chunks that fit a cache.
+    """
     loss = torch.zeros((), dtype=torch.float64)
-    weight_gradient = strength * weight
+    weight_gradient = l2 * weight
     bias_gradient = torch.zeros_like(bias)
     for start in range(0, len(x), CHUNK):
         rows, labels = x[start : start + CHUNK], y[start : start + CHUNK, None]
@@ -295,34 +254,5 @@ def objective(
         residual = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(log_p[:, :1])).div_(len(x))
         weight_gradient.addmm_(rows.T, residual)
         bias_gradient += residual.sum(dim=0)
-    loss = loss / len(x) + strength / 2 * weight.double().square().sum()
+    loss = loss / len(x) + l2 / 2 * weight.double().square().sum()
     return loss, weight_gradient, bias_gradient
-
-
-def few_options(per_class: int) -> dict[str, Any]:
-    """How a probe on few samples is regularised: chosen on a fifth of them, else by FEW_STRENGTH."""
-    return {"strengths": STRENGTHS if per_class >= ENOUGH else (FEW_STRENGTH,)}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae linear", description="Linear probe on the features of one cell."
-    )
-    session.add_arguments(parser)
-    session.add_few_shot(parser)
-    sgd_probe.add_arguments(parser)
-    args = session.parse(parser, argv)
-    opened = session.open_cell(args)
-    protocol = {"name": PROTOCOL}
-    if args.recipe != LBFGS:
-        lines = [sgd_probe.run(opened, args)]
-    elif args.few_shot:
-        lines = session.run_few_shot("linear", protocol, opened, probe, few_options, args)
-    else:
-        lines = [session.run_arrays("linear", protocol, opened, probe)]
-    if dist.world_from_environment().is_main:
-        print("\n".join(map(session.line_of, lines)))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("linear", main))

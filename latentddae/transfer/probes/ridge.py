@@ -1,27 +1,26 @@
-"""Ridge probes from streamed sums: see every feature once, keep n, sum x, sum xx', and the sums of
-each class.
+"""Ridge probes from streamed sums: every feature is seen once; kept are n, sum x, sum xx' and the
+sums of each class.
 
-The closed-form solution for any number of strengths costs one small factorisation each, so a whole
-grid of blocks x noise levels is judged for the price of extracting it. Equals scikit-learn's
+The closed-form solution costs one small factorisation per penalty, so a whole grid of blocks and
+noise levels is ranked for the price of extracting its features. Equals scikit-learn's
 RidgeClassifier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latentddae.core import dist
 from latentddae.core.errors import DataError
 
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Relative to the mean variance of the features. Weaker ones whiten the features, which flatters
-early blocks: with 1e-6 to 1 cells were ranked less like trained heads rank them (Spearman 0.76 in
-place of 0.97, benchmarks/probes.py)."""
+L2_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""L2 penalties relative to the mean variance of the features.
 
-
-CONSTANT = 1e-12  # share of the squared mean below which a variance is rounding
+Weaker ones whiten the features, which flatters early blocks: with 1e-6 to 1 the ranking of cells
+agreed less with that of trained heads (Spearman 0.76 instead of 0.97, benchmarks/probes.py).
+"""
+CONSTANT = 1e-12  # fraction of the squared mean below which a variance is rounding
 
 
 @dataclass
@@ -39,12 +38,12 @@ class Statistics:
 
     @classmethod
     def start(cls, features: Tensor, classes: int) -> "Statistics":
-        """Empty statistics shifted by the mean of the first batch."""
+        """Empty statistics, shifted by the mean of the first batch of features (N, D)."""
         return cls.empty(features.double().mean(dim=0), classes)
 
     @classmethod
     def empty(cls, shift: Tensor, classes: int) -> "Statistics":
-        """Of no samples, about a given shift (D,) float64."""
+        """Statistics of no samples about a shift (D,) float64."""
         width = len(shift)
         zeros = torch.zeros(classes, width, dtype=torch.float64)
         gram = torch.zeros(width, width, dtype=torch.float64)
@@ -55,14 +54,14 @@ class Statistics:
         return self.class_counts.sum().item()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Take in a batch: features (N, D) of any float dtype, labels (N,) int64."""
+        """Add a batch: features (N, D) of any float dtype, labels (N,) int64."""
         x = features.double() - self.shift
         self.gram.addmm_(x.T, x)
         self.class_sums.index_add_(0, labels, x)
         self.class_counts.add_(torch.bincount(labels, minlength=len(self.class_counts)))
 
     def merge(self, other: "Statistics") -> None:
-        """Take in what another rank has seen; its sums are first moved to our shift."""
+        """Add the samples of other statistics, whose sums are first moved to this shift."""
         move = other.shift - self.shift
         total = other.class_sums.sum(dim=0)
         cross = torch.outer(total, move)
@@ -70,21 +69,22 @@ class Statistics:
         self.class_sums += other.class_sums + torch.outer(other.class_counts, move)
         self.class_counts += other.class_counts
 
-    def reduce(self) -> None:
-        """Take in what the other ranks have seen: afterwards every rank holds the whole. A
-        collective."""
-        world = dist.world_from_environment()
-        if world.size == 1:
-            return
-        common = Statistics.empty(dist.broadcast_object(self.shift), len(self.class_counts))
+    def reduce(
+        self, broadcast: Callable[[Tensor], Tensor], total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Add the samples of all ranks; afterwards every rank holds the whole. A collective.
+
+        `broadcast` gives every rank the tensor (any shape) of rank 0, `total` the sum over ranks.
+        """
+        common = Statistics.empty(broadcast(self.shift), len(self.class_counts))
         common.merge(self)
-        device = dist.device_for(world)
         self.shift = common.shift
-        for name in ("gram", "class_sums", "class_counts"):
-            setattr(self, name, dist.sum_tensor(getattr(common, name).to(device)).cpu())
+        self.gram = total(common.gram)
+        self.class_sums = total(common.class_sums)
+        self.class_counts = total(common.class_counts)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (D,), scatter (D, D) and the class sums (C, D), the latter two about the mean."""
+        """Mean (D,), and about it the scatter (D, D) and the class sums (C, D)."""
         offset = self.class_sums.sum(dim=0) / self.count
         scatter = self.gram - self.count * torch.outer(offset, offset)
         return (
@@ -102,18 +102,18 @@ class Ridge:
     bias: Tensor
 
     def predict(self, features: Tensor) -> Tensor:
-        """Class of each row: (N, D) -> (N,) int64. Centred inside by the bias, in float64."""
+        """Class of each row: (N, D) -> (N,) int64, computed in float64."""
         return (features.double() @ self.weight + self.bias).argmax(dim=1)
 
 
 def solve(
-    statistics: Statistics, strengths: Sequence[float] = STRENGTHS, standardise: bool = False
+    statistics: Statistics, l2_grid: Sequence[float] = L2_GRID, standardise: bool = False
 ) -> list[Ridge]:
-    """One ridge classifier per strength, on targets +1 for the class and -1 for the others.
+    """One ridge classifier per penalty, on targets +1 for the class and -1 for the others.
 
-    The penalty on |w|² is strength * trace(scatter) / D: the same strength means the same for any
-    feature scale. `standardise` first gives every feature variance 1, so that the penalty is not
-    ruled by a few large ones.
+    The penalty on |w|^2 is l2 * trace(scatter) / D, so that one value means the same at any feature
+    scale. `standardise` first gives every feature variance 1, so that a few large ones do not
+    dominate the penalty.
     """
     if statistics.count < 2:
         raise DataError(f"a ridge probe needs at least 2 samples, got {statistics.count:.0f}")
@@ -127,9 +127,9 @@ def solve(
     scale = scatter.trace().clamp(min=torch.finfo(torch.float64).tiny) / len(scatter)
     targets = 2 * statistics.class_counts / statistics.count - 1  # their means
     out = []
-    for strength in strengths:
+    for l2 in l2_grid:
         system = scatter.clone()
-        system.diagonal().add_(strength * scale)
+        system.diagonal().add_(l2 * scale)
         factor, info = torch.linalg.cholesky_ex(system)
         if info.item():
             # Rounding left a negative pivot: fall back to a spectrum cut at what float64 can hold.
@@ -144,5 +144,5 @@ def solve(
 
 
 def accuracies(probes: Sequence[Ridge], features: Tensor, labels: Tensor) -> list[float]:
-    """Share of right answers of each probe on features (N, D) with labels (N,)."""
+    """Accuracy of each probe on features (N, D) with labels (N,) int64."""
     return [(probe.predict(features) == labels).double().mean().item() for probe in probes]

@@ -1,32 +1,22 @@
 """Features of one chosen cell (noise level, block, pool) for train and test, ready for a probe."""
 
-import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from latentddae.core.errors import ConfigError, DataError, UsageError
-from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import BATCH, collect
-from latentddae.transfer.extraction.pooling import KNOWN_POOLS
 from latentddae.transfer.extraction.spec import (
-    LEVEL_HELP,
     Block,
     FeatureSpec,
-    block_of,
     check_blocks,
 )
 from latentddae.transfer.grids import Grid
+from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.protocol import splits
-
-TEST_SPLITS = ("test", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +44,7 @@ class CellChoice:
         )
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """What a probe takes: features (N, D) float32, labels (N,) int64, the held-out rows of train
-    (N,) bool."""
-
-    train_x: np.ndarray
-    train_y: np.ndarray
-    test_x: np.ndarray
-    test_y: np.ndarray
-    heldout: np.ndarray
-
-    @property
-    def n_seen(self) -> dict[str, int]:
-        return {
-            "train": len(self.train_x),
-            "heldout": int(self.heldout.sum()),
-            "test": len(self.test_x),
-        }
-
-    def probe_with(self, probe: Callable[..., Any], **options: Any) -> Any:
-        """`probe(train_x, train_y, test_x, test_y, heldout, **options)`."""
-        return probe(self.train_x, self.train_y, self.test_x, self.test_y, self.heldout, **options)
-
-
-def cell_arrays(
+def cell_data(
     checkpoint: Checkpoint,
     train: SampleSet,
     test: SampleSet,
@@ -88,7 +54,7 @@ def cell_arrays(
     seed: int = 0,
     batch: int = BATCH,
     progress: bool = True,
-) -> Arrays:
+) -> ProbeData:
     """Extract one cell of a network for the chosen part of train and all of test."""
     check_blocks([cell.block], checkpoint.model.config.depth)
     everything = np.arange(len(test))
@@ -102,36 +68,19 @@ def cell_arrays(
             ]
             for shards, indices in ((train, split.train), (test, everything))
         )
-    return arrays_of(train_x, test_x, train, test, split)
+    return probe_data(train_x, test_x, train, test, split)
 
 
-def arrays_of(
+def probe_data(
     train_x: np.ndarray, test_x: np.ndarray, train: SampleSet, test: SampleSet, split: splits.Split
-) -> Arrays:
-    """Put labels beside features of the split's train samples and of all test samples."""
+) -> ProbeData:
+    """Features of the split's training samples (N, D) and of all test samples (M, D), with their
+    labels."""
     if test.classes != train.classes:
         raise DataError(f"train and test name different classes: {train.classes}, {test.classes}")
     labels = splits.labels_of(train, split.train)
-    return Arrays(
-        train_x, labels, test_x, splits.labels_of(test, np.arange(len(test))), split.heldout
-    )
-
-
-def open_test(root: Path, name: str | None, checkpoint: Checkpoint) -> ShardSet:
-    """The split that is scored once: `name`, or the first of test and val that the folder has."""
-    if name is None:
-        manifest = ShardSet(root, "train").manifest
-        name = next((split for split in TEST_SPLITS if split in manifest["splits"]), "test")
-    return inputs.open_shards(root, name, checkpoint)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a command is told its cell and its test split."""
-    parser.add_argument("--cell", type=Path, help="grid.json: the cell that a grid chose")
-    parser.add_argument("--block", type=block_of, help="1 to depth; 3+4: side by side")
-    parser.add_argument("--level", help=LEVEL_HELP)
-    parser.add_argument("--pool", help=f"one of {KNOWN_POOLS}; with --cell, that pool's best cell")
-    parser.add_argument("--test-split", help="default: test, else val")
+    test_labels = splits.labels_of(test, np.arange(len(test)))
+    return ProbeData(train_x, labels, test_x, test_labels, split.heldout, len(train.classes))
 
 
 def chosen_cell(grid: Grid, pool: str | None = None) -> CellChoice:

@@ -26,7 +26,7 @@ from latentddae.transfer.protocol.splits import Split, labels_of, subset
 
 SAMPLES = 10_000
 """Fit on at most this many samples: it ranks a handful of cells, and a fit costs seconds."""
-STRENGTHS = logistic.STRENGTHS[::2]
+L2_GRID = logistic.L2_GRID[::2]
 
 
 class Bar(Protocol):
@@ -99,12 +99,10 @@ def judge(
     for cell in cells:
         x = dist.all_gather_rows(features[cell.block, cell.pool])
         score = functools.partial(
-            logistic.judge, x, labels, run.split.heldout, len(run.train.classes), STRENGTHS
+            logistic.score_heldout, x, labels, run.split.heldout, len(run.train.classes), L2_GRID
         )
         choice = dist.on_rank0(score)
-        judged.append(
-            replace(cell, probe_accuracy=choice.heldout_accuracy, probe_l2=choice.strength)
-        )
+        judged.append(replace(cell, probe_accuracy=choice.heldout_accuracy, probe_l2=choice.l2))
     return judged
 
 
@@ -140,7 +138,7 @@ def _path(run: Reranking, level: float) -> Path:
 
 
 def _identity(run: Reranking, cells: Sequence[GridCell]) -> str:
-    rules = [run.identity, logistic.PROTOCOL, list(STRENGTHS), SAMPLES]
+    rules = [run.identity, logistic.PROTOCOL, list(L2_GRID), SAMPLES]
     return text_hash([*rules, [[cell.level, cell.block, cell.pool] for cell in cells]])
 
 

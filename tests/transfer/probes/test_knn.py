@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.probes.knn import nearest, probe, vote
 
-
-def planted(n, seed, distance=3.0, classes=4, width=12):
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, classes, n)
-    centres = np.random.default_rng(99).normal(size=(classes, width)) * distance
-    return (centres[labels] + random.normal(size=(n, width))).astype(np.float32), labels
+from ..conftest import planted as clusters
+from ..conftest import third
 
 
-def third(n):
-    return np.arange(n) % 3 == 0
+def planted(n, seed, distance=3.0):
+    return clusters(n, seed, distance=distance, classes=4, width=12)
+
+
+def data(x, y, test_x, test_y):
+    return ProbeData(x, y, test_x, test_y, third(len(x)), 4)
 
 
 @pytest.mark.parametrize(("query_chunk", "bank_chunk"), [(7, 5), (64, 300), (1, 1000)])
@@ -49,31 +50,31 @@ def test_vote_weighs_by_similarity():
 def test_separable_data_and_shuffled_labels():
     x, y = planted(600, 0, distance=8)
     test_x, test_y = planted(2000, 1, distance=8)
-    assert probe(x, y, test_x, test_y, third(600)).accuracy == 1.0
+    assert probe(data(x, y, test_x, test_y)).accuracy == 1.0
     random = np.random.default_rng(2)
-    chance = probe(x, random.permutation(y), test_x, random.permutation(test_y), third(600))
+    chance = probe(data(x, random.permutation(y), test_x, random.permutation(test_y)))
     assert abs(chance.accuracy - 1 / 4) < 3 * (3 / 16 / 2000) ** 0.5
 
 
 def test_selection_does_not_see_test():
     x, y = planted(600, 0, distance=0.7)
     test_x, test_y = planted(200, 1, distance=0.7)
-    one = probe(x, y, test_x, test_y, third(600))
-    two = probe(x, y, -test_x, np.zeros_like(test_y), third(600), classes=4)
+    one = probe(data(x, y, test_x, test_y))
+    two = probe(data(x, y, -test_x, np.zeros_like(test_y)))
     assert (one.k, one.heldout_accuracies) == (two.k, two.heldout_accuracies)
     assert one.accuracy != two.accuracy
 
 
-def test_held_out_samples_do_not_find_themselves():
+def test_heldout_samples_do_not_find_themselves():
     x, _ = planted(900, 0)
     y = np.random.default_rng(3).integers(0, 4, 900)
-    assert probe(x, y, x, y, third(900), ks=(1,)).heldout_accuracy < 0.4
+    assert probe(data(x, y, x, y), k_grid=(1,)).heldout_accuracy < 0.4
 
 
 def test_k_is_never_larger_than_the_bank():
     x, y = planted(30, 0)
-    result = probe(x, y, x, y, third(30), ks=(5, 100))
-    assert result.ks == (5, 20)
+    result = probe(data(x, y, x, y), k_grid=(5, 100))
+    assert result.k_tried == (5, 20)
 
 
 def peak_extra(action):

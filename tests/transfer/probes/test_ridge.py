@@ -10,14 +10,13 @@ from latentddae.core import dist
 from latentddae.core.errors import DataError
 from latentddae.transfer.probes import ridge
 
+from ..conftest import planted as clusters
+
 
 def planted(n=400, width=20, classes=5, offset=0.0, seed=0):
     """Overlapping clusters: features (N, D) float32, labels (N,)."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, classes, n)
-    centres = np.random.default_rng(99).normal(size=(classes, width))
-    x = centres[labels] + random.normal(size=(n, width)) * 2 + offset
-    return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
+    x, labels = clusters(n, seed, classes=classes, width=width, noise=2.0, offset=offset)
+    return torch.from_numpy(x), torch.from_numpy(labels)
 
 
 def streamed(x, y, classes=5, batch=64):
@@ -27,18 +26,18 @@ def streamed(x, y, classes=5, batch=64):
     return statistics
 
 
-def relative_alpha(x, strength):
+def relative_alpha(x, l2):
     centred = x.double() - x.double().mean(dim=0)
-    return strength * centred.square().sum().item() / x.shape[1]
+    return l2 * centred.square().sum().item() / x.shape[1]
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("strength", [1e-4, 1e-1, 1.0])
-def test_equals_scikit_learn(classes, strength):
+@pytest.mark.parametrize("l2", [1e-4, 1e-1, 1.0])
+def test_equals_scikit_learn(classes, l2):
     x, y = planted(classes=classes)
     other, _ = planted(classes=classes, seed=1)
-    ours = ridge.solve(streamed(x, y, classes), [strength])[0]
-    alpha = relative_alpha(x, strength)
+    ours = ridge.solve(streamed(x, y, classes), [l2])[0]
+    alpha = relative_alpha(x, l2)
     theirs = RidgeClassifier(alpha=alpha, solver="cholesky").fit(x.double().numpy(), y.numpy())
     assert (ours.predict(other).numpy() == theirs.predict(other.double().numpy())).all()
     if classes > 2:
@@ -46,18 +45,18 @@ def test_equals_scikit_learn(classes, strength):
         np.testing.assert_allclose(scores, theirs.decision_function(other.numpy()), atol=1e-8)
 
 
-@pytest.mark.parametrize("strength", [1e-3, 1e-1])
-def test_standardised_equals_scikit_learn_on_scaled_features(strength):
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+def test_standardised_equals_scikit_learn_on_scaled_features(l2):
     x, y = planted()
     x = x * torch.logspace(-2, 2, 20) + 3
     x[:, 4] = 7.0  # constant: neither scaled nor used
     other = planted(seed=1)[0] * torch.logspace(-2, 2, 20) + 3
     other[:, 4] = 7.0
     scaler = StandardScaler().fit(x.double().numpy())
-    alpha = strength * len(x) * 19 / 20
+    alpha = l2 * len(x) * 19 / 20
     theirs = RidgeClassifier(alpha=alpha, solver="cholesky")
     theirs.fit(scaler.transform(x.double().numpy()), y.numpy())
-    ours = ridge.solve(streamed(x, y), [strength], standardise=True)[0]
+    ours = ridge.solve(streamed(x, y), [l2], standardise=True)[0]
     scores = other.double() @ ours.weight + ours.bias
     expected = theirs.decision_function(scaler.transform(other.double().numpy()))
     np.testing.assert_allclose(scores, expected, atol=1e-7)
@@ -109,7 +108,7 @@ def test_ranks_reduce_to_the_whole(ranks):
         world = dist.start()
         part = slice(*[0, 10, 60, 101][world.rank : world.rank + 2])
         statistics = streamed(x[part], y[part], batch=7)
-        statistics.reduce()
+        statistics.reduce(dist.broadcast_object, dist.sum_tensor)
         assert statistics.count == 101
         for one, other in zip(whole.centred(), statistics.centred(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-8)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from timm.optim import Lars as TimmLars
@@ -11,7 +10,9 @@ from latentddae.core.errors import DataError, UsageError
 from latentddae.core.rng import normal
 from latentddae.transfer.probes import sgd
 from latentddae.transfer.probes.recipes import RECIPES, Recipe
-from latentddae.transfer.probes.sgd import Heads, Training, epoch_order, schedule
+from latentddae.transfer.probes.sgd import Heads, HeadTrainer, epoch_order, schedule
+
+from ..conftest import planted as clusters
 
 CLASSES, WIDTH, ROWS = 5, 12, 230
 RATES = [(1e-3, 0.0), (1e-3, 0.0), (1e-2, 0.0), (1e-2, 1e-2)]
@@ -21,20 +22,23 @@ SMALL = {  # every recipe at a size that takes several steps an epoch and both p
 }
 
 
-def planted(seed, rows=ROWS, distance=1.0, dtype=torch.float32):
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    centres = np.random.default_rng(99).normal(size=(CLASSES, WIDTH)) * distance
-    x = centres[labels] + random.normal(size=(rows, WIDTH)) + 3
+def planted(seed, rows=ROWS, dtype=torch.float32):
+    x, labels = clusters(rows, seed, classes=CLASSES, width=WIDTH, offset=3.0)
     return torch.from_numpy(x).to(dtype), torch.from_numpy(labels)
 
 
 def trained(recipe, rates, epochs, y, own=False, seed=0):
-    training = Training(
-        recipe, rates, width=WIDTH, classes=CLASSES, own=own, seed=seed, dtype=epochs[0].dtype
+    training = HeadTrainer(
+        recipe,
+        rates,
+        width=WIDTH,
+        classes=CLASSES,
+        separate_inputs=own,
+        seed=seed,
+        dtype=epochs[0].dtype,
     )
     for x in epochs:
-        training.epoch(x, y)
+        training.train_epoch(x, y)
     training.check()
     return training.heads
 
@@ -61,7 +65,7 @@ def with_torch(recipe, rate, decay, epochs, y):
         steps = len(x) // recipe.batch
         for step in range(steps):
             rows = order[step * recipe.batch : (step + 1) * recipe.batch]
-            place = epoch if recipe.stepwise == "epoch" else epoch + step / steps
+            place = epoch if recipe.lr_update == "epoch" else epoch + step / steps
             for group in optimiser.param_groups:
                 group["lr"] = rate * schedule(recipe, place)
             optimiser.zero_grad()
@@ -89,7 +93,7 @@ def test_a_head_is_the_one_that_torch_trains(name):
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("own", [False, True])
 def test_batched_heads_are_the_heads_trained_one_by_one(name, own, monkeypatch):
-    monkeypatch.setattr(sgd, "TOGETHER", 3)  # the fourth head has a turn of its own
+    monkeypatch.setattr(sgd, "HEADS_PER_GROUP", 3)  # the fourth head has a turn of its own
     recipe = SMALL[name]
     y = planted(0)[1]
     shift = torch.arange(4)[:, None, None] / 4
@@ -100,7 +104,7 @@ def test_batched_heads_are_the_heads_trained_one_by_one(name, own, monkeypatch):
     for place, rate in enumerate(rates):
         x = [part[place] if own else part for part in epochs]
         alone = trained(recipe, [rate], x, y)
-        one = together.one(place)
+        one = together.select(place)
         torch.testing.assert_close(one.weight, alone.weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(one.bias, alone.bias, rtol=0, atol=1e-6)
         torch.testing.assert_close(one.logits(x[0]), alone.logits(x[0]), rtol=1e-5, atol=1e-5)
@@ -123,7 +127,7 @@ def test_order_visits_everything_once_and_changes():
 
 def test_rates_follow_the_batch_that_is_used():
     recipe = Recipe(
-        optimizer="sgd", rates=(0.1, 1.0), decays=(0.0, 0.5), reference_batch=256, batch=512,
+        optimizer="sgd", learning_rates=(0.1, 1.0), weight_decays=(0.0, 0.5), reference_batch=256, batch=512,
         epochs=1, norm=False,
     )  # fmt: skip
     assert recipe.scaled(10_000) == [(0.2, 0.0), (0.2, 0.5), (2.0, 0.0), (2.0, 0.5)]
@@ -132,12 +136,12 @@ def test_rates_follow_the_batch_that_is_used():
 
 def test_what_cannot_learn_is_refused():
     with pytest.raises(UsageError, match="positive learning rates"):
-        replace(RECIPES["mae"], rates=(0.0,))
+        replace(RECIPES["mae"], learning_rates=(0.0,))
     with pytest.raises(UsageError, match="warms up"):
         replace(RECIPES["mae"], epochs=10)
     x, y = planted(0)
-    training = Training(SMALL["ddae"], [(1e-3, 0.0)], width=WIDTH, classes=CLASSES)
-    training.epoch(x * float("nan"), y)
+    training = HeadTrainer(SMALL["ddae"], [(1e-3, 0.0)], width=WIDTH, classes=CLASSES)
+    training.train_epoch(x * float("nan"), y)
     with pytest.raises(DataError, match="finite"):
         training.check()
 

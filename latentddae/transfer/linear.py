@@ -1,0 +1,99 @@
+"""`latentddae linear`: the reported linear probe on frozen features of one cell.
+
+latentddae linear --checkpoint RUN --data latents --cell RUN/grid/grid.json --out RUN/linear
+torchrun --nproc-per-node 8 -m latentddae.transfer.linear --checkpoint ...
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from latentddae.core import dist
+from latentddae.core.command import Command
+from latentddae.core.config import require
+from latentddae.core.errors import UsageError, run_command
+from latentddae.transfer.probes import logistic
+from latentddae.transfer.probes.data import ProbeData
+from latentddae.transfer.probes.recipes import LBFGS, RECIPES, Recipe
+from latentddae.transfer.protocol import session, sgd_probe
+from latentddae.transfer.protocol.options import ProbeOptions
+from latentddae.transfer.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(ProbeOptions):
+    """Linear probe on the features of one cell: logistic regression, or a published recipe."""
+
+    recipe: Literal["lbfgs", "ddae", "ldae", "repa", "mae", "dinov2"] = "lbfgs"
+    """lbfgs solves the convex problem and needs none of the settings below."""
+    epochs: int | None = None
+    """Recipe: epochs of training. Default: the recipe's own, as for all that follow."""
+    batch_size: int | None = None
+    """Recipe: samples per step; learning rates scale with it."""
+    lr: tuple[float, ...] | None = None
+    """Recipe: learning rates at its reference batch size; the best is chosen on held-out train."""
+    weight_decay: tuple[float, ...] | None = None
+    """Recipe: weight decays, each combined with every learning rate."""
+    cached_epochs: int | None = None
+    """Recipe: extract features this many times and mix them, instead of once per epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, positive=("cached_epochs", "epochs", "batch_size"))
+        if self.recipe == LBFGS:
+            return
+        self.training()
+        if self.few_shot:
+            raise UsageError(f"--few-shot goes with --recipe {LBFGS}, not with {self.recipe}")
+        if self.features is not None:
+            raise UsageError(
+                f"--features holds one noise, which {self.recipe} would learn; use "
+                f"--cached-epochs K, or --recipe {LBFGS}"
+            )
+
+    def training(self) -> Recipe:
+        """The named recipe with the settings that replace its own."""
+        changes = {
+            "epochs": self.epochs,
+            "batch": self.batch_size,
+            "learning_rates": self.lr,
+            "weight_decays": self.weight_decay,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(RECIPES[self.recipe], **given)  # type: ignore[arg-type]
+
+
+def linear(config: LinearConfig) -> list[Result]:
+    """The results of a linear probe, one for each entry of `few_shot`. A collective."""
+    probes = session.open_session(config)
+    protocol = {"name": logistic.PROTOCOL}
+    if config.recipe != LBFGS:
+        return [sgd_probe.run(probes, config.recipe, config.training(), config.cached_epochs)]
+    if config.few_shot:
+        return session.run_few_shot(probes, "linear", protocol, few_shot_probe)
+    return [session.run_probe(probes, "linear", protocol, logistic.probe)]
+
+
+def few_shot_probe(data: ProbeData, per_class: int) -> logistic.LinearResult:
+    """The probe of few samples, with the penalties that their number allows."""
+    return logistic.probe(data, l2_grid=logistic.few_shot_grid(per_class))
+
+
+def run(config: LinearConfig) -> None:
+    """Run the command and print its results."""
+    results = linear(config)
+    if dist.world_from_environment().is_main:
+        print("\n".join(map(session.format_result, results)))
+
+
+def plan(config: LinearConfig) -> str:
+    """What the command would do."""
+    return session.describe(session.open_session(config), f"linear probe ({config.recipe})")
+
+
+COMMAND = Command("linear", LinearConfig, run=run, plan=plan)
+main = COMMAND.main
+
+if __name__ == "__main__":
+    sys.exit(run_command("linear", main))

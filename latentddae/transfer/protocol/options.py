@@ -1,0 +1,83 @@
+"""Settings that probe commands share, and the splits that they name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latentddae.core.config import require
+from latentddae.core.errors import UsageError
+from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import Concat, SampleSet
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
+from latentddae.transfer.probes.few_shot import DRAWS, parse
+
+TEST_SPLITS = ("test", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(TransferOptions):
+    """The features that are probed, the splits, and what is reported."""
+
+    cell: Path | None = None
+    """grid.json: probe the cell that this grid chose."""
+    block: int | str | None = None
+    """Without `cell`: the block, 1 to depth; 3+4 concatenates two."""
+    level: str | None = None
+    """Without `cell`: noise level, 0.2 or t=121, sigma_over_alpha=0.4, log_snr=1.5."""
+    pool: str | None = None
+    """Pooling over tokens (default mean); with `cell`, the best cell of this pool."""
+    noise_samples: int = 1
+    """Without `cell`: noises whose features are averaged for each image."""
+    noisy_input: bool = True
+    """Without `cell`: false shows the network the clean latent and the time of the noise level."""
+    features: Path | None = None
+    """Folder of `latentddae features` to read instead of running the network."""
+    train_splits: tuple[str, ...] = ("train",)
+    """Splits to fit on."""
+    test_split: str | None = None
+    """Split to score, once. Default: test, else val."""
+    metric: Literal["top1", "mean_per_class"] = "top1"
+    """What `accuracy` means."""
+    seed: int | None = None
+    """Of noise, held-out part and subset. Default: that of the grid, else 0."""
+    noise_seeds: int = 1
+    """Number of noise seeds; several give a mean and a standard deviation."""
+    holdout: float | None = None
+    """Fraction of train held out for every choice. Default: that of the grid, else 0.2."""
+    limit: int | None = None
+    """Fit on at most this many training samples, selected by their keys."""
+    few_shot: tuple[str, ...] = ()
+    """Samples per class, e.g. 1,5,10, or percentages of each class, e.g. 1%,10%."""
+    few_shot_draws: int = DRAWS
+    """Selections of few samples that are averaged."""
+    reference_accuracy: float | None = None
+    """A published accuracy in percent to compare with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            positive=("noise_samples", "noise_seeds", "limit", "few_shot_draws"),
+            fraction=("holdout",),
+        )
+        if self.cell is None and (self.block is None or self.level is None):
+            raise UsageError("name the cell: --cell grid.json, or --block K --level s [--pool P]")
+        for text in self.few_shot:
+            parse(text)
+
+
+def open_train(root: Path, splits: tuple[str, ...], checkpoint: Checkpoint) -> SampleSet:
+    """The splits of a data folder that are fitted on; several are concatenated."""
+    if not splits:
+        raise UsageError("--train-splits: the list is empty")
+    parts = [open_shards(root, name, checkpoint) for name in splits]
+    return parts[0] if len(parts) == 1 else Concat(parts)
+
+
+def open_test(root: Path, split: str | None, checkpoint: Checkpoint) -> ShardSet:
+    """The split that is scored once: `split`, or the first of test and val that the folder has."""
+    if split is None:
+        manifest = ShardSet(root, "train").manifest
+        split = next((name for name in TEST_SPLITS if name in manifest["splits"]), "test")
+    return open_shards(root, split, checkpoint)
