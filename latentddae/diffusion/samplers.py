@@ -1,405 +1,293 @@
-"""Samplers: from noise to a clean latent. Plain functions of one signature, good for any objective.
+"""Samplers: from noise to a clean latent, for every objective.
 
-    x0 = SAMPLERS["heun"](objective, model, noise, y, steps=18)
+    x0 = sample(objective, model, noise, labels, Sampling(sampler=HeunOptions(), steps=18))
 
-`noise` (N, C, h, w) is standard normal; the state keeps its dtype. Every sampler walks the
-objective's own grid of times (or of levels) and calls the network through `objective.denoise`.
-Stochastic ones take fresh noise from `noise_sampler(step)`, so that the caller decides what it is keyed by.
+`sample` walks from the noisiest node to the clean end. A sampler is a function of one step,
+
+    (denoise, x (N, C, H, W), step, options) -> (next x, predicted x0)
+
+It calls the network through `denoise`, which guides and clips, finds both ends of the step and its
+fresh noise in `step`, and its own settings in `options`. SAMPLERS lists all of them.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentddae.core.config import choice, require
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion.ddpm import DDPM
-from latentddae.diffusion.guidance import Guidance, guided
+from latentddae.diffusion.denoiser import CLEAN, Denoiser, Node, node_at_level, nodes_at
+from latentddae.diffusion.guidance import Guidance
 from latentddae.diffusion.levels import level_of_ratio
 from latentddae.diffusion.objective import Model, Objective
+from latentddae.diffusion.sampler_options import (
+    AncestralOptions,
+    DdimOptions,
+    EulerMaruyamaOptions,
+    EulerOptions,
+    HeunOptions,
+    OdeCoordinates,
+    OdeOptions,
+    Options,
+)
+from latentddae.models.network import Conditioning
 
 NoiseSampler = Callable[[int], Tensor]
-"""Step number -> standard normal noise (N, C, h, w)."""
+"""Step number -> standard normal noise (N, C, H, W): the caller decides what it is keyed by."""
 Callback = Callable[[int, Tensor, Tensor], None]
-"""Called after each step with its number, the predicted x0 and the new state."""
+"""Called after each step with its number, the predicted x0 and the new x, (N, C, H, W) each."""
 
 MAX_CHURN = math.sqrt(2) - 1  # EDM, algorithm 2
-LAST_NOISE_LEVEL = 0.04  # from here SiT and REPA go to the clean end without fresh noise
 ODE_LAST_LEVEL = 1e-4  # the velocity (x - x0) / s loses all digits at s = 0
 
 
 @dataclass(frozen=True)
-class Node:
-    """One point of a sampling path."""
+class Step:
+    """One step of a sampler, from node `start` to the cleaner node `end`."""
 
-    time: float
-    """In the objective's own unit; an int where its times are a table."""
-    alpha: float
-    sigma: float
-
-    @property
-    def level(self) -> float:
-        return self.sigma / (self.alpha + self.sigma)
+    count: int
+    """Steps of the whole path."""
+    start: Node
+    end: Node
+    noise: Callable[[], Tensor]
+    """Fresh standard normal noise (N, C, H, W) for this step."""
 
 
-CLEAN = Node(math.nan, 1.0, 0.0)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How noise becomes an image."""
 
+    sampler: Options = choice(lambda: OPTIONS, EulerOptions)
+    """Sampler and its options: `sampler=ddim sampler.eta=1`."""
+    steps: int = 50
+    """Steps from noise to image; `ode` chooses its own."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Classifier-free guidance."""
+    clip: bool = False
+    """Keep the predicted clean image in [-1, 1]; for pixel models."""
 
-def nodes_at(objective: Objective, times: Tensor) -> list[Node]:
-    """The points of given times, and the clean end after them."""
-    alpha, sigma = objective.alpha_sigma(times)
-    rows = zip(times.tolist(), alpha.tolist(), sigma.tolist(), strict=True)
-    return [*(Node(*row) for row in rows), CLEAN]
-
-
-def path(objective: Objective, steps: int) -> list[Node]:
-    """The objective's own grid: steps + 1 points."""
-    if steps < 1:
-        raise ConfigError(f"sampling needs at least 1 step, got {steps}")
-    return nodes_at(objective, objective.sampling_timesteps(steps))
-
-
-class Denoiser:
-    """The network as a sampler sees it: (state, node) -> predicted x0, guided and clipped."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        model: Model,
-        y: Tensor | None,
-        guidance: Guidance | None,
-        clip: bool,
-    ) -> None:
-        self.objective, self.model, self.y, self.clip = objective, model, y, clip
-        self.guidance = guidance if guidance is not None and guidance.scale != 1 else None
-        self.guided_model = model if self.guidance is None else guided(model, self.guidance)
-
-    def model_at(self, level: float) -> Model:
-        """The guided model within the interval; elsewhere, and at scale 1, one pass is enough."""
-        inside = self.guidance is not None and self.guidance.low <= level <= self.guidance.high
-        return self.guided_model if inside else self.model
-
-    def __call__(self, x: Tensor, node: Node) -> Tensor:
-        dtype = torch.int64 if isinstance(node.time, int) else x.dtype
-        t = torch.full((len(x),), node.time, dtype=dtype, device=x.device)
-        x0 = self.objective.denoise(self.model_at(node.level), x, t, self.y)
-        return x0.clamp(-1, 1) if self.clip else x0
-
-
-def need_noise_sampler(noise_sampler: NoiseSampler | None, name: str) -> NoiseSampler:
-    if noise_sampler is None:
-        raise ConfigError(f"{name} is stochastic: it needs noise_sampler(step) -> noise")
-    return noise_sampler
+    def __post_init__(self) -> None:
+        require(self, positive=("steps",))
 
 
 @torch.no_grad()
-def euler(
+def sample(
     objective: Objective,
     model: Model,
     noise: Tensor,
-    y: Tensor | None = None,
+    condition: Conditioning = None,
+    sampling: Sampling | None = None,
     *,
-    steps: int = 50,
-    guidance: Guidance | None = None,
-    clip: bool = False,
     noise_sampler: NoiseSampler | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method for the probability flow: noise (N, C, h, w) -> x0 (N, C, h, w).
+    """Clean latents x0 for standard normal noise: (N, C, H, W) -> (N, C, H, W), dtype kept.
 
-    With x0 and noise held fixed every path is a straight line in its coordinates, so this is DDIM with
-    eta 0, whatever the objective.
+    Stochastic samplers take the fresh noise of step i from `noise_sampler(i)`. Raises ConfigError
+    if they have none, and for a sampler that the objective does not support.
     """
-    return ddim(
-        objective,
-        model,
-        noise,
-        y,
-        steps=steps,
-        guidance=guidance,
-        clip=clip,
-        noise_sampler=noise_sampler,
-        callback=callback,
-    )
-
-
-@torch.no_grad()
-def ddim(
-    objective: Objective,
-    model: Model,
-    noise: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 50,
-    guidance: Guidance | None = None,
-    clip: bool = False,
-    noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
-    eta: float = 0.0,
-) -> Tensor:
-    """DDIM (arXiv 2010.02502, equation 12); eta 1 is ancestral sampling with the small variance."""
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"eta must lie in [0, 1], got {eta}")
-    denoise = Denoiser(objective, model, y, guidance, clip)
-    nodes, x = path(objective, steps), objective.initial_latent(noise)
-    for i, (here, there) in enumerate(pairwise(nodes)):
-        x0 = denoise(x, here)
-        predicted_noise = (x - here.alpha * x0) / here.sigma
-        fresh = eta * math.sqrt(_fixed_variance(here, there))
-        x = there.alpha * x0 + math.sqrt(there.sigma**2 - fresh**2) * predicted_noise
-        if fresh:
-            x = x + fresh * need_noise_sampler(noise_sampler, "ddim with eta > 0")(i)
+    sampling = sampling or Sampling()
+    options, sampler = sampling.sampler, SAMPLERS[sampling.sampler.kind]
+    denoise = Denoiser(objective, model, condition, sampling.guidance, sampling.clip)
+    nodes, x = sampler.nodes(objective, sampling), objective.initial_latent(noise)
+    for index, (start, end) in enumerate(pairwise(nodes)):
+        fresh_noise = partial(_fresh_noise, noise_sampler, index, options.kind)
+        x, x0 = sampler.step(denoise, x, Step(len(nodes) - 1, start, end, fresh_noise), options)
         if callback is not None:
-            callback(i, x0, x)
+            callback(index, x0, x)
     return x
 
 
-def _fixed_variance(here: Node, there: Node) -> float:
-    """Variance of q(x_there | x_here, x0)."""
-    beta = 1 - (here.alpha * there.sigma / (there.alpha * here.sigma)) ** 2
-    return beta * there.sigma**2
+def _fresh_noise(noise_sampler: NoiseSampler | None, index: int, name: str) -> Tensor:
+    if noise_sampler is None:
+        raise ConfigError(f"{name} is stochastic: it needs noise_sampler(step) -> noise")
+    return noise_sampler(index)
 
 
-@torch.no_grad()
-def ancestral(
-    objective: Objective,
-    model: Model,
-    noise: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 250,
-    guidance: Guidance | None = None,
-    clip: bool = False,
-    noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """DDPM's reverse process on a respaced schedule, with the objective's reverse variance."""
+# Nodes that a sampler visits
+
+
+def own_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
+    """The objective's sampling timesteps and the clean end: steps + 1 nodes."""
+    return nodes_at(objective, objective.sampling_timesteps(sampling.steps))
+
+
+def respaced_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
+    """DDPM's timesteps with both ends of the schedule, as DiT samples. ConfigError for others."""
     if not isinstance(objective, DDPM):
         raise ConfigError(
             f"ancestral sampling is DDPM's; for {objective.kind} use ddim with eta 1 or "
             "euler_maruyama"
         )
-    if steps < 1:
-        raise ConfigError(f"sampling needs at least 1 step, got {steps}")
-    noise_sampler = need_noise_sampler(noise_sampler, "ancestral")
-    denoise = Denoiser(objective, model, y, guidance, clip)
-    times = objective.sampling_timesteps(steps, spacing="even")
-    levels = objective.to_level(times.double()).tolist()
-    ends = [*times[1:].tolist(), int(times[-1]) - 1]
-    x = objective.initial_latent(noise)
-    for i, (here, there) in enumerate(zip(times.tolist(), ends, strict=True)):
-        t, previous = (torch.full((len(x),), v, device=x.device) for v in (here, there))
-        step = objective.posterior(
-            denoise.model_at(levels[i]), x, t, y, previous=previous, clip=clip
-        )
-        x = step.mean
-        if i + 1 < steps:
-            x = x + step.variance.sqrt() * noise_sampler(i)
-        if callback is not None:
-            callback(i, step.x0, x)
-    return x
+    return nodes_at(objective, objective.sampling_timesteps(sampling.steps, spacing="even"))
 
 
-OdeCoordinates = Literal["linear", "ve"]
-
-
-def _coordinate(node: Node, ode_coordinates: OdeCoordinates) -> tuple[float, float]:
-    """(parameter, scale) of coordinates: s and alpha + sigma, or sigma / alpha and alpha."""
-    scale = node.alpha + node.sigma if ode_coordinates == "linear" else node.alpha
-    return node.sigma / scale, scale
-
-
-def _slope(x: Tensor, x0: Tensor, node: Node, ode_coordinates: OdeCoordinates) -> Tensor:
-    """d(x / scale) / d(parameter): the predicted noise, less x0 in the linear coordinates."""
-    predicted_noise = (x - node.alpha * x0) / node.sigma
-    return predicted_noise - x0 if ode_coordinates == "linear" else predicted_noise
-
-
-@torch.no_grad()
-def heun(
-    objective: Objective,
-    model: Model,
-    noise: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 18,
-    guidance: Guidance | None = None,
-    clip: bool = False,
-    noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
-    ode_coordinates: OdeCoordinates | None = None,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    churn_noise: float = 1.0,
-) -> Tensor:
-    """Heun's second-order method (EDM, algorithms 1 and 2): 2 * steps - 1 evaluations.
-
-    `ode_coordinates` defaults to the objective's: `ve`, EDM's own, for `edm`, else `linear`, which on a known
-    mixture leaves a half to a third of the error (benchmarks/convergence.py). `churn` > 0 adds
-    noise before each step at ratios sigma / alpha in [churn_min, churn_max], `churn_noise` times as
-    much as consistency asks for.
-    """
-    ode_coordinates = ode_coordinates or objective.ode_coordinates
-    denoise = Denoiser(objective, model, y, guidance, clip)
-    nodes, x = path(objective, steps), objective.initial_latent(noise)
-    if ode_coordinates == "ve" and nodes[0].alpha == 0:
-        raise ConfigError(
-            f"ode_coordinates ve divides by the signal, {objective.kind} starts without any"
-        )
-    for i, (here, there) in enumerate(pairwise(nodes)):
-        if churn and here.alpha and churn_min <= here.sigma / here.alpha <= churn_max:
-            factor = 1 + min(churn / steps, MAX_CHURN)
-            x, here = _noisier(
-                objective,
-                x,
-                here,
-                factor,
-                churn_noise * need_noise_sampler(noise_sampler, "churn")(i),
-            )
-        x0 = denoise(x, here)
-        (start, scale), (end, end_scale) = (
-            _coordinate(here, ode_coordinates),
-            _coordinate(there, ode_coordinates),
-        )
-        slope = _slope(x, x0, here, ode_coordinates)
-        new = end_scale * (x / scale + (end - start) * slope)
-        if there is not CLEAN:
-            second = _slope(new, denoise(new, there), there, ode_coordinates)
-            new = end_scale * (x / scale + (end - start) * 0.5 * (slope + second))
-        x = new
-        if callback is not None:
-            callback(i, x0, x)
-    return x
-
-
-def _noisier(
-    objective: Objective, x: Tensor, node: Node, factor: float, noise: Tensor
-) -> tuple[Tensor, Node]:
-    """Raise sigma / alpha by `factor` with fresh noise; the node that results."""
-    ratio = factor * node.sigma / node.alpha
-    time = torch.tensor([objective.to_time(level_of_ratio(ratio))], dtype=torch.float64)
-    noisier = nodes_at(objective, time)[0]
-    added = math.sqrt(max((noisier.sigma / noisier.alpha) ** 2 - (node.sigma / node.alpha) ** 2, 0))
-    return noisier.alpha * (x / node.alpha + added * noise), noisier
-
-
-@torch.no_grad()
-def euler_maruyama(
-    objective: Objective,
-    model: Model,
-    noise: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 250,
-    guidance: Guidance | None = None,
-    clip: bool = False,
-    noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
-    diffusion: float = 1.0,
-    last_level: float = LAST_NOISE_LEVEL,
-) -> Tensor:
-    """Euler-Maruyama for the reverse SDE in the linear coordinates (SiT, arXiv 2401.08740, section 2.4).
-
-    dz = (v + w/2 * noise / s) ds + sqrt(w) dW with w = `diffusion` * s (SiT's `sigma` form; REPA
-    uses 2). Levels fall evenly to `last_level`; the step from there to 0 adds no noise.
-    """
-    if steps < 1:
-        raise ConfigError(f"sampling needs at least 1 step, got {steps}")
-    noise_sampler = need_noise_sampler(noise_sampler, "euler_maruyama")
-    first = objective.level_range[1]
-    if not 0 < last_level < first:
-        raise ConfigError(f"last_level must lie in (0, {first:.3g}), got {last_level}")
-    denoise = Denoiser(objective, model, y, guidance, clip)
-    levels = torch.linspace(first, last_level, steps, dtype=torch.float64)
-    if steps == 1:
+def level_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
+    """Evenly spaced levels from the noisiest to `last_level`, and the clean end."""
+    assert isinstance(sampling.sampler, EulerMaruyamaOptions)
+    first, last = objective.level_range[1], sampling.sampler.last_level
+    if not 0 < last < first:
+        raise ConfigError(f"last_level must lie in (0, {first:.3g}), got {last}")
+    levels = torch.linspace(first, last, sampling.steps, dtype=torch.float64)
+    if sampling.steps == 1:
         levels = torch.tensor([first], dtype=torch.float64)
-    nodes, x = nodes_at(objective, objective.to_time(levels)), objective.initial_latent(noise)
-    for i, (here, there) in enumerate(pairwise(nodes)):
-        x0 = denoise(x, here)
-        (start, scale), (end, end_scale) = _coordinate(here, "linear"), _coordinate(there, "linear")
-        predicted_noise = (x - here.alpha * x0) / here.sigma
-        drift = predicted_noise - x0 + 0.5 * diffusion * predicted_noise
-        z = x / scale + (end - start) * drift
-        if there is not CLEAN:
-            z = z + math.sqrt(diffusion * start * (start - end)) * noise_sampler(i)
-        x = end_scale * z
-        if callback is not None:
-            callback(i, x0, x)
-    return x
+    return nodes_at(objective, objective.to_time(levels))
 
 
-@torch.no_grad()
-def ode(
-    objective: Objective,
-    model: Model,
-    noise: Tensor,
-    y: Tensor | None = None,
-    *,
-    steps: int = 1,
-    guidance: Guidance | None = None,
-    clip: bool = False,
-    noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
-    method: str = "dopri5",
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
-) -> Tensor:
-    """Adaptive ODE solver (torchdiffeq, extra `fid`) in the linear coordinates; `steps` is not used.
+# Samplers
 
-    Each sample is solved on its own, so that its step sizes, and its image, do not depend on what
-    else is in the batch. The last 1e-4 of the path is one Euler step.
-    """
-    del steps, noise_sampler, callback
+
+def ddim(
+    denoise: Denoiser, x: Tensor, step: Step, options: EulerOptions | DdimOptions
+) -> tuple[Tensor, Tensor]:
+    """Hold the predicted x0 and noise fixed; replace a part of the noise by fresh noise."""
+    start, end = step.start, step.end
+    x0 = denoise(x, start)
+    beta = 1 - (start.alpha * end.sigma / (end.alpha * start.sigma)) ** 2
+    fresh = options.eta * math.sqrt(beta * end.sigma**2)  # of the std of q(x_end | x_start, x0)
+    noise = predicted_noise(x, x0, start)
+    x = end.alpha * x0 + math.sqrt(end.sigma**2 - fresh**2) * noise
+    return (x + fresh * step.noise() if fresh else x), x0
+
+
+def heun(denoise: Denoiser, x: Tensor, step: Step, options: HeunOptions) -> tuple[Tensor, Tensor]:
+    """An Euler step, repeated with the mean of the slopes at its two ends."""
+    coordinates = options.ode_coordinates or denoise.objective.ode_coordinates
+    start, end = step.start, step.end
+    if coordinates == "ve" and start.alpha == 0:
+        kind = denoise.objective.kind
+        raise ConfigError(f"ode_coordinates ve divides by the signal, {kind} starts without any")
+    if options.churn and start.alpha and options.churn_min <= start.ratio <= options.churn_max:
+        x, start = _add_churn(denoise.objective, x, step, options)
+    x0 = denoise(x, start)
+    (position, scale), (end_position, end_scale) = (
+        coordinate(node, coordinates) for node in (start, end)
+    )
+    first_slope = slope(x, x0, start, coordinates)
+    new = end_scale * (x / scale + (end_position - position) * first_slope)
+    if end is not CLEAN:
+        second_slope = slope(new, denoise(new, end), end, coordinates)
+        mean_slope = 0.5 * (first_slope + second_slope)
+        new = end_scale * (x / scale + (end_position - position) * mean_slope)
+    return new, x0
+
+
+def _add_churn(
+    objective: Objective, x: Tensor, step: Step, options: HeunOptions
+) -> tuple[Tensor, Node]:
+    """Raise sigma / alpha with fresh noise; x (N, C, H, W) and the node that result."""
+    start = step.start
+    factor = 1 + min(options.churn / step.count, MAX_CHURN)
+    noisier = node_at_level(objective, level_of_ratio(factor * start.sigma / start.alpha))
+    added = math.sqrt(max(noisier.ratio**2 - start.ratio**2, 0))
+    noise = options.churn_noise * step.noise()
+    return noisier.alpha * (x / start.alpha + added * noise), noisier
+
+
+def ancestral(
+    denoise: Denoiser, x: Tensor, step: Step, options: AncestralOptions
+) -> tuple[Tensor, Tensor]:
+    """Sample p(x_end | x_start); the last step takes the mean."""
+    mean, variance, x0 = denoise.posterior(x, step.start, step.end)
+    return (mean if step.end is CLEAN else mean + variance.sqrt() * step.noise()), x0
+
+
+def euler_maruyama(
+    denoise: Denoiser, x: Tensor, step: Step, options: EulerMaruyamaOptions
+) -> tuple[Tensor, Tensor]:
+    """Drift of the reverse SDE along the level, then its noise; the last step adds none."""
+    x0 = denoise(x, step.start)
+    (s, scale), (end_s, end_scale) = (coordinate(node, "linear") for node in (step.start, step.end))
+    noise = predicted_noise(x, x0, step.start)
+    drift = noise - x0 + 0.5 * options.diffusion * noise
+    z = x / scale + (end_s - s) * drift
+    if step.end is not CLEAN:
+        z = z + math.sqrt(options.diffusion * s * (s - end_s)) * step.noise()
+    return end_scale * z, x0
+
+
+def ode(denoise: Denoiser, x: Tensor, step: Step, options: OdeOptions) -> tuple[Tensor, Tensor]:
+    """Solve the probability flow from `start` to the clean end, sample by sample."""
+    x0 = torch.cat(
+        [_solve(denoise.only(k), one, step, options) for k, one in enumerate(x.split(1))]
+    )
+    return x0, x0
+
+
+def _solve(denoise: Denoiser, x: Tensor, step: Step, options: OdeOptions) -> Tensor:
+    """The probability flow of one sample: (1, C, H, W) -> (1, C, H, W)."""
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise ConfigError("sampler ode needs torchdiffeq: pip install 'latentddae[fid]'") from error
-    first = objective.level_range[1]
-    last = max(ODE_LAST_LEVEL, objective.level_range[0])
-    results = []
-    for k, x in enumerate(objective.initial_latent(noise).split(1)):
-        denoise = Denoiser(objective, model, None if y is None else y[k : k + 1], guidance, clip)
+    objective = denoise.objective
+    first, last = objective.level_range[1], max(ODE_LAST_LEVEL, objective.level_range[0])
 
-        def velocity(level: Tensor, z: Tensor, denoise: Denoiser = denoise) -> Tensor:
-            node = _node_at_level(objective, min(max(float(level), last), first))
-            scale = node.alpha + node.sigma
-            return _slope(z * scale, denoise(z * scale, node), node, "linear")
+    def velocity(level: Tensor, z: Tensor) -> Tensor:
+        node = node_at_level(objective, min(max(float(level), last), first))
+        x = z * (node.alpha + node.sigma)
+        return slope(x, denoise(x, node), node, "linear")
 
-        start = _node_at_level(objective, first)
-        z = x / (start.alpha + start.sigma)
-        levels = torch.tensor([first, last], dtype=z.dtype, device=z.device)
-        ends = {"step_t": levels[1:]}  # stop there; by default it oversteps and interpolates
-        z = odeint(velocity, z, levels, method=method, rtol=rtol, atol=atol, options=ends)[-1]
-        end = _node_at_level(objective, last)
-        results.append(denoise(z * (end.alpha + end.sigma), end))
-    return torch.cat(results)
-
-
-def _node_at_level(objective: Objective, level: float) -> Node:
-    time = torch.tensor([objective.to_time(level)], dtype=torch.float64)
-    return nodes_at(objective, time)[0]
+    levels = torch.tensor([first, last], dtype=x.dtype, device=x.device)
+    z = odeint(
+        velocity,
+        x / (step.start.alpha + step.start.sigma),
+        levels,
+        method=options.method,
+        rtol=options.rtol,
+        atol=options.atol,
+        options={"step_t": levels[1:]},  # stop there; by default it oversteps and interpolates
+    )[-1]
+    end = node_at_level(objective, last)
+    return denoise(z * (end.alpha + end.sigma), end)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "euler": euler,
-    "ddim": ddim,
-    "heun": heun,
-    "ancestral": ancestral,
-    "euler_maruyama": euler_maruyama,
-    "ode": ode,
+def predicted_noise(x: Tensor, x0: Tensor, node: Node) -> Tensor:
+    """The noise in x if x0 is right: (N, C, H, W) each."""
+    return (x - node.alpha * x0) / node.sigma
+
+
+def coordinate(node: Node, coordinates: OdeCoordinates) -> tuple[float, float]:
+    """(position, scale) of a node: s and alpha + sigma, or sigma / alpha and alpha."""
+    scale = node.alpha + node.sigma if coordinates == "linear" else node.alpha
+    return node.sigma / scale, scale
+
+
+def slope(x: Tensor, x0: Tensor, node: Node, coordinates: OdeCoordinates) -> Tensor:
+    """d(x / scale) / d(position), (N, C, H, W): the predicted noise; less x0 in linear ones."""
+    noise = predicted_noise(x, x0, node)
+    return noise - x0 if coordinates == "linear" else noise
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One entry of SAMPLERS."""
+
+    step: Callable[[Denoiser, Tensor, Step, Any], tuple[Tensor, Tensor]]
+    options: Callable[[], Options]
+    path: Callable[[Objective, Sampling], list[Node]] | None = own_nodes
+    """None: adaptive, one call goes all the way."""
+
+    def nodes(self, objective: Objective, sampling: Sampling) -> list[Node]:
+        """The nodes of a run, noisiest first, the clean end last."""
+        if self.path is None:
+            return [node_at_level(objective, objective.level_range[1]), CLEAN]
+        return self.path(objective, sampling)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler(ddim, EulerOptions),
+    "ddim": Sampler(ddim, DdimOptions),
+    "heun": Sampler(heun, HeunOptions),
+    "ancestral": Sampler(ancestral, AncestralOptions, respaced_nodes),
+    "euler_maruyama": Sampler(euler_maruyama, EulerMaruyamaOptions, level_nodes),
+    "ode": Sampler(ode, OdeOptions, None),
 }
-
-
-def options_of(name: str) -> dict[str, Any]:
-    """The extra keyword options of a sampler and their defaults, e.g. {"eta": 0.0}."""
-    if name not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    common = inspect.signature(euler).parameters
-    own = inspect.signature(SAMPLERS[name]).parameters
-    return {key: option.default for key, option in own.items() if key not in common}
+OPTIONS: dict[str, Callable[[], Options]] = {n: s.options for n, s in SAMPLERS.items()}
