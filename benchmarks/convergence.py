@@ -1,15 +1,15 @@
 """How the samplers' error falls with the number of network calls: python benchmarks/convergence.py.
 
-A mixture of three Gaussians, whose best denoiser is known (latentddae/diffusion/exact.py), in
+A mixture of three Gaussians, whose best denoiser is known (tests/diffusion/gaussian_mixture.py), in
 float64. The truth is the same probability flow solved with thousands of Heun steps. Writes the
 slopes to benchmarks/convergence.json and the plot of docs/generation.md.
 """
 
 import argparse
+import importlib.util
 import json
 import math
-from collections.abc import Callable
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from latentddae.core import rng
 from latentddae.diffusion import EDM, Flow
-from latentddae.diffusion.exact import Mixture, as_network
-from latentddae.diffusion.samplers import euler, heun
+from latentddae.diffusion.sampler_options import EulerOptions, HeunOptions
+from latentddae.diffusion.samplers import Options, Sampling, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,18 +31,28 @@ STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
 EXACT_STEPS = 16_384
 SAMPLES = 256
 FITTED_FROM = 64  # steps from which the slope is fitted: before, higher orders still matter
-MIXTURE = Mixture(
+FILE = HERE.parent / "tests" / "diffusion" / "gaussian_mixture.py"
+SPEC = importlib.util.spec_from_file_location("gaussian_mixture", FILE)
+assert SPEC is not None and SPEC.loader is not None
+gaussian_mixture = sys.modules["gaussian_mixture"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(gaussian_mixture)
+MIXTURE = gaussian_mixture.Mixture(
     weights=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
     means=torch.tensor([[1.0, -0.5], [-0.8, 0.4], [0.6, 0.9]], dtype=torch.float64),
     stds=torch.tensor([0.2, 0.35, 0.15], dtype=torch.float64),
 )
 
 
-def errors(sampler: Callable[..., Tensor], objective: Any, truth: Tensor, noise: Tensor) -> list:
+def run(options: Options, objective: Any, noise: Tensor, steps: int) -> Tensor:
+    """Samples of the mixture: (N, 2, 1, 1)."""
+    model = gaussian_mixture.as_network(objective, MIXTURE)
+    return sample(objective, model, noise, None, Sampling(sampler=options, steps=steps))
+
+
+def errors(options: Options, objective: Any, truth: Tensor, noise: Tensor) -> list[float]:
     """Mean distance to the truth for each number of steps."""
-    model = as_network(objective, MIXTURE)
-    found = [sampler(objective, model, noise, steps=steps) for steps in STEPS]
-    return [float((x - truth).flatten(1).norm(dim=1).mean()) for x in found]
+    samples = [run(options, objective, noise, steps) for steps in STEPS]
+    return [float((x - truth).flatten(1).norm(dim=1).mean()) for x in samples]
 
 
 def slope(values: list[float]) -> float:
@@ -62,26 +72,26 @@ def main() -> None:
     rows = []
     figure, axes = plt.subplots(figsize=(6, 4.2))
     for name, objective in {"flow": Flow(), "edm": EDM()}.items():
-        truth = heun(objective, as_network(objective, MIXTURE), noise, steps=EXACT_STEPS)
-        runs: dict[str, tuple[Callable[..., Tensor], int]] = {
-            "euler": (euler, 1),
-            "heun": (heun, 2),
+        truth = run(HeunOptions(), objective, noise, EXACT_STEPS)
+        runs: dict[str, tuple[Options, int]] = {
+            "euler": (EulerOptions(), 1),
+            "heun": (HeunOptions(), 2),
         }
         if objective.ode_coordinates != "linear":
-            runs["heun, ode_coordinates=linear"] = (partial(heun, ode_coordinates="linear"), 2)
-        for title, (sampler, calls) in runs.items():
-            found = errors(sampler, objective, truth, noise)
-            order = slope(found)
+            runs["heun, ode_coordinates=linear"] = (HeunOptions(ode_coordinates="linear"), 2)
+        for title, (options, calls) in runs.items():
+            distances = errors(options, objective, truth, noise)
+            order = slope(distances)
             label = f"{name}, {title}: order {order:.2f}"
             line = "-o" if name == "flow" else "--s"
-            axes.loglog([calls * s for s in STEPS], found, line, markersize=4, label=label)
+            axes.loglog([calls * s for s in STEPS], distances, line, markersize=4, label=label)
             rows.append(
                 {
                     "objective": name,
                     "sampler": title,
                     "order": round(order, 3),
                     "steps": STEPS,
-                    "error": [float(f"{e:.4g}") for e in found],
+                    "error": [float(f"{e:.4g}") for e in distances],
                 }
             )
             print(label)

@@ -17,22 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentddae.core.imaging import image_sheet, write_png
 from latentddae.data.encoding import encode
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.sampler_options import AncestralOptions, EulerOptions, HeunOptions
 from latentddae.generation.frechet import frechet_distance, moments
+from latentddae.generation.generate import SampleSettings, decode, generate
 from latentddae.generation.monitor import heldout_losses, latent_features, real_moments
-from latentddae.generation.pictures import sheet, write_png
-from latentddae.generation.sample import decode, generate
 from latentddae.models import zoo
 
 TABLE = Path(__file__).parent / "objectives.json"
 SAMPLES = 500
-SETTINGS: dict[str, dict[str, Any]] = {  # a sampler that suits the objective
-    "ddpm": {"sampler": "ancestral", "steps": 100},
-    "edm": {"sampler": "heun", "steps": 18},
-    "flow": {"sampler": "euler", "steps": 50},
+SETTINGS = {  # a sampler that suits the objective
+    "ddpm": SampleSettings(sampler=AncestralOptions(), steps=100),
+    "edm": SampleSettings(sampler=HeunOptions(), steps=18),
+    "flow": SampleSettings(sampler=EulerOptions(), steps=50),
 }
 
 
@@ -56,18 +57,18 @@ def measure(kind: str, data: Path, run: Path, images: int) -> dict[str, Any]:
         float(heldout_losses(model, checkpoint.objective, test).mean())
         for model in (fresh, checkpoint.model)
     )
-    x0 = generate(checkpoint, range(SAMPLES), **SETTINGS[kind])
+    x0 = generate(checkpoint, range(SAMPLES), SETTINGS[kind])
     real = real_moments(test, SAMPLES)
     pure_noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     pixels = decode(checkpoint, x0[:64], open_matching(checkpoint.latents))
-    write_png(run.with_suffix(".png"), sheet(pixels, columns=8))
+    write_png(run.with_suffix(".png"), image_sheet(pixels, columns=8))
     return {
         "objective": kind,
         "images": images,
         "heldout_untrained": round(before, 4),
         "heldout_trained": round(after, 4),
         "factor": round(before / after, 2),
-        "sampler": SETTINGS[kind],
+        "sampler": {"sampler": SETTINGS[kind].sampler.kind, "steps": SETTINGS[kind].steps},
         "frechet_latents": round(frechet_distance(moments(latent_features(x0)), real), 2),
         "frechet_latents_of_noise": round(
             frechet_distance(moments(latent_features(pure_noise)), real), 2

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.guidance import Guidance
-from latentddae.diffusion.samplers import SAMPLERS, ddim
+from latentddae.diffusion.sampler_options import DdimOptions
+from latentddae.diffusion.samplers import OPTIONS, Sampling, sample
 from latentddae.models import DiT, zoo
+from latentddae.models.network import Conditioning
 
 IMAGES, STEPS, SCALE = 2, 4, 1.5
 HOST_STEPS = 50
@@ -105,9 +107,10 @@ def against_diffusers(model: DiT) -> None:
     labels = list(range(IMAGES))
     noise = torch.randn(IMAGES, 4, 32, 32, generator=torch.Generator().manual_seed(1))
     objective, y = OBJECTIVES["ddpm"](), torch.tensor(labels)
+    sampling = Sampling(sampler=DdimOptions(), steps=STEPS, guidance=Guidance(scale=SCALE))
 
     def ours() -> Tensor:
-        return ddim(objective, model, noise, y, steps=STEPS, guidance=Guidance(scale=SCALE))
+        return sample(objective, model, noise, y, sampling)
 
     def theirs() -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -145,10 +148,10 @@ def bf16_against_fp32(model: DiT) -> None:
     print(f"one bf16 evaluation differs by {gap:.1e}")
     assert gap < 0.02
 
-    def sample(network: DiT) -> Tensor:
-        return ddim(objective, network, noise, y, steps=STEPS)
+    def run(network: DiT) -> Tensor:
+        return sample(objective, network, noise, y, Sampling(sampler=DdimOptions(), steps=STEPS))
 
-    seconds = cpu_seconds({"bf16": lambda: sample(half), "fp32": lambda: sample(model)})
+    seconds = cpu_seconds({"bf16": lambda: run(half), "fp32": lambda: run(model)})
     rate = {name: IMAGES * STEPS / value for name, value in seconds.items()}
     record(
         "sampling_bf16_vs_fp32",
@@ -166,17 +169,19 @@ def host_time_per_step() -> None:
     variants = {}
     for kind, objective in ((k, make()) for k, make in OBJECTIVES.items()):
         answer = answers[8 if objective.learn_sigma else 4]
-        for name, sampler in SAMPLERS.items():
+        for name, options in OPTIONS.items():
             if name == "ode" or (name == "ancestral" and kind != "ddpm"):
                 continue
 
+            sampling = Sampling(sampler=options(), steps=HOST_STEPS)
+
             def run(
-                sampler: Any = sampler, objective: Any = objective, answer: Any = answer
+                sampling: Any = sampling, objective: Any = objective, answer: Any = answer
             ) -> None:
-                def free(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+                def free(x: Tensor, t: Tensor, y: Conditioning) -> Tensor:
                     return answer
 
-                sampler(objective, free, noise, steps=HOST_STEPS, noise_sampler=lambda step: noise)
+                sample(objective, free, noise, None, sampling, noise_sampler=lambda step: noise)
 
             label = f"{kind} {name}"
             variants[label] = run

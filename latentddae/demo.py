@@ -26,9 +26,9 @@ import numpy as np
 from latentddae.cli import COMMANDS
 from latentddae.core import files
 from latentddae.core.errors import ConfigError, run_command
+from latentddae.core.imaging import image_sheet, write_png
 from latentddae.data.shards import ShardSet
 from latentddae.data.sources.open import open_source
-from latentddae.generation.pictures import sheet, write_png
 from latentddae.transfer.compare import table
 from latentddae.transfer.report import PICTURES, write_report
 
@@ -174,7 +174,7 @@ def write_page(args: argparse.Namespace, out: Path, steps: list[Step]) -> None:
     """The self-contained report: generated beside real images, and every command as it was run."""
     test = ShardSet(out / "pixels", "test")
     real = test.gather(np.arange(min(SHOWN, len(test))))[:, 0].transpose(0, 2, 3, 1)
-    write_png(out / "real.png", sheet(real, COLUMNS))
+    write_png(out / "real.png", image_sheet(real, COLUMNS))
     shown = [
         {"file": "samples/grid.png", "caption": "generated, decoded by the autoencoder"},
         {"file": "real.png", "caption": "real test images"},

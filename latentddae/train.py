@@ -142,7 +142,7 @@ def pretraining(config: TrainConfig, context: RunContext) -> Job:
         def scores() -> dict[str, float]:
             assert monitor is not None
             folder = export(state, context.run / "export")
-            return monitor.look(zoo.load(folder, device=context.device))
+            return monitor.evaluate(zoo.load(folder, device=context.device))
 
         return dist.on_rank0(scores)
 

@@ -5,6 +5,7 @@ Scale 1 is the labelled model itself and costs one pass; so does a level outside
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from latentddae.models.network import Condition, Conditioning, as_condition
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """How strongly, at which noise levels and on which channels labels guide."""
+
+    shorthand: ClassVar[str] = "scale"
 
     scale: float = 1.0
     """1: no guidance. Below 1 labels count less, at 0 not at all (fully unconditional)."""

@@ -1,6 +1,5 @@
 """The options of every sampler, one frozen record each; `kind` is the sampler's name."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,13 +48,19 @@ class HeunOptions:
     """Noise added before the steps of a path, in total (S_churn); 0: deterministic."""
     churn_min: float = 0.0
     """Smallest ratio sigma / alpha at which noise is added."""
-    churn_max: float = math.inf
-    """Largest ratio sigma / alpha at which noise is added."""
+    churn_max: float | None = None
+    """Largest ratio sigma / alpha at which noise is added; none: no limit."""
     churn_noise: float = 1.0
     """Standard deviation of the added noise, relative to the consistent one."""
 
     def __post_init__(self) -> None:
-        require(self, non_negative=("churn", "churn_min", "churn_noise"))
+        require(self, non_negative=("churn", "churn_min", "churn_max", "churn_noise"))
+
+    def adds_noise(self, alpha: float, sigma: float) -> bool:
+        """Whether noise is added before a step from these amplitudes."""
+        if not self.churn or not alpha or sigma / alpha < self.churn_min:
+            return False
+        return self.churn_max is None or sigma / alpha <= self.churn_max
 
 
 @dataclass(frozen=True, kw_only=True)

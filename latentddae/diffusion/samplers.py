@@ -164,7 +164,7 @@ def heun(denoise: Denoiser, x: Tensor, step: Step, options: HeunOptions) -> tupl
     if coordinates == "ve" and start.alpha == 0:
         kind = denoise.objective.kind
         raise ConfigError(f"ode_coordinates ve divides by the signal, {kind} starts without any")
-    if options.churn and start.alpha and options.churn_min <= start.ratio <= options.churn_max:
+    if options.adds_noise(start.alpha, start.sigma):
         x, start = _add_churn(denoise.objective, x, step, options)
     x0 = denoise(x, start)
     (position, scale), (end_position, end_scale) = (

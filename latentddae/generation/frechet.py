@@ -12,7 +12,7 @@ import numpy as np
 
 from latentddae.core.errors import DataError
 
-RANK_TOLERANCE = 1e-12  # eigenvalues below this share of the largest are rounding
+RANK_TOLERANCE = 1e-12  # smaller eigenvalues, relative to the largest, are rounding errors
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class Moments:
     mean: np.ndarray
     covariance: np.ndarray
     factor: np.ndarray | None = None
-    """F (D, rank) with F F' = covariance, where it came for nothing: fewer vectors than D."""
+    """F (D, rank) with F F' = covariance, if available at no extra cost: fewer vectors than D."""
 
 
 def moments(features: np.ndarray | Iterable[np.ndarray]) -> Moments:
-    """Of one array (N, D) or of a stream of them; the covariance is divided by N - 1.
+    """Moments of one array (N, D) or of a stream of them; the covariance is divided by N - 1.
 
-    Sums are shifted by the first batch's mean, so that a large mean costs no digits.
+    Sums are shifted by the mean of the first array, so that a large mean costs no digits. Raises
+    DataError for other shapes, numbers that are not finite, and fewer than 2 vectors.
     """
     if isinstance(features, np.ndarray):
         features = [features]
     count, shift = 0, np.zeros(0)
     total, products = np.zeros(0), np.zeros((0, 0))
-    few: list[np.ndarray] = []  # all vectors while there are fewer than dimensions
+    vectors: list[np.ndarray] = []  # all of them while there are fewer than dimensions
     for part in features:
         if part.ndim != 2:
             raise DataError(f"features must be (N, D), got shape {part.shape}")
@@ -51,33 +52,34 @@ def moments(features: np.ndarray | Iterable[np.ndarray]) -> Moments:
         count += len(part)
         total += centred.sum(axis=0)
         products += centred.T @ centred
-        few = [*few, centred] if count < len(shift) else []
+        vectors = [*vectors, centred] if count < len(shift) else []
     if count < 2:
         raise DataError(f"a covariance needs at least 2 feature vectors, got {count}")
     mean = total / count
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
-    factor = (np.concatenate(few) - mean).T / np.sqrt(count - 1) if few else None
+    factor = (np.concatenate(vectors) - mean).T / np.sqrt(count - 1) if vectors else None
     return Moments(count, shift + mean, (covariance + covariance.T) / 2, factor)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    With A = F F' and B = G G' the last trace is the sum of the singular values of F' G.
+    With A = F F' and B = G G' the last trace is the sum of the singular values of F' G. Raises
+    DataError if the dimensions differ.
     """
     if len(a.mean) != len(b.mean):
         raise DataError(f"features have {len(a.mean)} and {len(b.mean)} dimensions")
-    gap = float(((a.mean - b.mean) ** 2).sum())
+    squared_distance = float(((a.mean - b.mean) ** 2).sum())
     f, g = _factor(a), _factor(b)
     overlap = float(np.linalg.svd(f.T @ g, compute_uv=False).sum())
     spread = float(np.trace(a.covariance) + np.trace(b.covariance)) - 2 * overlap
-    return gap + max(spread, 0.0)
+    return squared_distance + max(spread, 0.0)
 
 
-def _factor(of: Moments) -> np.ndarray:
-    """F with F F' = covariance, (D, rank)."""
-    if of.factor is not None:
-        return of.factor
-    values, vectors = np.linalg.eigh(of.covariance)
-    kept = values > RANK_TOLERANCE * max(float(values[-1]), 0.0)
-    return vectors[:, kept] * np.sqrt(values[kept])
+def _factor(stats: Moments) -> np.ndarray:
+    """F (D, rank) with F F' = covariance."""
+    if stats.factor is not None:
+        return stats.factor
+    values, vectors = np.linalg.eigh(stats.covariance)
+    significant = values > RANK_TOLERANCE * max(float(values[-1]), 0.0)
+    return vectors[:, significant] * np.sqrt(values[significant])

@@ -5,18 +5,17 @@ reads ADM's spatial features: the first 7 channels of `mixed_6/conv`, which torc
 `Mixed_6d.branch1x1`, as (17, 17, 7) flattened in that order.
 """
 
-import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from latentddae.core.errors import ConfigError
-from latentddae.core.files import sha256
+from latentddae.core.files import sha256, state_dict_hash
 
 ORIGINAL_WEIGHTS = "6726825d"  # how the sha256 of the original weights' file begins
 SPATIAL_CHANNELS = 7
@@ -25,7 +24,7 @@ NEIGHBOURS = 3  # of precision and recall, as in ADM
 
 @dataclass(frozen=True)
 class Features:
-    """Of a batch of images, float32 on the CPU."""
+    """Inception features of a batch of images, float32 on the CPU."""
 
     pooled: np.ndarray
     """(N, 2048): FID, KID, precision and recall."""
@@ -46,7 +45,7 @@ class Inception:
         if weights is not None:
             _refuse_unsafe(weights)
         try:
-            self.network: Any = FeatureExtractorInceptionV3(
+            self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat",
                 ["2048", "logits_unbiased"],
                 feature_extractor_weights_path=None if weights is None else str(weights),
@@ -63,30 +62,26 @@ class Inception:
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
-    def _keep(self, module: Any, inputs: Any, output: Tensor) -> None:
+    def _keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
 
     @property
     def weights_hash(self) -> str:
         """A hash over all weights, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return state_dict_hash(self.network.state_dict())
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
-        """(N, H, W, 3) uint8 -> features."""
-        batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        """Features of images (N, H, W, 3) uint8."""
+        batch = torch.from_numpy(rearrange(images, "n h w c -> n c h w").copy())
         pooled, logits = self.network(batch.to(self.device))
         assert self._spatial is not None
-        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        spatial = rearrange(self._spatial, "n c h w -> n (h w c)")
         return Features(*(v.float().cpu().numpy() for v in (pooled, spatial, logits)))
 
 
 def _refuse_unsafe(path: Path) -> None:
-    """torch-fidelity unpickles the file; let it see only one that holds nothing but tensors."""
+    """torch-fidelity unpickles the file: pass on only one that holds nothing but tensors."""
     if not path.is_file():
         raise ConfigError(f"Inception weights {path} do not exist")
     try:
@@ -96,46 +91,50 @@ def _refuse_unsafe(path: Path) -> None:
 
 
 def inception_score(logits: np.ndarray, splits: int, shuffle: bool) -> tuple[float, float]:
-    """Mean and standard deviation over splits of exp(E KL(p(y | x) || p(y))) (arXiv 1606.03498)."""
+    """Mean and standard deviation over splits of exp(E KL(p(y | x) || p(y))) (arXiv 1606.03498).
+
+    `logits` is (N, 1008). Raises ConfigError for fewer images than splits.
+    """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     if len(logits) < splits:
         raise ConfigError(
             f"the inception score takes {splits} splits, there are {len(logits)} images"
         )
-    found = isc_features_to_metric(torch.from_numpy(logits), splits=splits, shuffle=shuffle)
-    return found["inception_score_mean"], found["inception_score_std"]
+    scores = isc_features_to_metric(torch.from_numpy(logits), splits=splits, shuffle=shuffle)
+    return scores["inception_score_mean"], scores["inception_score_std"]
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int, size: int) -> tuple[float, float]:
-    """KID, mean and standard deviation over subsets (arXiv 1801.01401)."""
+    """KID of features (N, D) and (M, D): mean and std over subsets (arXiv 1801.01401)."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     if min(len(a), len(b)) < size:
         raise ConfigError(
             f"KID takes subsets of {size} images, there are {len(a)} and {len(b)}: --kid-subset N"
         )
-    found = kid_features_to_metric(
+    scores = kid_features_to_metric(
         torch.from_numpy(a),
         torch.from_numpy(b),
         kid_subsets=subsets,
         kid_subset_size=size,
         verbose=False,
     )
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+    return scores["kernel_inception_distance_mean"], scores["kernel_inception_distance_std"]
 
 
 def precision_recall(samples: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Share of samples near the reference and of the reference near samples (arXiv 1904.06991)."""
+    """Precision and recall of features (N, D) against (M, D) (arXiv 1904.06991): the fraction of
+    samples near the reference, and of the reference near samples."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     if min(len(samples), len(reference)) <= NEIGHBOURS:
         raise ConfigError(f"precision and recall need more than {NEIGHBOURS} images on either side")
-    found = prc_features_to_metric(
+    scores = prc_features_to_metric(
         torch.from_numpy(samples),
         torch.from_numpy(reference),
         prc_neighborhood=NEIGHBOURS,
         save_cpu_ram=True,
         verbose=False,
     )
-    return found["precision"], found["recall"]
+    return scores["precision"], scores["recall"]

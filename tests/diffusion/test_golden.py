@@ -9,7 +9,8 @@ from torch import Tensor
 
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.guidance import Guidance, guided
-from latentddae.diffusion.samplers import ddim, euler
+from latentddae.diffusion.sampler_options import DdimOptions
+from latentddae.diffusion.samplers import Sampling, sample
 from latentddae.models import DiT, DiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,8 +72,9 @@ def test_guided_output_on_three_channels() -> None:
 
 def test_ten_ddim_steps() -> None:
     model, io = golden("dit_a")
-    sample = ddim(OBJECTIVES["ddpm"](), model, io["noise"], io["y"], steps=10)
-    assert relative_gap(sample, io["ddim10_sample"]) < 1e-4
+    sampling = Sampling(sampler=DdimOptions(), steps=10)
+    x0 = sample(OBJECTIVES["ddpm"](), model, io["noise"], io["y"], sampling)
+    assert relative_gap(x0, io["ddim10_sample"]) < 1e-4
 
 
 def test_flow_with_time_1_at_the_data() -> None:
@@ -83,8 +85,8 @@ def test_flow_with_time_1_at_the_data() -> None:
     torch.testing.assert_close(flow.velocity(x0, noise), io["ut"], rtol=1e-5, atol=1e-6)
     loss = flow.loss(model, x0, io["y"], t, noise)
     torch.testing.assert_close(loss, io["loss"], rtol=1e-5, atol=1e-6)
-    sample = euler(flow, model, noise, io["y"], steps=10)
-    assert relative_gap(sample, io["euler10_sample"]) < 1e-4
+    sampled = sample(flow, model, noise, io["y"], Sampling(steps=10))
+    assert relative_gap(sampled, io["euler10_sample"]) < 1e-4
 
 
 def test_both_directions_of_time_are_one_objective() -> None:
@@ -95,8 +97,8 @@ def test_both_directions_of_time_are_one_objective() -> None:
     def turned(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return -model(x, 1 - t, y)[:, :4]
 
-    a = euler(theirs, model, io["x_noise"], io["y"], steps=7)
-    b = euler(ours, turned, io["x_noise"], io["y"], steps=7)
+    a = sample(theirs, model, io["x_noise"], io["y"], Sampling(steps=7))
+    b = sample(ours, turned, io["x_noise"], io["y"], Sampling(steps=7))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     loss = ours.loss(turned, io["x_data"], io["y"], 1 - io["t"], io["x_noise"])
     torch.testing.assert_close(loss, io["loss"], rtol=1e-4, atol=1e-5)

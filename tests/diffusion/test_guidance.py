@@ -9,7 +9,8 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, Flow
 from latentddae.diffusion.guidance import Guidance, guided
-from latentddae.diffusion.samplers import ancestral, euler
+from latentddae.diffusion.sampler_options import AncestralOptions
+from latentddae.diffusion.samplers import Sampling, sample
 from latentddae.models.network import Condition, Conditioning, as_condition
 
 
@@ -32,7 +33,7 @@ def noise(n: int = 2) -> Tensor:
     return torch.randn(n, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def test_guidance_pulls_all_channels_by_default() -> None:
+def test_all_channels_are_guided_by_default() -> None:
     y = torch.tensor([1, 4])
     out = guided(Counted(), Guidance(scale=3.0))(noise(), torch.zeros(2), y)
     assert out[:, :, 0, 0].tolist() == [[10 + 3 * (1 - 10)] * 4, [10 + 3 * (4 - 10)] * 4]
@@ -65,12 +66,12 @@ def test_only_the_label_becomes_the_null_label() -> None:
 
 def test_scale_1_costs_one_pass_and_equals_the_labelled_output() -> None:
     y, plain, one = torch.tensor([1, 4]), Counted(), Counted()
-    a = euler(Flow(), plain, noise(), y, steps=5)
-    b = euler(Flow(), one, noise(), y, steps=5, guidance=Guidance(scale=1.0))
+    a = sample(Flow(), plain, noise(), y, Sampling(steps=5))
+    b = sample(Flow(), one, noise(), y, Sampling(steps=5, guidance=Guidance(scale=1.0)))
     assert torch.equal(a, b)
     assert plain.rows == one.rows == 10
     two = Counted()
-    euler(Flow(), two, noise(), y, steps=5, guidance=Guidance(scale=2.0))
+    sample(Flow(), two, noise(), y, Sampling(steps=5, guidance=Guidance(scale=2.0)))
     assert two.rows == 20
 
 
@@ -80,31 +81,20 @@ def test_the_interval_saves_passes_outside(objective: Any) -> None:
     inside = int(((levels >= 0.25) & (levels <= 0.75)).sum())
     assert 0 < inside < 10
     guidance = Guidance(scale=2.0, low=0.25, high=0.75)
-    euler(objective, model, noise(), torch.tensor([1, 4]), steps=10, guidance=guidance)
+    labels = torch.tensor([1, 4])
+    sample(objective, model, noise(), labels, Sampling(steps=10, guidance=guidance))
     assert model.rows == 2 * (10 + inside)
     if objective.kind == "ddpm":
         model = Counted()
-        draw = lambda step: noise()  # noqa: E731
-        ancestral(
-            objective,
-            model,
-            noise(),
-            torch.tensor([1, 4]),
-            steps=10,
-            guidance=guidance,
-            noise_sampler=draw,
-        )
+        sampling = Sampling(sampler=AncestralOptions(), steps=10, guidance=guidance)
+        sample(objective, model, noise(), labels, sampling, noise_sampler=lambda step: noise())
         even = objective.to_level(objective.sampling_timesteps(10, spacing="even").double())
         assert model.rows == 2 * (10 + int(((even >= 0.25) & (even <= 0.75)).sum()))
 
 
-def test_scales_below_one_need_the_flag() -> None:
-    """`cfg_scale: 0` is not "off": it is fully unconditional sampling."""
-    for scale in (0.0, 0.99, -1.0):
-        with pytest.raises(ConfigError, match="allow-cfg-below-1"):
-            Guidance(scale=scale)
-    off = Guidance(scale=0.0, allow_below_one=True)
-    out = guided(Counted(), off)(noise(), torch.zeros(2), torch.tensor([1, 4]))
+def test_scale_0_ignores_the_label() -> None:
+    """`guidance: 0` is not "off": it is fully unconditional sampling."""
+    out = guided(Counted(), Guidance(scale=0.0))(noise(), torch.zeros(2), torch.tensor([1, 4]))
     assert (out == 10).all()
 
 
@@ -113,7 +103,9 @@ def test_refusals() -> None:
         guided(Counted(null_label=None), Guidance(scale=2.0))
     with pytest.raises(ConfigError, match="needs labels"):
         guided(Counted(), Guidance(scale=2.0))(noise(), torch.zeros(2), None)
-    with pytest.raises(ConfigError, match="interval"):
+    with pytest.raises(ValueError, match="interval"):
         Guidance(scale=2.0, low=0.8, high=0.2)
-    with pytest.raises(ConfigError, match="channel"):
+    with pytest.raises(ValueError, match="channels must be positive"):
         Guidance(scale=2.0, channels=0)
+    with pytest.raises(ValueError, match="scale must be 0 or more"):
+        Guidance(scale=-1.0)

@@ -11,7 +11,6 @@ from torch import Tensor
 from latentddae.core import config
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, EDM, OBJECTIVES, Flow
-from latentddae.diffusion.exact import output_for, undo_network_input
 from latentddae.diffusion.levels import (
     level_of_log_snr,
     level_of_ratio,
@@ -23,6 +22,8 @@ from latentddae.diffusion.noise_distributions import LogitNormal, LogNormal
 from latentddae.diffusion.schedule import tables
 from latentddae.models import DiT, DiTConfig
 from latentddae.models.untrained import randomize_gates
+
+from .gaussian_mixture import output_for, undo_network_input
 
 ALL = [
     Flow(),
@@ -191,7 +192,7 @@ def test_training_times_follow_their_distributions() -> None:
 )
 @pytest.mark.parametrize("weighting", ["min_snr", "edm"])
 def test_a_weighting_means_the_same_for_every_objective(make: Any, weighting: str) -> None:
-    """The same wrong belief about x0 at the same level costs the same."""
+    """The same wrong prediction of x0 at the same level costs the same."""
     objective = make(weighting)
     x0, noise, _ = data(6, torch.float64)
     s = torch.tensor([0.05, 0.2, 0.3, 0.5, 0.8, 0.95], dtype=torch.float64)
@@ -199,11 +200,11 @@ def test_a_weighting_means_the_same_for_every_objective(make: Any, weighting: st
     if objective.kind == "ddpm":
         t = t.round().long()
         s = objective.to_level(t.double())
-    believed = x0 + 0.1 * noise.flip(0)
-    loss = objective.loss(exact_network(objective, believed), x0, None, t, noise)
+    wrong_x0 = x0 + 0.1 * noise.flip(0)
+    loss = objective.loss(exact_network(objective, wrong_x0), x0, None, t, noise)
     snr = ratio_of_level(s) ** -2
     weight = snr.clamp(max=5) if weighting == "min_snr" else snr + 1
-    error = ((believed - x0) ** 2).flatten(1).mean(1)
+    error = ((wrong_x0 - x0) ** 2).flatten(1).mean(1)
     torch.testing.assert_close(loss.double(), weight * error, rtol=1e-4, atol=1e-6)
 
 

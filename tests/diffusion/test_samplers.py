@@ -1,6 +1,5 @@
 """Samplers against diffusers' schedulers, and against a data set whose denoiser is known."""
 
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -12,25 +11,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentddae.core import rng
+from latentddae.core import config, rng
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion import DDPM, EDM, Flow
-from latentddae.diffusion.exact import Mixture, as_network
 from latentddae.diffusion.guidance import Guidance
 from latentddae.diffusion.levels import ratio_of_level
-from latentddae.diffusion.samplers import (
-    SAMPLERS,
-    ancestral,
-    ddim,
-    euler,
-    euler_maruyama,
-    heun,
-    ode,
-    options_of,
+from latentddae.diffusion.objective import Objective
+from latentddae.diffusion.sampler_options import (
+    AncestralOptions,
+    DdimOptions,
+    EulerMaruyamaOptions,
+    EulerOptions,
+    HeunOptions,
+    OdeOptions,
 )
+from latentddae.diffusion.samplers import OPTIONS, SAMPLERS, Sampling, sample
 from latentddae.models import DiT, DiTConfig
 
+from .gaussian_mixture import Mixture, as_network
+
 GOLDEN = Path(__file__).parents[1] / "golden"
+LABELS = torch.tensor([1, 5, 10])
+NOISE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +44,42 @@ def network() -> DiT:
     return model.double()
 
 
-@pytest.fixture
-def start() -> tuple[Tensor, Tensor]:
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return noise, torch.tensor([1, 5, 10])
-
-
-def keyed_draw(step: int) -> Tensor:
+def keyed_noise(step: int) -> Tensor:
     return rng.normal(0, f"test/{step}", torch.arange(3), (4, 8, 8)).double()
 
 
-class Recorder:
-    """Keeps the states of a trajectory."""
+def our_states(objective: Objective, network: DiT, options: Any, steps: int) -> list[Tensor]:
+    """The state after every step of a sampler."""
+    states: list[Tensor] = []
 
-    def __init__(self) -> None:
-        self.states: list[Tensor] = []
+    def keep(step: int, x0: Tensor, x: Tensor) -> None:
+        assert step == len(states)
+        states.append(x)
 
-    def __call__(self, step: int, x0: Tensor, x: Tensor) -> None:
-        assert step == len(self.states)
-        self.states.append(x)
+    sampling = Sampling(sampler=options, steps=steps)
+    sample(objective, network, NOISE, LABELS, sampling, noise_sampler=keyed_noise, callback=keep)
+    return states
+
+
+def diffusers_states(
+    scheduler: Any,
+    output: Callable[[int, Tensor, Tensor], Tensor],
+    x: Tensor,
+    step_options: Callable[[int], dict[str, Any]] = lambda step: {},
+) -> list[Tensor]:
+    """The state after every call of a diffusers scheduler; `output(call, x, t)` is the network's."""
+    states = []
+    for call, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(output(call, x, t), t, x, **step_options(call)).prev_sample
+        states.append(x)
+    return states
 
 
 def assert_same_trajectory(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs)
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        gap = (a - b).abs().max() / b.abs().max()
-        assert gap < 1e-5, f"step {step}: relative gap {gap:.2g}"
+        relative = (a - b).abs().max() / b.abs().max()
+        assert relative < 1e-5, f"step {step}: relative difference {relative:.2g}"
 
 
 PREDICTIONS = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -76,15 +88,9 @@ PREDICTIONS = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddim_equals_diffusers(
-    network: DiT, start: tuple[Tensor, Tensor], predict: Any, eta: float, schedule: Any
-) -> None:
+def test_ddim_equals_diffusers(network: DiT, predict: Any, eta: float, schedule: Any) -> None:
     from diffusers import DDIMScheduler
 
-    noise, y = start
-    objective = DDPM(predict=predict, schedule=schedule)
-    ours = Recorder()
-    ddim(objective, network, noise, y, steps=10, eta=eta, noise_sampler=keyed_draw, callback=ours)
     theirs = DDIMScheduler(
         1000,
         1e-4,
@@ -95,31 +101,24 @@ def test_ddim_equals_diffusers(
         prediction_type=PREDICTIONS[predict],
     )
     theirs.set_timesteps(10)
-    states, x = [], noise
-    for step, t in enumerate(theirs.timesteps):
-        output = network(x, t.expand(3), y)[:, :4]
-        fresh = keyed_draw(step) if eta else None
-        x = theirs.step(output, t, x, eta=eta, variance_noise=fresh).prev_sample
-        states.append(x)
-    assert_same_trajectory(ours.states, states)
+    states = diffusers_states(
+        theirs,
+        lambda call, x, t: network(x, t.expand(3), LABELS)[:, :4],
+        NOISE,
+        lambda call: {"eta": eta, "variance_noise": keyed_noise(call) if eta else None},
+    )
+    objective = DDPM(predict=predict, schedule=schedule)
+    assert_same_trajectory(our_states(objective, network, DdimOptions(eta=eta), 10), states)
 
 
 @pytest.mark.parametrize("variance", ["learned", "large", "small"])
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_ancestral_equals_diffusers(
-    network: DiT,
-    start: tuple[Tensor, Tensor],
-    predict: Any,
-    variance: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    network: DiT, predict: Any, variance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import DDPMScheduler
     from diffusers.schedulers import scheduling_ddpm
 
-    noise, y = start
-    objective = DDPM(predict=predict, variance=variance)
-    ours = Recorder()
-    ancestral(objective, network, noise, y, steps=8, noise_sampler=keyed_draw, callback=ours)
     names = {"learned": "learned_range", "large": "fixed_large", "small": "fixed_small"}
     theirs = DDPMScheduler(
         1000,
@@ -130,98 +129,85 @@ def test_ancestral_equals_diffusers(
         clip_sample=False,
         prediction_type=PREDICTIONS[predict],
     )
-    times = objective.sampling_timesteps(8, spacing="even")
-    assert times.tolist() == [999, 856, 714, 571, 428, 285, 143, 0]
-    theirs.set_timesteps(timesteps=times.tolist())
-    states, x = [], noise
-    for step, t in enumerate(theirs.timesteps):
-        monkeypatch.setattr(
-            scheduling_ddpm, "randn_tensor", lambda *a, step=step, **k: keyed_draw(step)
-        )
-        output = network(x, t.expand(3), y)
-        output = output if variance == "learned" else output[:, :4]
-        x = theirs.step(output, t, x).prev_sample
-        states.append(x)
-    assert_same_trajectory(ours.states, states)
+    objective = DDPM(predict=predict, variance=variance)
+    timesteps = objective.sampling_timesteps(8, spacing="even")
+    assert timesteps.tolist() == [999, 856, 714, 571, 428, 285, 143, 0]
+    theirs.set_timesteps(timesteps=timesteps.tolist())
+
+    def output(call: int, x: Tensor, t: Tensor) -> Tensor:
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, **k: keyed_noise(call))
+        return network(x, t.expand(3), LABELS)[:, : 8 if variance == "learned" else 4]
+
+    states = diffusers_states(theirs, output, NOISE)
+    assert_same_trajectory(our_states(objective, network, AncestralOptions(), 8), states)
 
 
-def test_edm_euler_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor]) -> None:
+def test_edm_euler_equals_diffusers(network: DiT) -> None:
     from diffusers import EDMEulerScheduler
 
-    noise, y = start
-    ours = Recorder()
-    objective = EDM(sigma_data=0.5)
-    euler(objective, network, noise, y, steps=12, callback=ours)
     theirs = EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, rho=7)
     theirs.set_timesteps(12)
-    states, x = [], noise * 80
-    for t in theirs.timesteps:
+
+    def output(call: int, x: Tensor, t: Tensor) -> Tensor:
         scaled = theirs.scale_model_input(x, t)
-        output = network(scaled, t.double().expand(3), y)[:, :4]
-        x = theirs.step(output, t, x).prev_sample
-        states.append(x)
-    assert_same_trajectory(ours.states, states)
+        return network(scaled, t.double().expand(3), LABELS)[:, :4]
+
+    states = diffusers_states(theirs, output, NOISE * 80)
+    ours = our_states(EDM(sigma_data=0.5), network, EulerOptions(), 12)
+    assert_same_trajectory(ours, states)
 
 
 @pytest.mark.parametrize("objective", [EDM(), DDPM(variance="large")], ids=["edm", "ddpm"])
-def test_heun_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor], objective: Any) -> None:
+def test_heun_equals_diffusers(network: DiT, objective: Any) -> None:
     """HeunDiscreteScheduler walks x / alpha over sigma / alpha; it is fed our denoiser's noise."""
     from diffusers import HeunDiscreteScheduler
 
-    noise, y = start
-    ours = Recorder()
-    heun(objective, network, noise, y, steps=9, callback=ours, ode_coordinates="ve")
-    times = objective.sampling_timesteps(9)
-    ratios = ratio_of_level(objective.to_level(times.double()))
+    timesteps = objective.sampling_timesteps(9)
+    ratios = ratio_of_level(objective.to_level(timesteps.double()))
+    alphas = [*objective.alpha_sigma(timesteps)[0], 1.0]
     theirs = HeunDiscreteScheduler(1000, 1e-4, 0.02, "linear", prediction_type="epsilon")
     theirs.set_timesteps(9)
-    inner = ratios.repeat_interleave(2)[1:]
-    theirs.sigmas = torch.cat([inner, torch.zeros(1, dtype=torch.float64)])
-    alphas = objective.alpha_sigma(times)[0]
-    states, x = [], objective.initial_latent(noise) / alphas[0]
-    for call, label in enumerate(theirs.timesteps):
+    theirs.sigmas = torch.cat([ratios.repeat_interleave(2)[1:], torch.zeros(1)]).double()
+
+    def output(call: int, x: Tensor, t: Tensor) -> Tensor:
         node = (call + 1) // 2  # every point but the first is visited twice
-        x0 = objective.denoise(network, x * alphas[node], times[node].expand(3), y)
-        x = theirs.step((x - x0) / ratios[node], label, x).prev_sample
-        if theirs.state_in_first_order or call == 16:
-            states.append(x * (1 if call == 16 else alphas[node]))
-    assert_same_trajectory(ours.states, states)
+        x0 = objective.denoise(network, x * alphas[node], timesteps[node].expand(3), LABELS)
+        return (x - x0) / ratios[node]
+
+    states = diffusers_states(theirs, output, objective.initial_latent(NOISE) / alphas[0])
+    whole_steps = [*states[1::2], states[-1]]
+    states = [x * alpha for x, alpha in zip(whole_steps, alphas[1:], strict=True)]
+    ours = our_states(objective, network, HeunOptions(ode_coordinates="ve"), 9)
+    assert_same_trajectory(ours, states)
 
 
-def test_flow_euler_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor]) -> None:
+def test_flow_euler_equals_diffusers(network: DiT) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    noise, y = start
-    ours = Recorder()
-    objective = Flow(shift=3.0)
-    euler(objective, network, noise, y, steps=10, callback=ours)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
-    states, x = [], noise
-    for t in theirs.timesteps:
-        output = network(x, (t.double() / 1000).expand(3), y)[:, :4]
-        x = theirs.step(output, t, x).prev_sample
-        states.append(x)
-    assert_same_trajectory(ours.states, states)
+    states = diffusers_states(
+        theirs,
+        lambda call, x, t: network(x, (t.double() / 1000).expand(3), LABELS)[:, :4],
+        NOISE,
+    )
+    assert_same_trajectory(our_states(Flow(shift=3.0), network, EulerOptions(), 10), states)
 
 
-def test_flow_heun_equals_diffusers(network: DiT, start: tuple[Tensor, Tensor]) -> None:
+def test_flow_heun_equals_diffusers(network: DiT) -> None:
     from diffusers import FlowMatchHeunDiscreteScheduler
 
-    noise, y = start
-    ours = Recorder()
-    heun(Flow(), network, noise, y, steps=6, callback=ours)
     theirs = FlowMatchHeunDiscreteScheduler(shift=1.0)
     theirs.set_timesteps(6)
     levels = torch.linspace(1, 1 / 6, 6, dtype=torch.float64).repeat_interleave(2)[1:]
     theirs.sigmas = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
-    states, x = [], noise
-    for call, t in enumerate(theirs.timesteps):
-        output = network(x, theirs.sigmas[call].expand(3), y)[:, :4]
-        x = theirs.step(output, t, x).prev_sample
-        if theirs.state_in_first_order or call == 10:
-            states.append(x)
-    assert_same_trajectory(ours.states, states)
+    states = diffusers_states(
+        theirs,
+        lambda call, x, t: network(x, theirs.sigmas[call].expand(3), LABELS)[:, :4],
+        NOISE,
+    )
+    ours = our_states(Flow(), network, HeunOptions(), 6)
+    assert_same_trajectory(ours, [*states[1::2], states[-1]])
 
 
 MIXTURE = Mixture(
@@ -234,42 +220,40 @@ GAUSSIAN = Mixture(
     means=torch.tensor([[0.7, -0.3]], dtype=torch.float64),
     stds=torch.tensor([0.6], dtype=torch.float64),
 )
-RUNS: list[tuple[Any, Any, dict[str, Any]]] = [
-    (objective, sampler, options)
+RUNS: list[tuple[Any, Sampling]] = [
+    (objective, Sampling(sampler=options, steps=steps))
     for objective in (Flow(), Flow(time="data"), EDM(), DDPM(), DDPM(preset="ddae", predict="v"))
-    for sampler, options in [
-        (euler, {"steps": 200}),
-        (ddim, {"steps": 200, "eta": 1.0}),
-        (heun, {"steps": 40}),
-        (heun, {"steps": 100, "churn": 20.0, "churn_min": 0.05, "churn_max": 50.0}),
-        (euler_maruyama, {"steps": 250}),
-        (ancestral, {"steps": 250}),
+    for options, steps in [
+        (EulerOptions(), 200),
+        (DdimOptions(eta=1.0), 200),
+        (HeunOptions(), 40),
+        (HeunOptions(churn=20.0, churn_min=0.05, churn_max=50.0), 100),
+        (EulerMaruyamaOptions(), 250),
+        (AncestralOptions(), 250),
     ]
-    if sampler is not ancestral or objective.kind == "ddpm"
+    if options.kind != "ancestral" or objective.kind == "ddpm"
 ]
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler", "options"),
+    ("objective", "sampling"),
     RUNS,
-    ids=[f"{o.kind}-{s.__name__}-{'-'.join(p)}" for o, s, p in RUNS],
+    ids=[f"{o.kind}-{s.sampler.kind}-{s.steps}" for o, s in RUNS],
 )
-def test_every_sampler_recovers_a_mixture(objective: Any, sampler: Any, options: Any) -> None:
+def test_every_sampler_recovers_a_mixture(objective: Any, sampling: Sampling) -> None:
     count = 4000
-    index = torch.arange(count)
 
-    def draw(step: int) -> Tensor:
+    def fresh_noise(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 + step)
         return torch.randn(count, 2, 1, 1, generator=generator, dtype=torch.float64)
 
-    noise = rng.normal(7, "mixture", index, (2, 1, 1)).double()
-    x = sampler(
-        objective, as_network(objective, MIXTURE), noise, noise_sampler=draw, **options
-    ).flatten(1)
-    gap = x.mean(0) - MIXTURE.mean()
+    noise = rng.normal(7, "mixture", torch.arange(count), (2, 1, 1)).double()
+    model = as_network(objective, MIXTURE)
+    x = sample(objective, model, noise, None, sampling, noise_sampler=fresh_noise).flatten(1)
+    mean_error = (x.mean(0) - MIXTURE.mean()).abs()
     covariance = MIXTURE.covariance()
-    error = 4 * (covariance.diagonal() / count).sqrt()  # four standard errors of a mean
-    assert (gap.abs() < error + 0.004).all(), gap
+    four_standard_errors = 4 * (covariance.diagonal() / count).sqrt()
+    assert (mean_error < four_standard_errors + 0.004).all(), mean_error
     # Four standard errors of a covariance of bounded data, and what the finite step leaves.
     assert (torch.cov(x.T) - covariance).abs().max() < 4 * 1.5 / math.sqrt(count) * 0.6 + 0.01
 
@@ -278,10 +262,11 @@ def test_ode_recovers_a_gaussian_map() -> None:
     """One Gaussian has a closed-form flow: x0 = mean + std * (x_T - alpha mean) / spread."""
     pytest.importorskip("torchdiffeq")
     noise = rng.normal(7, "ode", torch.arange(6), (2, 1, 1)).double()
+    sampling = Sampling(sampler=OdeOptions(rtol=1e-8, atol=1e-10))
     for objective in (Flow(), EDM(), DDPM()):
-        x = ode(objective, as_network(objective, GAUSSIAN), noise, rtol=1e-8, atol=1e-10)
+        x = sample(objective, as_network(objective, GAUSSIAN), noise, None, sampling)
         expected = exact_flow(objective, noise)
-        # DDPM's cleanest time still has sigma / alpha = 0.01, from where one step is left to go.
+        # DDPM's cleanest timestep still has sigma / alpha = 0.01: one step is left to go.
         error = 1e-3 if objective.kind == "ddpm" else 1e-5
         torch.testing.assert_close(x, expected, rtol=0, atol=error)
 
@@ -295,88 +280,96 @@ def exact_flow(objective: Any, noise: Tensor) -> Tensor:
     return mean + std * (objective.initial_latent(noise) - alpha * mean) / spread
 
 
-def order(sampler: Callable, objective: Any, coarse: int, fine: int) -> float:
+def order(options: Any, objective: Any, coarse: int, fine: int) -> float:
     """log2-slope of the error against the closed-form flow of one Gaussian."""
     noise = rng.normal(7, "order", torch.arange(64), (2, 1, 1)).double()
     model = as_network(objective, GAUSSIAN)
     errors = []
     for steps in (coarse, fine):
-        x = sampler(objective, model, noise, steps=steps)
-        expected = exact_flow(objective, noise)
-        errors.append(float((x - expected).abs().mean()))
+        x = sample(objective, model, noise, None, Sampling(sampler=options, steps=steps))
+        errors.append(float((x - exact_flow(objective, noise)).abs().mean()))
     return math.log(errors[0] / errors[1]) / math.log(fine / coarse)
 
 
 @pytest.mark.parametrize("objective", [Flow(), EDM()], ids=["flow", "edm"])
 def test_orders_of_convergence(objective: Any) -> None:
     """Euler 1 and Heun 2, in either coordinates."""
-    assert order(euler, objective, 64, 256) == pytest.approx(1, abs=0.1)
-    assert order(heun, objective, 32, 128) == pytest.approx(2, abs=0.25)
-    linear = functools.partial(heun, ode_coordinates="linear")
+    assert order(EulerOptions(), objective, 64, 256) == pytest.approx(1, abs=0.1)
+    assert order(HeunOptions(), objective, 32, 128) == pytest.approx(2, abs=0.25)
+    linear = HeunOptions(ode_coordinates="linear")
     assert order(linear, objective, 32, 128) == pytest.approx(2, abs=0.25)
 
 
-def test_batch_companions_do_not_matter(network: DiT) -> None:
-    noise = rng.normal(3, "start", torch.arange(5), (4, 8, 8))
-    y = torch.tensor([0, 1, 2, 3, 4])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batch_companions_do_not_matter(network: DiT, name: str) -> None:
+    noise = rng.normal(3, "start", torch.arange(5), (4, 8, 8)).double()
+    labels = torch.tensor([0, 1, 2, 3, 4])
 
-    def draw_for(rows: list[int]) -> Callable[[int], Tensor]:
-        return lambda step: rng.normal(3, f"step/{step}", torch.tensor(rows), (4, 8, 8))
+    def noise_for(rows: list[int]) -> Callable[[int], Tensor]:
+        return lambda step: rng.normal(3, f"step/{step}", torch.tensor(rows), (4, 8, 8)).double()
 
-    network = network.float()
-    for name, sampler in SAMPLERS.items():
-        if name == "ode":
-            pytest.importorskip("torchdiffeq")
-        objective = DDPM() if name in ("ancestral", "ddim") else Flow()
-        options: dict[str, Any] = {"steps": 4, "guidance": Guidance(scale=1.5)}
-        if name == "ddim":
-            options["eta"] = 0.5
-        if name == "ode":
-            options |= {"rtol": 1e-2, "atol": 1e-2}
-        whole = sampler(
-            objective, network, noise, y, noise_sampler=draw_for([0, 1, 2, 3, 4]), **options
+    if name == "ode":
+        pytest.importorskip("torchdiffeq")
+    objective = DDPM() if name in ("ancestral", "ddim") else Flow()
+    special: dict[str, Any] = {
+        "ddim": DdimOptions(eta=0.5),
+        "ode": OdeOptions(rtol=1e-2, atol=1e-2),
+    }
+    options = special.get(name) or OPTIONS[name]()
+    sampling = Sampling(sampler=options, steps=4, guidance=Guidance(scale=1.5))
+    whole, alone = (
+        sample(
+            objective, network, noise[rows], labels[rows], sampling, noise_sampler=noise_for(rows)
         )
-        alone = sampler(
-            objective, network, noise[3:4], y[3:4], noise_sampler=draw_for([3]), **options
-        )
-        torch.testing.assert_close(whole[3:4], alone, rtol=1e-4, atol=1e-4)
+        for rows in ([0, 1, 2, 3, 4], [3])
+    )
+    torch.testing.assert_close(whole[3:4], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_clipping_keeps_the_believed_image_in_range(network: DiT, start: Any) -> None:
-    noise, y = start
+@pytest.mark.parametrize("options", [EulerOptions(), AncestralOptions()])
+def test_clipping_keeps_the_predicted_image_in_range(network: DiT, options: Any) -> None:
     seen = []
-    for sampler in (euler, ancestral):
-        sampler(
-            DDPM(),
-            network,
-            noise,
-            y,
-            steps=5,
-            clip=True,
-            noise_sampler=keyed_draw,
-            callback=lambda step, x0, x: seen.append(x0.abs().max()),
-        )
+    sample(
+        DDPM(),
+        network,
+        NOISE,
+        LABELS,
+        Sampling(sampler=options, steps=5, clip=True),
+        noise_sampler=keyed_noise,
+        callback=lambda step, x0, x: seen.append(x0.abs().max()),
+    )
     assert max(seen) <= 1
 
 
-def test_refusals(network: DiT, start: Any) -> None:
-    noise, y = start
-    for sampler in SAMPLERS.values():
-        if sampler is not ode:
-            with pytest.raises(ConfigError, match="at least 1 step, got 0"):
-                sampler(DDPM(), network, noise, y, steps=0, noise_sampler=keyed_draw)
-    with pytest.raises(ConfigError, match="1001 sampling steps"):
-        euler(DDPM(), network, noise, y, steps=1001)
-    with pytest.raises(ConfigError, match=r"needs noise_sampler"):
-        ancestral(DDPM(), network, noise, y, steps=2)
-    with pytest.raises(ConfigError, match=r"needs noise_sampler"):
-        ddim(Flow(), network, noise, y, steps=2, eta=1.0)
-    with pytest.raises(ConfigError, match="ddim with eta 1"):
-        ancestral(Flow(), network, noise, y, steps=2, noise_sampler=keyed_draw)
-    with pytest.raises(ConfigError, match="ode_coordinates ve"):
-        heun(Flow(), network, noise, y, steps=2, ode_coordinates="ve")
-    with pytest.raises(ConfigError, match="eta"):
-        ddim(Flow(), network, noise, y, steps=2, eta=1.5)
-    with pytest.raises(ConfigError, match="euler_maruyama"):
-        options_of("leapfrog")
-    assert options_of("ddim") == {"eta": 0.0}
+@pytest.mark.parametrize(
+    ("objective", "sampling", "message"),
+    [
+        (DDPM(), Sampling(steps=1001), "1001 sampling steps"),
+        (DDPM(), Sampling(sampler=AncestralOptions(), steps=2), "needs noise_sampler"),
+        (Flow(), Sampling(sampler=DdimOptions(eta=1.0), steps=2), "needs noise_sampler"),
+        (Flow(), Sampling(sampler=AncestralOptions(), steps=2), "ddim with eta 1"),
+        (Flow(), Sampling(sampler=HeunOptions(ode_coordinates="ve")), "ode_coordinates ve"),
+        (Flow(), Sampling(sampler=EulerMaruyamaOptions(last_level=1.5)), "last_level"),
+    ],
+)
+def test_refusals(network: DiT, objective: Any, sampling: Sampling, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sample(objective, network, NOISE, LABELS, sampling)
+
+
+def test_refused_settings() -> None:
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        Sampling(steps=0)
+    with pytest.raises(ValueError, match="eta"):
+        DdimOptions(eta=1.5)
+    with pytest.raises(ConfigError, match="unknown 'leapfrog'"):
+        config.build(Sampling, {"sampler": "leapfrog"})
+    with pytest.raises(ConfigError, match=r"unknown key sampler\.eta"):
+        config.build(Sampling, {"sampler": {"name": "euler", "eta": "0.5"}})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_are_chosen_by_name(name: str) -> None:
+    chosen = config.build(Sampling, {"sampler": name})
+    assert chosen.sampler.kind == name
+    assert config.build(Sampling, config.to_dict(chosen)) == chosen

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from PIL import Image
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, UsageError
 from latentddae.generation import fid
 from latentddae.generation.frechet import frechet_distance, moments
-from latentddae.generation.protocols import PROTOCOLS, Protocol, check
+from latentddae.generation.image_sets import (
+    ImageSetStats,
+    from_images,
+    image_batches,
+    inspect_source,
+)
+from latentddae.generation.protocols import PROTOCOLS, EvaluationProtocol, check
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
@@ -126,9 +133,7 @@ def test_a_folder_its_npz_and_its_statistics_are_the_same_reference(
 def test_full_set_statistics_win_over_the_images_beside_them(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """ADM's files carry mu of 1.28M images and 10,000 images; FID must use the former (USER_PAINS
-    #6).
-    """
+    """ADM's files carry mu of 1.28M images and 10,000 images; FID must use the former."""
     a = pictures(tmp_path / "a", 6, 0)
     other = pictures(tmp_path / "b", 6, 1)
     images = np.stack([np.asarray(Image.open(p)) for p in sorted(other.iterdir())])
@@ -143,9 +148,9 @@ def test_full_set_statistics_win_over_the_images_beside_them(
     result = run(
         capsys, a, tmp_path / "adm.npz", "--inception-weights", weights, "--metrics", "fid,pr"
     )
-    own = fid.from_images(a, _inception(weights), 4).pooled
-    assert own is not None
-    expected = (own.mean**2).sum() + np.trace(own.covariance)
+    pooled = from_images(a, _inception(weights), 4).pooled
+    assert pooled is not None
+    expected = (pooled.mean**2).sum() + np.trace(pooled.covariance)
     assert result["fid"] == pytest.approx(expected, rel=1e-6)
     assert 0 <= result["recall"] <= 1
 
@@ -163,11 +168,11 @@ def test_a_pixel_data_set_is_a_reference(tmp_path: Path) -> None:
     pictures(tmp_path / "images" / "train" / "two", 3, 1)
     arguments = ["--source", str(folder.parents[1]), "--split", "train", "--resolution", "16"]
     encode.main([*arguments, "--autoencoder", "none", "--out", str(tmp_path / "shards")])
-    side = fid.glance(tmp_path / "shards")
-    assert (side.count, side.size) == (8, (16, 16))
+    stats = inspect_source(tmp_path / "shards")
+    assert (stats.count, stats.size) == (8, (16, 16))
     both = []
     for source in ("shards", "images"):  # the shards have an order of their own
-        images = np.concatenate(list(fid.image_batches(tmp_path / source, 3)))
+        images = np.concatenate(list(image_batches(tmp_path / source, 3)))
         both.append(sorted(image.tobytes() for image in images))
     assert both[0] == both[1]
 
@@ -192,52 +197,53 @@ def test_feature_arrays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert result["dimensions"] == 5
 
 
-GOOD: dict[str, Any] = {
-    "source": Path("nowhere"),
-    "count": 50_000,
-    "size": (256, 256),
-    "reference_arrays": ("mu", "sigma", "mu_s", "sigma_s", "arr_0"),
-    "reference_count": 0,
-    "reference_sha256": "abc",
-}
+SAMPLES = ImageSetStats(Path("nowhere"), "", 50_000, (256, 256))
+REFERENCE = ImageSetStats(
+    Path("adm.npz"), "abc", 0, arrays=("mu", "sigma", "mu_s", "sigma_s", "arr_0")
+)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("samples", "reference", "message"),
     [
-        ({"count": 49_999}, "49999 samples instead of 50000"),
-        ({"size": (128, 128)}, r"samples of \(128, 128\) pixels instead of 256"),
-        ({"reference_arrays": ("mu", "sigma")}, "a reference without mu_s, sigma_s, arr_0"),
+        (replace(SAMPLES, count=49_999), REFERENCE, "49999 samples instead of 50000"),
+        (replace(SAMPLES, size=(128, 128)), REFERENCE, r"samples of \(128, 128\) pixels"),
+        (SAMPLES, replace(REFERENCE, arrays=("mu", "sigma")), "a reference without mu_s, sigma_s"),
     ],
 )
-def test_a_protocol_refuses_what_differs(change: dict, message: str) -> None:
-    """USER_PAINS #6: a number is comparable or it is not made."""
-    check(PROTOCOLS["adm-imagenet256-50k"], **GOOD)
+def test_a_protocol_refuses_what_differs(
+    samples: ImageSetStats, reference: ImageSetStats, message: str
+) -> None:
+    """A number is comparable or it is not computed."""
+    check(PROTOCOLS["adm-imagenet256-50k"], SAMPLES, REFERENCE)
     with pytest.raises(ConfigError, match=f"adm-imagenet256-50k refuses {message}"):
-        check(PROTOCOLS["adm-imagenet256-50k"], **{**GOOD, **change})
+        check(PROTOCOLS["adm-imagenet256-50k"], samples, reference)
 
 
 def test_a_protocol_reads_how_the_samples_were_made(tmp_path: Path) -> None:
     protocol = PROTOCOLS["dit-imagenet256-50k-cfg1.5"]
-    facts = {"sampler": "ancestral", "steps": 250, "labels": "random", "dtype": "fp32"}
+    settings: dict[str, Any] = {"sampler": {"name": "ancestral"}, "steps": 250}
+    settings |= {"labels": "random", "precision": "fp32"}
     guidance = {"scale": 1.5, "channels": 3}
-    folder = {**GOOD, "source": tmp_path}
-    (tmp_path / "sample.json").write_text(json.dumps({**facts, "guidance": guidance}))
-    check(protocol, **folder)
+    samples = replace(SAMPLES, source=tmp_path)
+    (tmp_path / "sample.json").write_text(json.dumps({**settings, "guidance": guidance}))
+    check(protocol, samples, REFERENCE)
     guidance["scale"] = 4.0
-    (tmp_path / "sample.json").write_text(json.dumps({**facts, "guidance": guidance, "steps": 50}))
+    (tmp_path / "sample.json").write_text(
+        json.dumps({**settings, "guidance": guidance, "steps": 50})
+    )
     with pytest.raises(
         ConfigError, match=r"steps = 50 instead of 250; .*scale = 4\.0 instead of 1\.5"
     ):
-        check(protocol, **folder)
-    with pytest.raises(ConfigError, match="sampler = None instead of ancestral"):
-        check(protocol, **GOOD)
+        check(protocol, samples, REFERENCE)
+    with pytest.raises(ConfigError, match=r"sampler\.name = None instead of ancestral"):
+        check(protocol, SAMPLES, REFERENCE)
 
 
 def test_a_pinned_reference(tmp_path: Path) -> None:
-    pinned = Protocol(name="pinned", reference_sha256="123")
+    pinned = EvaluationProtocol(name="pinned", reference_sha256="123")
     with pytest.raises(ConfigError, match="reference abc, not 123"):
-        check(pinned, **GOOD)
+        check(pinned, SAMPLES, REFERENCE)
 
 
 def test_bad_input_is_one_clear_line(tmp_path: Path, weights: Path) -> None:
@@ -258,17 +264,18 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, weights: Path) -> None:
         (
             [a, a, "--protocol", "adm"],
             ConfigError,
-            "unknown protocol 'adm'; known: adm-imagenet256",
+            "unknown 'adm'; known: adm-imagenet256",
         ),
         ([a, a, "--protocol", "adm-imagenet256-50k"], ConfigError, "3 samples instead of 50000"),
-        ([a, a, "--protocol", "adm-imagenet256-50k", "--metrics", "fid"], UsageError, "not both"),
-        ([a, a, "--metrics", "fdi"], UsageError, "unknown metric 'fdi'"),
-        ([a], UsageError, "REFERENCE"),
+        ([a, a, "--protocol", "adm-imagenet256-50k", "--metrics", "fid"], ConfigError, "not both"),
+        ([a, a, "--metrics", "fdi"], ConfigError, "metrics: unknown 'fdi'"),
+        ([], UsageError, "missing samples"),
+        ([a], ConfigError, "REFERENCE"),
         ([a, tmp_path / "absent"], ConfigError, "absent does not exist"),
         ([a, tmp_path / "empty"], DataError, "holds no images"),
         ([a, tmp_path / "x.npz"], DataError, "x.npz"),
         ([a, tmp_path / "grey.npz"], DataError, r"expected uint8 \(N, H, W, 3\)"),
-        ([a, tmp_path / "x.npy"], UsageError, "feature array"),
+        ([a, tmp_path / "x.npy"], ConfigError, "feature array"),
         ([a, odd], DataError, r"zz\.png is 7x9, the first image 16x16"),
         ([a, broken], DataError, r"0001\.png is not a readable image"),
         ([a, a, "--metrics", "kid"], ConfigError, "--kid-subset"),

@@ -1,4 +1,4 @@
-"""Looks at a run: the scores are what they say, and looking changes nothing about training."""
+"""Evaluation during training: the scores are what they say, and training is not affected."""
 
 import json
 import os
@@ -74,25 +74,25 @@ def command_line(data: Path, run: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_with_looks_trains_the_same(data: Path, tmp_path: Path) -> None:
-    looks = ["monitor.every_images=32", "monitor.images=9", "monitor.steps=3"]
-    looks += ["monitor.frechet_images=20", "monitor.heldout_split=test"]
-    seen = run_training(data, tmp_path / "looked", *looks)
+def test_an_evaluated_run_trains_the_same(data: Path, tmp_path: Path) -> None:
+    settings = ["monitor.every_images=32", "monitor.images=9", "monitor.steps=3"]
+    settings += ["monitor.frechet_images=20", "monitor.heldout_split=test"]
+    records = run_training(data, tmp_path / "evaluated", *settings)
     plain = run_training(data, tmp_path / "plain")
-    rows = [row for row in seen if row.get("event") == "evaluation"]
+    rows = [row for row in records if row.get("event") == "evaluation"]
     assert [row["images"] for row in rows] == [32, 64]
     assert rows[1]["heldout_loss"] < rows[0]["heldout_loss"]
     assert all(np.isfinite(row["frechet_latents"]) for row in rows)
-    losses = [row["loss"] for row in seen if "loss" in row]
+    losses = [row["loss"] for row in records if "loss" in row]
     assert losses == [row["loss"] for row in plain]
-    a, b = (load_file(tmp_path / n / "export" / "ema.safetensors") for n in ("looked", "plain"))
+    a, b = (load_file(tmp_path / n / "export" / "ema.safetensors") for n in ("evaluated", "plain"))
     assert all(torch.equal(a[name], b[name]) for name in b)
-    names = sorted(p.name for p in (tmp_path / "looked" / "samples").iterdir())
+    names = sorted(p.name for p in (tmp_path / "evaluated" / "samples").iterdir())
     assert names == ["000000000032.png", "000000000064.png"]
-    assert Image.open(tmp_path / "looked" / "samples" / names[0]).size == (64, 16)
+    assert Image.open(tmp_path / "evaluated" / "samples" / names[0]).size == (64, 16)
 
 
-def test_a_look_that_cannot_be_made_is_refused_at_the_start(data: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_cannot_be_made_is_refused_at_the_start(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         train.main(
             command_line(

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 
 from latentddae.core.errors import ConfigError, LatentddaeError, UsageError
+from latentddae.core.imaging import image_sheet, to_uint8
 from latentddae.diffusion import DDPM, EDM, Flow
 from latentddae.diffusion.guidance import Guidance
+from latentddae.diffusion.samplers import OPTIONS
 from latentddae.generation import sample
-from latentddae.generation.pictures import read_npz_images, sheet, to_uint8
+from latentddae.generation.adm_npz import read_npz_images
+from latentddae.generation.generate import SampleSettings, generate, labels_for
 from latentddae.models import zoo
 
 COUNT = 101
@@ -55,7 +58,7 @@ def assert_equal_per_index(out: Path, reference: Path) -> None:
 def test_batch_size_does_not_matter(
     checkpoint: Path, reference: Path, tmp_path: Path, batch: int
 ) -> None:
-    """USER_PAINS #16, one rank; the reference has batches of 64."""
+    """On one rank; the reference has batches of 64."""
     out = run(checkpoint, tmp_path / "out", "--latents", "--batch", str(batch))
     assert_equal_per_index(out, reference)
 
@@ -75,7 +78,7 @@ stop()
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_do_not_matter(checkpoint: Path, reference: Path, tmp_path: Path, ranks: int) -> None:
-    """USER_PAINS #16: {2, 3} ranks x batches of {1, 7, 64}."""
+    """{2, 3} ranks x batches of {1, 7, 64}."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -137,7 +140,7 @@ def test_other_settings_do_not_mix_into_a_folder(checkpoint: Path, tmp_path: Pat
 
 
 def test_outputs(checkpoint: Path, tmp_path: Path) -> None:
-    out = run(checkpoint, tmp_path / "out", "--npz", "--trajectory", "--cfg-scale", "2", num=10)
+    out = run(checkpoint, tmp_path / "out", "--npz", "--trajectory", "--guidance", "2", num=10)
     assert sorted(p.name for p in out.iterdir()) == [
         "grid.png",
         "images",
@@ -156,10 +159,10 @@ def test_outputs(checkpoint: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(streamed, archive["arr_0"])
     assert Image.open(out / "grid.png").size == (64, 16)
     assert Image.open(out / "trajectory.png").size == (3 * 8, 4 * 8)
-    facts = json.loads((out / "sample.json").read_text())
-    assert facts["guidance"]["scale"] == 2
-    assert facts["checkpoint"]["weights"] == "ema"
-    assert facts["num"] == 10
+    settings = json.loads((out / "sample.json").read_text())
+    assert settings["guidance"]["scale"] == 2
+    assert settings["checkpoint"]["weights"] == "ema"
+    assert settings["num"] == 10
     last = np.asarray(Image.open(out / "trajectory.png"))[:8, 16:24].astype(int)
     assert abs(last - archive["arr_0"][0].astype(int)).max() <= 1, "the last column is the sample"
 
@@ -169,20 +172,20 @@ def test_outputs(checkpoint: Path, tmp_path: Path) -> None:
 def test_every_checkpoint_samples(
     tmp_path: Path, make_checkpoint: Any, objective: Any, num_classes: int
 ) -> None:
-    """USER_PAINS #42: any number of classes, any objective, from the folder alone."""
+    """Any number of classes, any objective, from the folder alone."""
     folder = make_checkpoint(tmp_path / "ck", objective, num_classes)
     loaded = zoo.load(folder)
     samplers = ["euler", "ddim", "heun", "euler_maruyama"]
     samplers += ["ancestral"] if objective.kind == "ddpm" else []
     for name in samplers:
-        x0 = sample.generate(loaded, range(3), sampler=name, steps=2)
+        x0 = generate(loaded, range(3), SampleSettings(sampler=OPTIONS[name](), steps=2))
         assert x0.shape == (3, 3, 8, 8)
         assert torch.isfinite(x0).all()
 
 
 def test_labels() -> None:
     positions = torch.arange(7)
-    labels = sample.labels_for
+    labels = labels_for
     assert labels("balanced", 3, positions, 0).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert labels("none", 3, positions, 0).tolist() == [3] * 7
     assert labels("2,0", 3, positions, 0).tolist() == [2, 0, 2, 0, 2, 0, 2]
@@ -206,16 +209,16 @@ def test_bad_input_is_one_clear_line(
     no_ema = make_checkpoint(tmp_path / "no_ema", ema=False)
     cases: list[tuple[Path, list[str], type[LatentddaeError], str]] = [
         (checkpoint, ["--labels", "7"], ConfigError, r"0 \.\.\. 2"),
-        (checkpoint, ["--steps", "0"], ConfigError, "at least 1, got 0"),
-        (checkpoint, ["--cfg-scale", "0.5"], ConfigError, "allow-cfg-below-1"),
-        (checkpoint, ["--cfg-interval", "0.8", "0.2"], ConfigError, "interval"),
-        (checkpoint, ["--cfg-scale", "2", "--labels", "none"], ConfigError, "needs labels"),
-        (checkpoint, ["--sampler", "leapfrog"], ConfigError, "unknown sampler"),
-        (checkpoint, ["--sampler", "ancestral"], ConfigError, "objective is flow"),
-        (checkpoint, ["--option", "eta=1"], ConfigError, "no option 'eta'"),
-        (checkpoint, ["--option", "eta"], UsageError, "key=value"),
-        (checkpoint, ["--only", "5"], UsageError, "--only 5"),
-        (unconditional, ["--cfg-scale", "2"], ConfigError, "unconditional"),
+        (checkpoint, ["--steps", "0"], ConfigError, "positive, got 0"),
+        (checkpoint, ["--guidance", "-1"], ConfigError, "scale must be 0 or more"),
+        (checkpoint, ["--guidance.low", "0.8", "--guidance.high", "0.2"], ConfigError, "interval"),
+        (checkpoint, ["--guidance", "2", "--labels", "none"], ConfigError, "needs labels"),
+        (checkpoint, ["--sampler", "leapfrog"], ConfigError, "unknown 'leapfrog'"),
+        (checkpoint, ["--sampler", "ancestral"], ConfigError, "for flow use ddim"),
+        (checkpoint, ["--sampler.eta", "1"], ConfigError, r"unknown key sampler\.eta"),
+        (checkpoint, ["--step", "3"], UsageError, "did you mean --steps"),
+        (checkpoint, ["--only", "5"], ConfigError, "image 5 is not among"),
+        (unconditional, ["--guidance", "2"], ConfigError, "unconditional"),
         (unconditional, ["--labels", "1"], ConfigError, "unconditional"),
         (no_ema, [], ConfigError, "no ema weights"),
         (tmp_path / "absent", [], ConfigError, "not a checkpoint"),
@@ -224,17 +227,43 @@ def test_bad_input_is_one_clear_line(
         with pytest.raises(kind, match=message):
             run(folder, tmp_path / "out", *arguments, num=2)
         assert not (tmp_path / "out").exists(), f"{arguments} left something behind"
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(ConfigError, match="num must be positive"):
         run(checkpoint, tmp_path / "out", num=0)
     run(no_ema, tmp_path / "raw", "--weights", "model", num=2)
-    run(checkpoint, tmp_path / "low", "--cfg-scale", "0.5", "--allow-cfg-below-1", num=2)
+
+
+def test_a_scale_below_1_is_warned_of(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(checkpoint, tmp_path / "out", "--guidance", "0.5", num=2)
+    assert "warning: guidance scale 0.5" in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_and_writes_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(checkpoint, tmp_path / "out", "--dry-run", num=5)
+    assert "5 of 5 images are missing" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="for flow use ddim"):
+        run(checkpoint, tmp_path / "out", "--dry-run", "--sampler", "ancestral", num=5)
+
+
+def test_options_of_the_sampler_are_part_of_the_settings(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, tmp_path / "out", "--sampler", "heun", "--sampler.churn", "40", num=2)
+    stored = json.loads((out / "sample.json").read_text())["sampler"]
+    assert (stored["name"], stored["churn"]) == ("heun", 40.0)
+    with pytest.raises(ConfigError, match="other settings \\(sampler\\)"):
+        run(checkpoint, out, "--sampler", "heun", num=2)
 
 
 def test_guidance_on_a_scale_of_one_changes_nothing(checkpoint: Path) -> None:
     loaded = zoo.load(checkpoint)
-    plain = sample.generate(loaded, range(4), steps=3)
-    one = sample.generate(loaded, range(4), steps=3, guidance=Guidance(scale=1.0))
-    two = sample.generate(loaded, range(4), steps=3, guidance=Guidance(scale=2.0))
+    plain = generate(loaded, range(4), SampleSettings(steps=3))
+    one, two = (
+        generate(loaded, range(4), SampleSettings(steps=3, guidance=Guidance(scale=scale)))
+        for scale in (1.0, 2.0)
+    )
     assert torch.equal(plain, one)
     assert not torch.allclose(plain, two)
 
@@ -248,6 +277,6 @@ def test_pixels_round_to_the_nearest_level() -> None:
 
 def test_sheet_places_images_row_by_row() -> None:
     images = np.stack([np.full((2, 2, 3), i, dtype=np.uint8) for i in range(5)])
-    picture = sheet(images, columns=3)
+    picture = image_sheet(images, columns=3)
     assert picture.shape == (4, 6, 3)
     assert picture[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 255]]

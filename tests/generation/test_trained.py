@@ -5,7 +5,6 @@ import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +14,19 @@ from latentddae.data.encoding import encode
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.sampler_options import AncestralOptions, EulerOptions, HeunOptions
 from latentddae.generation.frechet import frechet_distance, moments
+from latentddae.generation.generate import SampleSettings, decode, generate
 from latentddae.generation.monitor import heldout_losses, latent_features, real_moments
-from latentddae.generation.sample import decode, generate
 from latentddae.models import zoo
 
 pytestmark = pytest.mark.slow
 
 IMAGES = 12_800
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "ddpm": {"sampler": "ancestral", "steps": 100},
-    "edm": {"sampler": "heun", "steps": 18},
-    "flow": {"sampler": "euler", "steps": 50},
+SETTINGS = {
+    "ddpm": SampleSettings(sampler=AncestralOptions(), steps=100),
+    "edm": SampleSettings(sampler=HeunOptions(), steps=18),
+    "flow": SampleSettings(sampler=EulerOptions(), steps=50),
 }
 # Measured: 7.2, 2.5 and 4.2 (`python benchmarks/objectives.py --images 12800`).
 FACTORS = {"ddpm": 5.0, "edm": 2.0, "flow": 3.0}
@@ -59,7 +59,7 @@ def test_heldout_loss_falls_and_samples_approach_the_data(
         for model in (fresh, checkpoint.model)
     )
     assert before / after > FACTORS[kind], f"{before:.3f} -> {after:.3f}"
-    x0 = generate(checkpoint, range(128), **SAMPLERS[kind])
+    x0 = generate(checkpoint, range(128), SETTINGS[kind])
     real = real_moments(test, 500)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     distances = [frechet_distance(moments(latent_features(x)), real) for x in (x0, noise)]

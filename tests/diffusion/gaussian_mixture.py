@@ -1,7 +1,7 @@
 """A data set whose best denoiser is known: a mixture of isotropic Gaussians, as a "network".
 
 With it every sampler must reproduce the mixture, and its error against the exact flow measures the
-order of convergence (tests, and `benchmarks/convergence.py` for the plot in the documentation).
+order of convergence. `benchmarks/convergence.py` loads this file for the plot in docs/generation.md.
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class Mixture:
         flat = x.flatten(1)
         alpha, sigma = alpha.to(x)[:, None], sigma.to(x)[:, None]
         variance = alpha**2 * self.stds.to(x) ** 2 + sigma**2  # (N, K)
-        gaps = flat[:, None] - alpha[..., None] * self.means.to(x)  # (N, K, C)
+        offsets = flat[:, None] - alpha[..., None] * self.means.to(x)  # (N, K, C)
         channels = flat.shape[1]
         log_odds = self.weights.to(x).log() - 0.5 * (
-            (gaps**2).sum(-1) / variance + channels * variance.log()
+            (offsets**2).sum(-1) / variance + channels * variance.log()
         )
         shrink = alpha * self.stds.to(x) ** 2 / variance
-        expected = self.means.to(x) + shrink[..., None] * gaps
+        expected = self.means.to(x) + shrink[..., None] * offsets
         return (log_odds.softmax(dim=1)[..., None] * expected).sum(1).view_as(x)
 
 
@@ -76,9 +76,9 @@ def undo_network_input(objective: Objective, x_in: Tensor, time: Tensor) -> tupl
 
 
 def output_for(objective: Objective, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The network output by which the objective believes in x0 behind x_t: the inverse of denoise.
+    """The network output that makes the objective predict x0 from x_t: the inverse of denoise, (N, C or 2C, H, W).
 
-    2C channels where the variance is learned; its half is 0, midway between the fixed ones.
+    Where the variance is learned, its half of the channels is 0, midway between the fixed ones.
     """
     alpha, sigma = (per_sample(v, x_t) for v in objective.alpha_sigma(t))
     if isinstance(objective, Flow):
