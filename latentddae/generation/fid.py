@@ -56,7 +56,9 @@ class FidConfig:
     reference: Path | None = positional(None)
     """The same, or a file of statistics (mu, sigma)."""
     protocol: str | None = None
-    """Named protocol, which fixes the metrics and refuses samples that differ from it."""
+    """Fixes the metrics and refuses samples that differ: adm-imagenet256-50k,
+    adm-imagenet512-50k, dit-imagenet256-50k-cfg1.5, dit-imagenet256-50k-nocfg,
+    sit-imagenet256-50k-cfg1.5 or ddae-cifar10-50k."""
     metrics: tuple[str, ...] = ()
     """Without a protocol: some of fid, sfid, is, kid, pr; none given: fid."""
     kid_subset: int = 1000

@@ -240,6 +240,12 @@ def test_a_protocol_reads_how_the_samples_were_made(tmp_path: Path) -> None:
         check(protocol, SAMPLES, REFERENCE)
 
 
+def test_the_help_names_every_protocol(capsys: pytest.CaptureFixture) -> None:
+    fid.main(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert [name for name in PROTOCOLS if name not in text] == []
+
+
 def test_a_pinned_reference(tmp_path: Path) -> None:
     pinned = EvaluationProtocol(name="pinned", reference_sha256="123")
     with pytest.raises(ConfigError, match="reference abc, not 123"):

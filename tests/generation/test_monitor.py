@@ -92,7 +92,9 @@ def test_an_evaluated_run_trains_the_same(data: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "evaluated" / "samples" / names[0]).size == (64, 16)
 
 
-def test_an_evaluation_that_cannot_be_made_is_refused_at_the_start(data: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_cannot_be_made_is_refused_at_the_start(
+    data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError):
         train.main(
             command_line(
