@@ -1,9 +1,10 @@
-"""Encoding against the autoencoder alone, and our own cost an image: python benchmarks/encode.py
-[--images 64].
+"""Encoding against the autoencoder alone, and our own cost per image.
 
-The autoencoder has the size of Stable Diffusion's, untrained (speed does not know), on 64-pixel
-images so that a CPU can do it; sources are JPEG files. Our own cost is measured with 256-pixel
-JPEGs and an autoencoder that costs nothing.
+    python benchmarks/encode.py [--images 64]
+
+The autoencoder has the size of Stable Diffusion's and is untrained (its speed is the same), on
+64-pixel images so that a CPU can do it; sources are JPEG files. Our own cost is measured with
+256-pixel JPEGs and an autoencoder that costs nothing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from harness import ROUNDS, cpu_seconds, machine, record
 from PIL import Image
 
 from latentddae.data.encoding.autoencoder import Autoencoder, new_autoencoder_kl
-from latentddae.data.encoding.decode_pool import squares
+from latentddae.data.encoding.decode_pool import crops
 from latentddae.data.encoding.encode import encode
 from latentddae.data.encoding.plan import EncodeConfig, Plan, make_plan
 from latentddae.data.latents import LatentSpec
@@ -90,7 +91,7 @@ def throughput(images: int) -> None:
 
 def crop_all(plan: Plan, square: np.ndarray) -> None:
     for i in range(len(plan.source)):
-        squares(plan, i, square)
+        crops(plan, i, square)
 
 
 def own_cost(images: int) -> None:

@@ -19,7 +19,8 @@ from latentddae.core.files import sha256, write_json
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Loader, order
 from latentddae.data.manifest import MANIFEST, add_split, new_manifest
-from latentddae.data.shards import ShardSet, npy_header, shard_name
+from latentddae.data.shard_format import npy_header, shard_name
+from latentddae.data.shards import ShardSet
 
 SAMPLES = 1_281_167
 SHARD = 8192

@@ -1,9 +1,10 @@
-"""Loader speed against the ways people read latents: python benchmarks/loader.py [--gib 1]
-[--folder DIR].
+"""Loader speed against other ways of reading latents.
+
+    python benchmarks/loader.py [--gib 1] [--folder DIR]
 
 All variants deliver batches of 256 samples of (8, 32, 32) float16 and labels; the page cache is
-warm. Ours and the memory map read in random order, file by file readers too; the webdataset
-pipeline reads straight through (easier).
+warm. Ours, the memory map and the readers of single files read in random order; the webdataset
+pipeline reads sequentially, which is easier.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from harness import cpu_seconds, machine, record
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from latentddae.core import rng
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Loader, order
 from latentddae.data.shards import ShardSet, write_split
@@ -55,9 +57,10 @@ def ours(shards: ShardSet, workers: int = 1) -> Arrays:
 
 
 def ours_with_posterior(shards: ShardSet) -> Arrays:
-    """Finished latents, their posterior drawn on the CPU."""
+    """Training latents x0, their posterior sampled as training does."""
     for batch in Loader(shards, global_batch=BATCH, seed=0).batches():
-        x0 = SPEC.sample_on_cpu(batch.moments, 0, batch.position)
+        noise = rng.normal(0, "posterior", batch.position, SPEC.shape)
+        x0 = SPEC.sample(batch.moments, noise)
         yield x0.numpy(), batch.label.numpy()
 
 

@@ -9,10 +9,11 @@ stabilityai/sd-vae-ft-ema --resolution 256 --crop native --views original,copy1,
 import sys
 
 from latentddae.core.errors import run_command
-from latentddae.data.encoding.all_splits import main_for
+from latentddae.data.encoding.encode import main
 
-SPLITS = {"train": ("--views", "original,mirror"), "test": ()}
+DEFAULTS = (
+    "splits=train,test views=original,mirror test_views=original autoencoder=none resolution=32"
+)
 
 if __name__ == "__main__":
-    main = main_for(SPLITS, ("--autoencoder", "none", "--resolution", "32"))
-    sys.exit(run_command("cifar", main, sys.argv[1:]))
+    sys.exit(run_command("cifar", main, [*DEFAULTS.split(), *sys.argv[1:]]))

@@ -2,17 +2,18 @@
 
     python data_prep/tiny_imagenet.py --source tiny-imagenet-200 --out data/tiny-imagenet
 
-For latents: --autoencoder ID --resolution 256 --crop native. All options of `latentddae
-encode` may follow.
+For latents: --autoencoder ID --resolution 256 --crop native. All options of `latentddae encode` may
+follow.
 """
 
 import sys
 
 from latentddae.core.errors import run_command
-from latentddae.data.encoding.all_splits import main_for
+from latentddae.data.encoding.encode import main
 
-SPLITS = {"train": ("--views", "original,mirror"), "val": ()}
+DEFAULTS = (
+    "splits=train,val views=original,mirror test_views=original autoencoder=none resolution=64"
+)
 
 if __name__ == "__main__":
-    main = main_for(SPLITS, ("--autoencoder", "none", "--resolution", "64"))
-    sys.exit(run_command("tiny_imagenet", main, sys.argv[1:]))
+    sys.exit(run_command("tiny_imagenet", main, [*DEFAULTS.split(), *sys.argv[1:]]))

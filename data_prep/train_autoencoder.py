@@ -1,5 +1,7 @@
-"""Train a small AutoencoderKL: python data_prep/train_autoencoder.py --source DIR --out
-DIR [--steps 2500]."""
+"""Train a small AutoencoderKL:
+
+python data_prep/train_autoencoder.py --source DIR --out autoencoder/ [--steps 2500]
+"""
 
 import sys
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from latentddae.core import config as configuration
 from latentddae.core import dist, rng
 from latentddae.core.errors import run_command
-from latentddae.data.cache import open_set
 from latentddae.data.loader import Batch
+from latentddae.data.manifest import SplitInfo
 from latentddae.data.shards import ShardSet
+from latentddae.data.training_data import info_of, open_data, require_random_access
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.planning.flops import training_flops
 from latentddae.training.config import (
-    DataConfig,
     TrainConfig,
     add_run_arguments,
     contract,
@@ -80,14 +80,10 @@ def train(config: TrainConfig, retry: bool = False) -> Path:
         return dist.on_rank0(lambda: export(state, run / "export"))
 
 
-def _open_data(data: DataConfig) -> ShardSet:
-    return open_set(data.path, data.split, data.cache_dir, data.cache_gb)
-
-
 def describe(config: TrainConfig) -> str:
     """What would be trained, after the same checks as a real start; nothing is written."""
-    shards = _open_data(config.data)
-    config = resolve(config, shards)
+    info = info_of(open_data(config.data))
+    config = resolve(config, info)
     world = dist.world_from_environment()
     device = dist.device_for(world)
     precision, plan, settings = derive(config.engine, config.global_batch, world.size, device)
@@ -96,7 +92,7 @@ def describe(config: TrainConfig) -> str:
     attention.choose(model, config.engine.attention, device, DTYPES[precision])
     parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"{len(shards)} samples of {shards.spec.shape} from {shards.root}\n"
+        f"{len(info)} samples of {info.spec.shape} from {info.root}\n"
         f"{config.model.kind} with {parameters:,} parameters, objective {config.objective.kind}\n"
         f"{config.total_images:,} images in batches of {config.global_batch} = "
         f"{world.size} ranks x {plan.accumulation} x {plan.micro}, {precision}\n"
@@ -106,10 +102,11 @@ def describe(config: TrainConfig) -> str:
 
 def pretraining(config: TrainConfig, context: RunContext) -> Job:
     """A diffusion model on latents, as the loop takes it."""
-    shards = dist.on_all_ranks(lambda: _open_data(config.data))
-    config = resolve(config, shards)
-    spec, seed, objective = shards.spec, config.seed, config.objective
-    monitor = _open_monitor(config, shards)
+    data = dist.on_all_ranks(lambda: open_data(config.data))
+    info = info_of(data)
+    config = resolve(config, info)
+    spec, seed, objective = info.spec, config.seed, config.objective
+    monitor = _open_monitor(config, data)
     model = zoo.build(config.model, seed=seed).to(context.device)
 
     def tensors(batch: Batch) -> tuple[Tensor, ...]:
@@ -148,18 +145,18 @@ def pretraining(config: TrainConfig, context: RunContext) -> Job:
 
     return Job(
         config=config,
-        contract=contract(config, shards),
+        contract=contract(config, info),
         info={
             "model": configuration.to_dict(config.model),
             "objective": configuration.to_dict(objective),
             "latents": spec.to_dict(),
-            "classes": list(shards.classes),
-            "data": shards.fingerprints,
+            "classes": list(info.classes),
+            "data": info.fingerprints,
             "ema_config": configuration.to_dict(config.ema),
             "conditional": config.conditional,
         },
         model=model,
-        shards=shards,
+        samples=data,
         data=config.data,
         tensors=tensors,
         loss=loss,
@@ -171,10 +168,11 @@ def pretraining(config: TrainConfig, context: RunContext) -> Job:
     )
 
 
-def _open_monitor(config: TrainConfig, shards: ShardSet) -> Monitor | None:
+def _open_monitor(config: TrainConfig, data: ShardSet | SplitInfo) -> Monitor | None:
     """On rank 0, if the configuration asks for looks; what it needs is missing now or never."""
     opened: list[Monitor] = []
     if config.monitor.every_images:
+        shards = require_random_access(data, "monitor.every_images")
         run = Path(config.run)
         dist.on_rank0(lambda: opened.append(Monitor(config.monitor, run, shards, config.seed)))
     return opened[0] if opened else None

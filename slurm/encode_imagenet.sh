@@ -4,7 +4,7 @@
 # sbatch [options] slurm/encode_imagenet.sh SOURCE OUT [options of latentddae encode]
 #
 # Encodes both splits of ImageNet; SOURCE is the folder with the official tars or class folders, OUT the data folder to
-# write. Every rank takes whole shards. Killed or requeued, it goes on where it stopped. docs/data.md, docs/cluster.md
+# write. Every rank takes whole shards. Killed or requeued, it continues. docs/data.md, docs/cluster.md
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source slurm/env.sh
@@ -12,10 +12,6 @@ source slurm/env.sh
 source_folder=$1 out=$2
 shift 2
 
-encode() {
-    launch latentddae.data.encoding.encode --config configs/encode/imagenet256.yaml \
-        --source "$source_folder" --out "$out" --workers "$workers" "$@"
-}
-encode --split train "$@"
-encode --split val --views original "$@"
+launch latentddae.data.encoding.encode --config configs/encode/imagenet256.yaml splits=train,val test_views=original \
+    --source "$source_folder" --out "$out" --workers "$workers" "$@"
 alone verify "$out"

@@ -26,7 +26,7 @@ LAYERS = [
 
 HOMES = {  # library -> the only modules that may import it
     "deepspeed": {"training.engine"},
-    "diffusers": {"data.autoencoder", "data.train_autoencoder"},
+    "diffusers": {"data.encoding.autoencoder", "data.encoding.train_autoencoder"},
     "torch_fidelity": {"generation.inception"},
     "flash_attn": {"models.attention"},
     "xformers": {"models.attention"},

@@ -71,7 +71,7 @@ def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path
     loader = Loader(ShardSet(tiny_shards, "train"), global_batch=STEP, seed=0, workers=0)
     last = [states.complete_states(run / "state")[-1] for run in (whole, parts)]
     batches = [next(iter(loader.batches(state.images))) for state in last]
-    keys = [loader.shards.keys(batch.index.numpy()) for batch in batches]
+    keys = [loader.keys(batch.index.numpy()) for batch in batches]
     assert keys[0] == keys[1]
     for name in ("model", "ema"):
         a, b = (load_file(run / "export" / f"{name}.safetensors") for run in (whole, parts))
@@ -251,7 +251,7 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
     (event,) = events
     assert (event["images"], event["event"], event["cause"]) == (4 * STEP, "skipped step", "loss")
     loader = Loader(ShardSet(tiny_shards, "train"), global_batch=STEP, seed=0, workers=0)
-    assert event["keys"] == loader.shards.keys(loader.indices(np.array([3 * STEP + 1])))
+    assert event["keys"] == loader.keys(loader.indices(np.array([3 * STEP + 1])))
     assert 0 < event["levels"][0] < 1
 
 

@@ -3,6 +3,7 @@
 `deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all end up in the same `World`.
 """
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -250,18 +251,26 @@ def on_rank0(action: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run on every rank; an error of ours on one rank is raised on all of them, so that none waits for it."""
-    box: list[Result] = []
+@contextlib.contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """A collective block: if it raises a LatentddaeError on any rank, that is raised on all ranks,
+    so that no rank waits in the next collective."""
     error: LatentddaeError | None = None
     try:
-        box.append(action())
-    except LatentddaeError as found:
-        error = found
+        yield
+    except LatentddaeError as raised:
+        error = raised
     first = next((e for e in gather_objects(error) if e is not None), None)
     if first is not None:
         raise first
-    return box[0]
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank. If it raises a LatentddaeError on any rank, raise it on all of
+    them, so that no rank waits in the next collective."""
+    with errors_on_all_ranks():
+        result = action()
+    return result
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ class ConfigError(LatentddaeError):
     exit_code = 78
 
 
+class InUseError(ConfigError):
+    """Another process holds a folder."""
+
+
 def run_command(
     name: str, main: Callable[[list[str] | None], None], argv: Sequence[str] | None = None
 ) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.core.errors import ConfigError, DataError, InUseError, WriteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,7 @@ def text_hash(value: Any) -> str:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
-    """Hold a folder for this process; a second holder gets a ConfigError naming the first.
+    """Hold a folder for this process; a second holder gets an InUseError naming the first.
 
     The lock is the kernel's: it is gone when the process is, however it died. Where a file system has none, a file
     that the holder touches stands for it. A folder that was made for the lock and holds nothing else at the end,
@@ -168,9 +168,9 @@ def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _in_use(folder: Path, holder: str) -> ConfigError:
+def _in_use(folder: Path, holder: str) -> InUseError:
     who = holder.strip() or "another process"
-    return ConfigError(f"{folder} is in use by {who}; wait for it or choose another folder")
+    return InUseError(f"{folder} is in use by {who}; wait for it or choose another folder")
 
 
 CLAIM = ".claim"

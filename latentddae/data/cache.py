@@ -3,77 +3,81 @@
     shards = open_set("https://host/imagenet256", "train", cache="/scratch")
 
 One process of a node copies, the others wait for it; every file is checked against the manifest's
-hash before it appears. What does not fit is streamed instead (stream.py).
+hash before it appears. A set that is larger than the disk can be streamed (stream.py).
 """
 
 import contextlib
-import fcntl
-import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from latentddae.core.errors import ConfigError, WriteError
-from latentddae.core.files import text_hash
-from latentddae.data.manifest import MANIFEST, read_manifest
-from latentddae.data.remote import fetch, is_remote, split_entry
-from latentddae.data.shards import ShardSet
+from latentddae.core.errors import ConfigError, InUseError
+from latentddae.core.files import exclusive, text_hash, write_errors
+from latentddae.data.manifest import MANIFEST, ShardEntry, read_manifest, split_info
+from latentddae.data.remote import fetch, is_remote
+from latentddae.data.shard_format import index_path
+from latentddae.data.shards import Access, ShardSet
 
 MARK = ".latentddae-cache"  # only folders with this file are ever deleted
+POLL_S = 0.5
 
 
 def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
     """A local copy of one split (with all its shards) below `cache`, which holds at most `limit`
-    bytes.
+    bytes; the sets used longest ago are deleted for it.
 
-    Older sets give way. ConfigError if the split alone is larger, DataError if it is damaged at its
-    source.
+    ConfigError if the split alone is larger, DataError if it is damaged at its source.
     """
-    folder = (
-        Path(cache)
-        / f"set-{text_hash(str(root) if is_remote(root) else str(Path(root).resolve()))}"
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()  # its time says when the set was last used
-    except OSError as error:
-        raise WriteError(f"cannot write the cache {folder}: {error.strerror}") from error
+    name = root if is_remote(root) else str(Path(root).resolve())
+    folder = Path(cache) / f"set-{text_hash(name)}"
     with _locked(folder):
+        with write_errors(folder):
+            (folder / MARK).touch()  # its time says when the set was last used
         fetch(root, MANIFEST, folder / MANIFEST, None, None)
-        entry = split_entry(read_manifest(folder), root, split)
-        missing = [s for s in entry["shards"] if not _whole(folder / s["file"], s["bytes"])]
-        needed = sum(shard["bytes"] for shard in entry["shards"])
+        shards = split_info(read_manifest(folder), root, split).shards
+        missing = [shard for shard in shards if not _is_complete(folder, shard)]
+        needed = sum(shard["bytes"] for shard in shards)
         if needed > limit:
             raise ConfigError(
                 f"split {split} of {root} has {needed / 1e9:.2f} GB, the cache may hold "
-                f"{limit / 1e9:.2f} GB; allow more, or stream it"
+                f"{limit / 1e9:.2f} GB; allow more, or stream it (data.stream=true)"
             )
-        _make_room(Path(cache), folder, sum(s["bytes"] for s in missing), limit)
+        _make_room(Path(cache), folder, sum(shard["bytes"] for shard in missing), limit)
         for shard in tqdm(missing, desc=f"cache {split}", unit="shard", disable=None):
-            index = Path(shard["file"]).with_suffix(".idx.npy").name
-            fetch(root, index, folder / index, None, shard["index_sha256"])
+            index = index_path(folder / shard["file"])
+            fetch(root, index.name, index, None, shard["index_sha256"])
             fetch(root, shard["file"], folder / shard["file"], shard["bytes"], shard["sha256"])
     return folder
 
 
-def open_set(root: str, split: str, cache: str = "", cache_gb: float = 100.0) -> ShardSet:
-    """A split of a local folder, or of one that lies elsewhere through the cache (local ranks share
-    it)."""
+def open_set(
+    root: str, split: str, cache: str = "", cache_gb: float = 100.0, access: Access = "mmap"
+) -> ShardSet:
+    """A split of a local folder, or, with a cache folder, of one at any address or slow path.
+
+    The processes of a node share the cache; it holds at most `cache_gb` 10^9 bytes.
+    """
     if not cache:
         if is_remote(root):
-            raise ConfigError(f"{root} lies elsewhere: give a cache folder on a local disk")
-        return ShardSet(root, split)
-    shards = ShardSet(cached(root, split, cache, cache_gb * 1e9), split)
+            raise ConfigError(
+                f"{root} is not a local folder: give a cache folder on a local disk "
+                f"(data.cache_dir), or stream it (data.stream=true)"
+            )
+        return ShardSet(root, split, access)
+    shards = ShardSet(cached(root, split, cache, cache_gb * 1e9), split, access)
     if not is_remote(root):
         shards.root = Path(root)  # other splits are looked for there
     return shards
 
 
-def _whole(path: Path, size: int) -> bool:
-    """A file appears under its name only after its hash was checked."""
-    return path.exists() and path.stat().st_size == size and path.with_suffix(".idx.npy").exists()
+def _is_complete(folder: Path, shard: ShardEntry) -> bool:
+    """Whether a shard is in the cache: files appear under their names only after a hash check."""
+    path = folder / shard["file"]
+    size = path.stat().st_size if path.exists() else -1
+    return size == shard["bytes"] and index_path(path).exists()
 
 
 def _make_room(cache: Path, keep: Path, needed: int, limit: float) -> None:
@@ -86,17 +90,19 @@ def _make_room(cache: Path, keep: Path, needed: int, limit: float) -> None:
             return
         if path == keep:
             continue
-        with contextlib.suppress(BlockingIOError), _locked(path, wait=False):
+        with contextlib.suppress(InUseError), exclusive(path, "make room in the cache"):
             shutil.rmtree(path)
             total -= sizes[path]
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """One process at a time; the kernel frees the lock of a dead one."""
-    handle = os.open(folder / MARK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of the cache; waits for the process that has it."""
+    with contextlib.ExitStack() as lock:
+        while True:
+            try:
+                lock.enter_context(exclusive(folder, "fill the cache"))
+                break
+            except InUseError:
+                time.sleep(POLL_S)
         yield
-    finally:
-        os.close(handle)

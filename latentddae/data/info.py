@@ -1,42 +1,54 @@
-"""`latentddae info DIR`: what a data folder holds, on one screen. Reads only the manifest."""
+"""`latentddae info DIR`: the contents of a data folder on one screen, from its manifest alone."""
 
-import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from latentddae.core.command import Command
+from latentddae.core.config import positional
 from latentddae.core.errors import run_command
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Print what a data folder holds and how it was made."""
+
+    data: Path = positional()
+    """Data folder."""
 
 
 def describe(root: Path) -> Iterator[str]:
     """The lines of the screen."""
     manifest = read_manifest(root)
     spec = LatentSpec.from_dict(manifest["latents"])
-    classes = manifest["classes"]
+    classes, stored = manifest["classes"], manifest["stored"]
+    weights = spec.autoencoder_sha256[:12] or "-"
+    scale = f"(x - {spec.shift_factor:g}) * {spec.scaling_factor:g}"
+    examples = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
     yield f"{root}: {manifest['format']} version {manifest['version']}"
-    yield f"autoencoder  {spec.autoencoder} ({spec.autoencoder_class}), weights {spec.autoencoder_sha256[:12] or '-'}"
-    yield f"latents      {spec.kind}, {spec.shape}, (x - {spec.shift_factor:g}) * {spec.scaling_factor:g}"
-    yield f"stored       {manifest['stored']['dtype']} {tuple(manifest['stored']['shape'])} for each view"
-    yield "pipeline     " + ", ".join(f"{k} {v}" for k, v in manifest["pipeline"].items())
-    yield f"classes      {len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-    yield "fingerprints " + ", ".join(f"{k} {v}" for k, v in manifest["fingerprints"].items())
+    yield f"autoencoder  {spec.autoencoder} ({spec.autoencoder_class}), weights {weights}"
+    yield f"latents      {spec.kind}, {spec.shape}, {scale}"
+    yield f"stored       {stored['dtype']} {tuple(stored['shape'])} for each view"
+    yield f"pipeline     {_pairs(manifest['pipeline'])}"
+    yield f"classes      {len(classes)}: {examples}"
+    yield f"fingerprints {_pairs(manifest['fingerprints'])}"
     for name, split in manifest["splits"].items():
         yield from _describe_split(name, split, spec)
 
 
 def _describe_split(name: str, split: dict[str, Any], spec: LatentSpec) -> Iterator[str]:
     size = sum(shard["bytes"] for shard in split["shards"])
-    each = size / max(split["samples"], 1)
+    per_sample = size / max(split["samples"], 1)
     yield (
-        f"{name}: {split['samples']:,} samples in {len(split['shards'])} shards, {size / 1e9:.2f} "
-        f"GB "
-        f"({each:,.0f} bytes each), views {', '.join(split['views'])}, content "
-        f"{split['fingerprint']}"
+        f"{name}: {split['samples']:,} samples in {len(split['shards'])} shards, "
+        f"{size / 1e9:.2f} GB ({per_sample:,.0f} bytes each), views {', '.join(split['views'])}, "
+        f"content {split['fingerprint']}"
     )
     if split.get("bad"):
         yield f"  {split['bad']} bad images left out, e.g. {split['bad_images'][0][0]}"
@@ -46,16 +58,25 @@ def _describe_split(name: str, split: dict[str, Any], spec: LatentSpec) -> Itera
     yield f"  training latents: mean {_numbers(mean)}, std {_numbers(std)} by channel"
 
 
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
 def _numbers(values: np.ndarray) -> str:
     return " ".join(f"{value:.3g}" for value in values)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="latentddae info", description=__doc__)
-    parser.add_argument("data", type=Path, help="data folder")
-    for line in describe(parser.parse_args(argv).data):
-        print(line)
+def info(config: InfoConfig) -> None:
+    """Print the screen."""
+    print(_screen(config))
 
+
+def _screen(config: InfoConfig) -> str:
+    return "\n".join(describe(config.data))
+
+
+COMMAND = Command("info", InfoConfig, run=info, plan=_screen)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("info", main))

@@ -1,7 +1,7 @@
 """What the stored numbers mean: stored moments <-> unit-scale training latents.
 
-A `LatentSpec` travels with every data set (manifest.json) and every checkpoint. Shards hold what
-the autoencoder said, unscaled; the one place that shifts and scales is here.
+A `LatentSpec` is part of every data set (manifest.json) and every checkpoint. Shards hold the
+autoencoder's output unscaled; only this file shifts and scales.
 """
 
 import dataclasses
@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.core import rng
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import text_hash
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same
-CPU_ROWS = 32  # samples per pass of `sample_on_cpu`
 LAYOUTS = {  # kind -> what one stored view holds
     "moments": "(2C, h, w) float16: posterior mean and log-variance, unscaled",
     "deterministic": "(C, h, w) float16: latent without a posterior, unscaled",
@@ -37,7 +35,7 @@ class LatentSpec:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     autoencoder: str = "none"
-    """Hub id or folder name; only a name, the hash decides."""
+    """Hub id or folder, for messages; the hash identifies it."""
     autoencoder_class: str = "none"
     autoencoder_sha256: str = ""
     """Hash of the autoencoder's weights."""
@@ -64,8 +62,8 @@ class LatentSpec:
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's array in a shard: (views, *stored_shape); (3, H, W) for an image with
-        one view."""
+        """Shape of a sample's array in a shard: (V, *stored_shape), or (3, H, W) for an image with one
+        view."""
         plain = self.kind == "image" and len(self.views) == 1
         return self.stored_shape if plain else (len(self.views), *self.stored_shape)
 
@@ -75,23 +73,22 @@ class LatentSpec:
 
     @property
     def codec_fingerprint(self) -> str:
-        """Equal for two data sets whose latents may be mixed and that one checkpoint may read.
+        """Hash that is equal for data sets which the same checkpoint can read.
 
-        The number of views is not part of it: a test split without mirrors belongs to a training
-        split with them.
+        Views are not part of it: a test split without mirrors fits a training split with them.
         """
         facts = self.to_dict()
         del facts["views"], facts["autoencoder"]
         return text_hash({**facts, "layout": LAYOUTS[self.kind]})
 
     def mean(self, stored: Tensor) -> Tensor:
-        """The posterior mean at unit scale: (N, *stored_shape) -> x0 (N, C, h, w) float32; images
-        in [-1, 1]."""
+        """Posterior mean at unit scale: (N, *stored_shape) -> x0 (N, C, h, w) float32; images in
+        [-1, 1]."""
         return self._scale(self._raw_mean(stored))
 
     def sample(self, stored: Tensor, noise: Tensor) -> Tensor:
-        """A posterior draw at unit scale, with normal `noise` (N, C, h, w); kinds without a
-        posterior ignore it."""
+        """Posterior sample at unit scale: (N, *stored_shape) and standard normal `noise` (N, C, h, w)
+        -> x0 (N, C, h, w) float32. Kinds without a posterior ignore the noise."""
         raw = self._raw_mean(stored)
         if self.kind == "moments":
             log_variance = stored[:, self.channels :].to(torch.float32, copy=True)
@@ -99,28 +96,8 @@ class LatentSpec:
             raw = torch.addcmul(raw, std, noise, out=std)
         return self._scale(raw)
 
-    def sample_on_cpu(self, stored: Tensor, seed: int, positions: Tensor) -> Tensor:
-        """A posterior draw keyed by (seed, position) on the CPU: (N, *stored_shape), (N,) -> x0.
-
-        For tools that want latents straight from the loader. Training draws on the device with
-        `draws.normal`, whose numbers are the same on every device; these are others, from torch's
-        CPU generator, and cost a fifth.
-        """
-        out = torch.empty(len(stored), *self.shape)
-        noise = torch.empty(CPU_ROWS, *self.shape)
-        generator = torch.Generator()
-        start, _ = rng.purpose_key(seed, "posterior on the CPU")
-        for first in range(0, len(stored), CPU_ROWS):  # temporaries stay in the cache
-            rows = slice(first, first + CPU_ROWS)
-            keys = positions[rows].tolist()
-            for row, key in zip(noise, keys, strict=False):
-                # The generator reads 32 bits of its seed: apart for four billion positions in a row.
-                row.normal_(generator=generator.manual_seed((start + key) & rng.MASK))
-            out[rows] = self.sample(stored[rows], noise[: len(keys)])
-        return out
-
     def unscale(self, x0: Tensor) -> Tensor:
-        """Unit-scale latents (N, C, h, w) -> what the autoencoder decodes, same shape, float32."""
+        """Unit-scale latents (N, C, h, w) -> the autoencoder's own scale, same shape, float32."""
         return x0.float() / self.scaling_factor + self.shift_factor
 
     def _raw_mean(self, stored: Tensor) -> Tensor:
@@ -136,7 +113,7 @@ class LatentSpec:
         return raw if self.kind == "image" else (raw - self.shift_factor).mul_(self.scaling_factor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; `from_dict` reads it back to an equal record."""
+        """JSON-able data that `from_dict` reads back."""
         return {**dataclasses.asdict(self), "views": list(self.views)}
 
     @classmethod

@@ -31,21 +31,30 @@ class Batch:
     position: Tensor
     """(N,) int64: how many images the run had seen before this one; keys every random draw."""
     index: Tensor
-    """(N,) int64: place in the data set."""
+    """(N,) int64: index in the data set."""
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, which a GPU copies from asynchronously."""
+        return Batch(
+            self.moments.pin_memory(),
+            self.label.pin_memory(),
+            self.position.pin_memory(),
+            self.index.pin_memory(),
+        )
 
 
 def order(
     seed: int, epoch: int, n: int, starts: np.ndarray | None = None, group_shards: int = 0
 ) -> np.ndarray:
-    """The order of one epoch: a permutation of range(n), int64, the same everywhere for the same
+    """The order of one epoch: a permutation of range(n), (n,) int64, a pure function of the
     arguments.
 
-    With `group_shards` = K the shards (bounds `starts`) are permuted, and samples only inside
-    groups of K shards: for slow file systems, where a group is read from a few files.
+    With `group_shards` = K the shards (bounds `starts`) are permuted, and samples only within
+    groups of K shards, so that slow file systems read from few files at a time.
     """
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
     if not group_shards or starts is None:
-        # As random.permutation(n), from half the memory.
+        # The same as random.permutation(n), in half the memory.
         indices = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
         random.shuffle(indices)
         return indices.astype(np.int64)
@@ -73,7 +82,6 @@ class Loader:
         prefetch: int = 2,
         workers: int = 1,
         group_shards: int = 0,
-        pin_memory: bool | None = None,
     ) -> None:
         if global_batch < 1 or global_batch % world:
             raise ConfigError(f"batch of {global_batch} images is not divisible by {world} ranks")
@@ -84,13 +92,12 @@ class Loader:
         self.samples, self.global_batch, self.seed = samples, global_batch, seed
         self.rank, self.world = rank, world
         self.prefetch, self.workers, self.group_shards = prefetch, workers, group_shards
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._starts = shard_layout(samples).starts
+        self._pin_memory = torch.cuda.is_available()
+        self._layout = shard_layout(samples)
         self._epochs: dict[int, np.ndarray] = {}  # the last two epochs' orders
 
     def batches(self, images_seen: int = 0) -> Generator[Batch]:
-        """Batches from any point of the run on; `images_seen` need not be a multiple of
-        anything."""
+        """Batches after any number of images seen; it need not be a multiple of the batch."""
         if self.workers == 0:
             while True:
                 yield self.batch_at(images_seen)
@@ -122,32 +129,32 @@ class Loader:
             position=position,
             index=torch.from_numpy(indices),
         )
-        return _pinned(batch) if self.pin_memory else batch
+        return batch.pin_memory() if self._pin_memory else batch
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Which sample stands at each position of the run: (N,) -> (N,) int64. Epochs follow one
-        another, uncut."""
-        epochs, places = np.divmod(positions, len(self.samples))
+        """Which sample stands at each position of the run: (n,) -> (n,) int64. Epochs follow one
+        another without a gap."""
+        epochs, within = np.divmod(positions, len(self.samples))
         out = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            out[here] = self._order(epoch)[places[here]]
+            in_epoch = epochs == epoch
+            out[in_epoch] = self._order(epoch)[within[in_epoch]]
         return out
 
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Keys of the samples at `indices` (n,)."""
+        return self.samples.keys(indices)
+
+    def shards_of(self, indices: np.ndarray) -> list[str]:
+        """File names of the shards that hold these samples, each once."""
+        return self._layout.shards_of(indices)
+
     def _order(self, epoch: int) -> np.ndarray:
-        known = self._epochs.get(epoch)
-        if known is None:
-            known = order(self.seed, epoch, len(self.samples), self._starts, self.group_shards)
+        indices = self._epochs.get(epoch)
+        if indices is None:
+            starts = self._layout.starts
+            indices = order(self.seed, epoch, len(self.samples), starts, self.group_shards)
             kept = {e: o for e, o in self._epochs.items() if e == epoch - 1}
             # One assignment: threads see the old dict or the new one.
-            self._epochs = {**kept, epoch: known}
-        return known
-
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(
-        batch.moments.pin_memory(),
-        batch.label.pin_memory(),
-        batch.position.pin_memory(),
-        batch.index.pin_memory(),
-    )
+            self._epochs = {**kept, epoch: indices}
+        return indices

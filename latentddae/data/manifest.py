@@ -1,15 +1,17 @@
-"""The manifest of a data folder: what is inside, how it was made, and the fingerprints that say
-what fits together.
+"""The manifest of a data folder: what is inside, how it was made, and what fits together.
 
-`codec` (autoencoder, scale, shape) must equal the checkpoint's; `pipeline` (crop, filter,
-resolution) is the same for the splits of one recipe; `content`, per split, names the exact samples.
+Three fingerprints: `codec` (autoencoder, scale, shape) must equal the checkpoint's; `pipeline`
+(crop, filter, resolution) is the same for the splits of one folder; `content`, per split, names the
+exact samples.
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -21,11 +23,44 @@ FORMAT = "latentddae-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
+UNIT_STD = (0.7, 1.3)  # SD latents have .97, the demo's autoencoder 1.0 on CIFAR-10, 1.17 on MNIST
+
+Manifest = dict[str, Any]
+"""format, version, latents, stored, pipeline, classes, fingerprints, splits; see `new_manifest`."""
 
 
-class Sums:
-    """Running float64 sums over the raw latent means of samples, for the statistics in the
-    manifest."""
+class Sums(TypedDict):
+    """Sums over the raw latent means of some samples."""
+
+    count: int
+    """Values per channel."""
+    sum: list[float]
+    squares: list[float]
+
+
+class Statistics(TypedDict):
+    """Mean and standard deviation of each channel of the raw latent means; [] without samples."""
+
+    mean: list[float]
+    std: list[float]
+
+
+class ShardEntry(TypedDict):
+    """What the manifest says about one shard."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+    sums: NotRequired[Sums]
+    """In the encoder's journal only."""
+    bad: NotRequired[list[tuple[str, str]]]
+    """Left-out images and reasons; in the encoder's journal only."""
+
+
+class ChannelStats:
+    """Running float64 sums over the raw latent means of samples, for the manifest's statistics."""
 
     def __init__(self, spec: LatentSpec) -> None:
         self._spec = spec
@@ -34,7 +69,7 @@ class Sums:
         self.squares = np.zeros(spec.channels)
 
     def add(self, stored: np.ndarray) -> None:
-        """One sample (views, *stored_shape)."""
+        """Add one sample (V, *stored_shape)."""
         raw = stored[:, : self._spec.channels].astype(np.float32)
         if self._spec.kind == "image":
             raw = raw / 127.5 - 1
@@ -43,27 +78,24 @@ class Sums:
         self.sum += planes.sum(axis=1, dtype=np.float64)
         self.squares += np.einsum("cn,cn->c", planes, planes)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Sums:
         return {"count": self.count, "sum": self.sum.tolist(), "squares": self.squares.tolist()}
 
 
-def statistics(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per-channel mean and standard deviation of the raw (unscaled) latent means over all shards
-    and views."""
-    count = sum(entry["sums"]["count"] for entry in entries)
+def statistics(sums: Sequence[Sums]) -> Statistics:
+    """Mean and standard deviation of each channel over all shards and views."""
+    count = sum(part["count"] for part in sums)
     if not count:
         return {"mean": [], "std": []}
-    mean = np.sum([entry["sums"]["sum"] for entry in entries], axis=0) / count
-    square = np.sum([entry["sums"]["squares"] for entry in entries], axis=0) / count
+    mean = np.sum([part["sum"] for part in sums], axis=0) / count
+    square = np.sum([part["squares"] for part in sums], axis=0) / count
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
 
 
-def new_manifest(
-    spec: LatentSpec, pipeline: dict[str, Any], classes: Sequence[str]
-) -> dict[str, Any]:
-    """A manifest without splits. `pipeline` describes how an image became a square of pixels."""
+def new_manifest(spec: LatentSpec, pipeline: dict[str, Any], classes: Sequence[str]) -> Manifest:
+    """A manifest without splits. `pipeline` describes how an image became a square crop."""
     latents = spec.to_dict()
-    del latents["views"]  # a split's own
+    del latents["views"]  # each split has its own
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -77,31 +109,27 @@ def new_manifest(
 
 
 def add_split(
-    manifest: dict[str, Any],
-    split: str,
-    spec: LatentSpec,
-    entries: Sequence[dict[str, Any]],
-    **facts: Any,
-) -> dict[str, Any]:
-    """The manifest with one more split made of the shards `entries`."""
+    manifest: Manifest, split: str, spec: LatentSpec, entries: Sequence[ShardEntry], **facts: Any
+) -> Manifest:
+    """The manifest with one more split, made of the shards `entries` (with their sums)."""
     shards = [{k: v for k, v in entry.items() if k != "sums"} for entry in entries]
     described = {
-        "samples": sum(shard["samples"] for shard in shards),
+        "samples": sum(entry["samples"] for entry in entries),
         "views": list(spec.views),
-        "fingerprint": content_fingerprint(shards),
-        "statistics": statistics(entries),
+        "fingerprint": content_fingerprint(entries),
+        "statistics": statistics([entry["sums"] for entry in entries]),
         **facts,
         "shards": shards,
     }
     return {**manifest, "splits": {**manifest["splits"], split: described}}
 
 
-def content_fingerprint(shards: Sequence[dict[str, Any]]) -> str:
-    """Names the exact samples of a split: a hash over the shards' hashes."""
+def content_fingerprint(shards: Sequence[ShardEntry]) -> str:
+    """Hash over the shards' hashes; names the exact samples of a split."""
     return text_hash([shard["sha256"] for shard in shards])
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> Manifest:
     """The checked manifest of a data folder.
 
     ConfigError: no folder, or another format. DataError: no manifest, or a damaged one.
@@ -115,7 +143,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return parse_manifest(path, path.read_bytes())
 
 
-def parse_manifest(path: Path | str, text: bytes) -> dict[str, Any]:
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     """The checked manifest in these bytes; `path` is for messages."""
     try:
         manifest = json.loads(text)
@@ -132,7 +160,7 @@ def parse_manifest(path: Path | str, text: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _check_entries(path: Path | str, split: dict[str, Any]) -> None:
+def _check_entries(path: Path | str, split: Mapping[str, Any]) -> None:
     for shard in split["shards"]:
         name = shard["file"]
         if not isinstance(name, str) or not SHARD_FILE.fullmatch(name):
@@ -144,3 +172,69 @@ def _check_entries(path: Path | str, split: dict[str, Any]) -> None:
             raise DataError(f"{path}: impossible entry for shard {name}")
     if split["samples"] != sum(shard["samples"] for shard in split["shards"]):
         raise DataError(f"{path}: the shards do not add up to {split['samples']} samples")
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What the manifest says about one split, checked against its fingerprints."""
+
+    root: str
+    """Data folder or address."""
+    split: str
+    spec: LatentSpec
+    classes: tuple[str, ...]
+    fingerprints: dict[str, str]
+    """codec, pipeline, content."""
+    statistics: Statistics
+    shards: tuple[ShardEntry, ...]
+    """Those that hold samples."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return sum(shard["samples"] for shard in self.shards)
+
+    def check_scale(self) -> None:
+        """Refuse latents whose standard deviation at unit scale is far from 1 (images: any).
+
+        Catches a scaling factor that is missing, applied twice or of another autoencoder.
+        """
+        if self.spec.kind == "image":
+            return
+        mean, std = np.array(self.statistics["mean"]), np.array(self.statistics["std"])
+        raw_std = math.sqrt((std**2 + (mean - mean.mean()) ** 2).mean())
+        unit_std = raw_std * self.spec.scaling_factor
+        low, high = UNIT_STD
+        if not low <= unit_std <= high:
+            raise ConfigError(
+                f"{self.root}: the training latents have a standard deviation of {unit_std:.2f}, "
+                f"expected {low} to {high}: is the scaling factor {self.spec.scaling_factor:g} "
+                f"that of {self.spec.autoencoder}, and were they stored unscaled?"
+            )
+
+
+def split_info(manifest: Manifest, root: str, split: str) -> SplitInfo:
+    """One split of a manifest. ConfigError: no such split, or edited latents. DataError: the shards
+    do not match their fingerprint."""
+    if split not in manifest["splits"]:
+        raise ConfigError(f"{root} has no split {split!r}; it has: {', '.join(manifest['splits'])}")
+    entry, fingerprints = manifest["splits"][split], manifest["fingerprints"]
+    spec = LatentSpec.from_dict({**manifest["latents"], "views": entry["views"]})
+    if spec.codec_fingerprint != fingerprints["codec"]:
+        raise ConfigError(
+            f"{root}: the manifest's latents were edited; its fingerprint is of others"
+        )
+    if content_fingerprint(entry["shards"]) != entry["fingerprint"]:
+        raise DataError(f"{root}: the manifest's shards do not match their fingerprint")
+    return SplitInfo(
+        root=root,
+        split=split,
+        spec=spec,
+        classes=tuple(manifest["classes"]),
+        fingerprints={
+            "codec": spec.codec_fingerprint,
+            "pipeline": fingerprints["pipeline"],
+            "content": entry["fingerprint"],
+        },
+        statistics=entry["statistics"],
+        shards=tuple(shard for shard in entry["shards"] if shard["samples"]),
+    )

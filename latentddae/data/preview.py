@@ -1,17 +1,20 @@
-"""`latentddae preview DIR --out PNG`: samples, decoded, beside the images that they came from.
+"""`latentddae preview DIR --out PNG`: decoded samples beside the images that they came from.
 
-One row a sample: the source image (if the source is still there), then each stored view.
+One row per sample: the source image (if the source is still available), then each stored view.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
 
-from latentddae.core.errors import LatentddaeError, UsageError, WriteError, run_command
+from latentddae.core.command import Command
+from latentddae.core.config import positional, require
+from latentddae.core.errors import LatentddaeError, run_command
+from latentddae.core.imaging import image_sheet, to_uint8, write_png
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.manifest import read_manifest
 from latentddae.data.shards import ShardSet
@@ -20,35 +23,59 @@ from latentddae.data.sources.pixels import CROPS, BadImageError
 from latentddae.data.sources.source import Source
 
 GAP = 2  # pixels between the images
+GRAY = 128  # where a source image is missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Draw samples of a data folder as a PNG: source image, then each stored view, decoded."""
+
+    data: Path = positional()
+    """Data folder."""
+    out: Path
+    """PNG to write."""
+    split: str | None = None
+    """Split to show; none: the first one."""
+    num: int = 8
+    """Samples to show, spread evenly over the split."""
+    source: str | None = None
+    """Where the images came from; none: the source that the manifest names."""
+    autoencoder: str | None = None
+    """Decoder; none: the autoencoder that the manifest names."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("num",))
+        if self.out.suffix.lower() != ".png":
+            raise ValueError(f"out must end in .png, got {self.out}")
 
 
 def decoded(shards: ShardSet, indices: np.ndarray, autoencoder: str | None) -> np.ndarray:
-    """(N, views, H, W, 3) uint8: the posterior means of all views, through the decoder."""
+    """Posterior means of all views of the samples `indices` (n,), decoded: (n, V, H, W, 3)
+    uint8."""
     spec = shards.spec
-    stored = torch.from_numpy(shards.gather(indices)).flatten(0, 1)
+    stored = rearrange(torch.from_numpy(shards.gather(indices)), "n v c h w -> (n v) c h w")
     images = open_matching(spec, autoencoder).decode(spec.unscale(spec.mean(stored)))
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).unflatten(0, (len(indices), -1)).cpu().numpy()
+    return rearrange(to_uint8(images), "(n v) h w c -> n v h w c", n=len(indices))
 
 
-def source_squares(
+def source_crops(
     source: Source, shards: ShardSet, indices: np.ndarray, resolution: int
 ) -> np.ndarray:
-    """(N, H, W, 3) uint8: the source images of these samples, cropped as the manifest says; gray
-    where missing."""
-    place = {key: i for i, key in enumerate(source.keys)}
+    """The source images of the samples `indices` (n,), cropped as the manifest says: (n, H, W, 3)
+    uint8; gray where missing."""
+    index_of = {key: i for i, key in enumerate(source.keys)}
     crop = CROPS[shards.manifest["pipeline"].get("crop", "center")]
-    squares = np.full((len(indices), resolution, resolution, 3), 128, np.uint8)
-    for square, key in zip(squares, shards.keys(indices), strict=True):
+    crops = np.full((len(indices), resolution, resolution, 3), GRAY, np.uint8)
+    for out, key in zip(crops, shards.keys(indices), strict=True):
         try:
-            square[:] = np.asarray(crop.cut(source.image(place[key]), resolution))
+            out[:] = np.asarray(crop.deterministic(source.image(index_of[key]), resolution))
         except (KeyError, BadImageError) as error:
             print(f"{key}: no source image ({error})", file=sys.stderr)
-    return squares
+    return crops
 
 
 def find_source(shards: ShardSet, name: str | None) -> Source | None:
-    """The given source, else the manifest's; None if that is gone."""
+    """The named source, else the manifest's; None if that is no longer available."""
     recorded = shards.manifest["splits"][shards.split].get("source")
     if name is None and recorded is None:
         return None
@@ -61,41 +88,36 @@ def find_source(shards: ShardSet, name: str | None) -> Source | None:
         return None
 
 
-def grid(columns: np.ndarray) -> Image.Image:
-    """(rows, columns, H, W, 3) uint8 -> one picture with white gaps."""
-    padded = np.pad(columns, [(0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)], constant_values=255)
-    rows, count, height, width, _ = padded.shape
-    return Image.fromarray(padded.swapaxes(1, 2).reshape(rows * height, count * width, 3))
+def _open(config: PreviewConfig) -> tuple[ShardSet, np.ndarray]:
+    """The split and the indices (n,) of the samples to show."""
+    split = config.split or next(iter(read_manifest(config.data)["splits"]), "train")
+    shards = ShardSet(config.data, split)
+    return shards, np.unique(np.linspace(0, len(shards) - 1, config.num).astype(np.int64))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="latentddae preview", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("data", type=Path, help="data folder")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--split", help="default: the first one")
-    parser.add_argument("--num", type=int, default=8, help="samples, spread over the split")
-    parser.add_argument("--source", help="default: where the manifest says they came from")
-    parser.add_argument("--autoencoder", help="default: the one the manifest names")
-    args = parser.parse_args(argv)
-    if args.num < 1 or args.out.suffix.lower() != ".png":
-        raise UsageError("--num must be positive and --out end in .png")
-    split = args.split or next(iter(read_manifest(args.data)["splits"]), "train")
-    shards = ShardSet(args.data, split)
-    indices = np.unique(np.linspace(0, len(shards) - 1, args.num).astype(np.int64))
-    columns = decoded(shards, indices, args.autoencoder)
-    source = find_source(shards, args.source)
+def preview(config: PreviewConfig) -> None:
+    """Write the PNG."""
+    shards, indices = _open(config)
+    columns = decoded(shards, indices, config.autoencoder)
+    names = list(shards.spec.views)
+    source = find_source(shards, config.source)
     if source is not None:
-        squares = source_squares(source, shards, indices, columns.shape[2])
-        columns = np.concatenate([squares[:, None], columns], axis=1)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        grid(columns).save(args.out)
-    except OSError as error:
-        raise WriteError(f"cannot write {args.out}: {error.strerror or error}") from error
-    shown = [*(["source"] if source is not None else []), *shards.spec.views]
-    print(f"{args.out}: {len(indices)} samples of {split}, columns: {', '.join(shown)}")
+        crops = source_crops(source, shards, indices, columns.shape[2])
+        columns = np.concatenate([crops[:, None], columns], axis=1)
+        names.insert(0, "source")
+    cells = rearrange(columns, "n v h w c -> (n v) h w c")
+    write_png(config.out, image_sheet(cells, len(names), GAP))
+    print(f"{config.out}: {len(indices)} samples of {shards.split}, columns: {', '.join(names)}")
 
+
+def plan(config: PreviewConfig) -> str:
+    """What would be drawn."""
+    shards, indices = _open(config)
+    return f"would draw {len(indices)} samples of {shards.root} ({shards.split}) to {config.out}"
+
+
+COMMAND = Command("preview", PreviewConfig, run=preview, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("preview", main))

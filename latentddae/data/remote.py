@@ -1,86 +1,130 @@
-"""Files of a data folder that lies elsewhere: on a slow file system, or at an http(s) address."""
+"""Files of a data folder at a path or at an address: http(s), or an object store through fsspec.
+
+http(s) is read by the standard library, because fsspec's own client needs aiohttp, which this
+package does not depend on. Object stores need their fsspec package (s3fs, gcsfs, adlfs);
+`hf://datasets/ORG/NAME/FOLDER` needs nothing more.
+"""
 
 import hashlib
 import os
 import re
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeVar, cast
 
-from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import write_errors
 
-URL = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
+WEB = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
+# No "::" (fsspec chains file systems with it) and no characters that a shell or template expands.
+STORE = re.compile(r"(?:s3|gs|gcs|az|abfs|hf|memory)://[A-Za-z0-9._~/@!&=+%\-]+")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 TIMEOUT_S = 60.0
 TRIES = 4
 CHUNK = 1 << 20
 
+Result = TypeVar("Result")
+
 
 def is_remote(root: str) -> bool:
-    """True for an address, False for a path. ConfigError for addresses that we do not read."""
-    if URL.fullmatch(root):
+    """True for an address, False for a path. ConfigError for addresses that are not supported."""
+    if WEB.fullmatch(root) or STORE.fullmatch(root):
         return True
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", root)
-    if scheme:
+    if scheme := SCHEME.match(root):
         raise ConfigError(
-            f"{scheme[0]} addresses are not read ({root}); http:, https: or a path are. Mount an "
-            f"object store or copy the folder first"
+            f"{scheme[0]} addresses like {root} are not read; allowed are paths and plain http, "
+            f"https, s3, gs, az and hf addresses"
         )
     return False
 
 
 def open_file(root: str, name: str) -> IO[bytes]:
-    """One file of the folder, for reading from its start. DataError if it is not there."""
+    """One file of the folder, for reading from its start. DataError if it cannot be opened,
+    ConfigError if the package for this kind of address is missing."""
+    if not is_remote(root):
+        try:
+            return open(Path(root) / name, "rb")
+        except OSError as error:
+            raise DataError(f"{root}/{name} cannot be opened: {error}") from error
+    address = f"{root.rstrip('/')}/{name}"
     try:
-        if is_remote(root):
-            return urllib.request.urlopen(f"{root.rstrip('/')}/{name}", timeout=TIMEOUT_S)
-        return open(Path(root) / name, "rb")
-    except (OSError, urllib.error.URLError) as error:
-        raise DataError(f"{root}/{name} cannot be opened: {error}") from error
+        if WEB.fullmatch(root):
+            return cast(IO[bytes], urllib.request.urlopen(address, timeout=TIMEOUT_S))
+        import fsspec
+
+        return cast(IO[bytes], fsspec.open(address, "rb").open())
+    except ImportError as error:
+        raise ConfigError(f"{root} cannot be read: {error}") from error
+    except Exception as error:  # every file system has its own
+        raise DataError(f"{address} cannot be opened: {error}") from error
+
+
+def read_all(root: str, name: str) -> bytes:
+    """A small file of the folder. DataError if it cannot be read after TRIES tries."""
+
+    def read() -> bytes:
+        with open_file(root, name) as file:
+            return _read(file, -1, f"{root}/{name}")
+
+    return retried(read, f"{root}/{name} cannot be read", TRIES if is_remote(root) else 1)
 
 
 def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | None) -> None:
     """Copy one file; it appears under its name only with the expected size and hash.
 
-    Retried with growing pauses. DataError: what lies there is not what the manifest says.
+    Tried TRIES times with growing pauses. DataError if the file is not what the manifest says,
+    WriteError if the target cannot be written.
     """
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    for attempt in range(TRIES):
+
+    def copy() -> None:
+        digest = _copy(root, name, temporary, size)
+        if sha256 is not None and digest != sha256:
+            raise DataError("its hash is not the one in the manifest")
+
+    try:
+        retried(copy, f"{root}/{name} cannot be fetched")
+        with write_errors(target):
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def retried(action: Callable[[], Result], failure: str, tries: int = TRIES) -> Result:
+    """The result of `action`, tried again after a DataError or a lost connection, `tries` times in
+    all with growing pauses; then a DataError that begins with `failure`."""
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(0.1 * 4 ** (attempt - 1))
         try:
-            found = _copy(root, name, temporary, size)
-            if sha256 is None or found == sha256:
-                os.replace(temporary, target)
-                return
-            problem = "its bytes are not those that the manifest knows"
-        except (DataError, urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            problem = str(error)
-        except OSError as error:
-            raise WriteError(f"cannot write {target}: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        if attempt + 1 < TRIES:
-            time.sleep(0.1 * 4**attempt)
-    raise DataError(f"{root}/{name} cannot be fetched ({TRIES} tries): {problem}")
+            return action()
+        except (DataError, ConnectionError, TimeoutError) as error:
+            problem = error
+    raise DataError(f"{failure} ({tries} tries): {problem}") from problem
 
 
 def _copy(root: str, name: str, target: Path, size: int | None) -> str:
-    digest = hashlib.sha256()
-    with open_file(root, name) as source, open(target, "wb") as file:
-        while chunk := source.read(CHUNK):
+    """Copy one file and return its hash. DataError if it does not have `size` bytes."""
+    digest, count = hashlib.sha256(), 0
+    with open_file(root, name) as source, write_errors(target), open(target, "wb") as file:
+        while chunk := _read(source, CHUNK, f"{root}/{name}"):
             digest.update(chunk)
             file.write(chunk)
-            if size is not None and file.tell() > size:
+            count += len(chunk)
+            if size is not None and count > size:
                 raise DataError(f"{root}/{name} is longer than {size} bytes")
-        if size is not None and file.tell() != size:
-            raise DataError(f"{root}/{name} ended after {file.tell()} of {size} bytes")
+        if size is not None and count != size:
+            raise DataError(f"{root}/{name} ended after {count} of {size} bytes")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def split_entry(manifest: dict[str, Any], root: str, split: str) -> dict[str, Any]:
-    """The manifest's entry of a split, or ConfigError."""
-    if split not in manifest["splits"]:
-        raise ConfigError(f"{root} has no split {split!r}; it has: {', '.join(manifest['splits'])}")
-    return manifest["splits"][split]
+def _read(file: IO[bytes], size: int, name: str) -> bytes:
+    """Up to `size` bytes (-1: all). Whatever the file system raises becomes a DataError."""
+    try:
+        return file.read(size)
+    except Exception as error:  # every file system has its own
+        raise DataError(f"{name} cannot be read: {error}") from error

@@ -3,11 +3,12 @@
 import argparse
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from latentddae.core import config as configuration
 from latentddae.core.errors import ConfigError
-from latentddae.data.shards import ShardSet
+from latentddae.data.manifest import SplitInfo
+from latentddae.data.subsets import SampleSet
+from latentddae.data.training_data import DataConfig
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
 from latentddae.models import DiTConfig, zoo
@@ -15,27 +16,6 @@ from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
 from latentddae.training.optimizers import OptimConfig
 from latentddae.training.saver import SaveConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the shards are."""
-
-    path: str
-    """Folder, or http(s) address (with a cache)."""
-    split: str = "train"
-    cache_dir: str = ""
-    """Copy the shards to this local disk first, once a node; empty: read them where they are."""
-    cache_gb: float = 100.0
-    """So much may lie in the cache."""
-    workers: int = 1
-    """Threads that gather batches ahead; 0: none."""
-    group_shards: int = 0
-    """Shuffle inside groups of so many shards (for slow file systems); 0: one full permutation."""
-
-    def __post_init__(self) -> None:
-        if "@" in urlsplit(self.path).netloc:  # the run folder keeps the address
-            raise ValueError("path must be an address without name or password")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +120,7 @@ SAFE_TO_CHANGE = (
     "data.path",
     "data.cache_",
     "data.workers",
+    "data.access",
     "total_images",
     "log_every_images",
     "diagnostics_images",
@@ -157,24 +138,24 @@ SAFE_TO_CHANGE = (
 )
 
 
-def contract(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+def contract(config: RunConfig, data: SampleSet | SplitInfo) -> dict[str, Any]:
     """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
-    fixed = {**configuration.to_dict(config), "data_fingerprints": shards.fingerprints}
+    fixed = {**configuration.to_dict(config), "data_fingerprints": data.fingerprints}
     if config.optim.schedule == "cosine":  # a longer run would have had other learning rates
         fixed["schedule_end"] = config.total_images
     return fixed
 
 
-def resolve(config: TrainConfig, shards: ShardSet) -> TrainConfig:
+def resolve(config: TrainConfig, data: SplitInfo) -> TrainConfig:
     """The configuration with everything filled in that follows from the data."""
-    shards.check_scale()
+    data.check_scale()
     try:
         model = config.model.for_data(
-            size=shards.spec.size,
-            channels=shards.spec.channels,
-            num_classes=len(shards.classes) if config.conditional else 0,
+            size=data.spec.size,
+            channels=data.spec.channels,
+            num_classes=len(data.classes) if config.conditional else 0,
             learn_sigma=config.objective.learn_sigma,
         )
         return replace(config, model=model)
     except ValueError as error:
-        raise ConfigError(f"model does not fit the data {shards.root}: {error}") from error
+        raise ConfigError(f"model does not fit the data {data.root}: {error}") from error

@@ -22,11 +22,13 @@ from tqdm import tqdm
 from latentddae.core import config as configuration
 from latentddae.core import dist, files, runlog
 from latentddae.core.errors import ConfigError, DataError, RequeueError
-from latentddae.data.loader import Batch, Loader
-from latentddae.data.subsets import SampleSet, shard_layout
+from latentddae.data.loader import Batch
+from latentddae.data.manifest import SplitInfo
+from latentddae.data.subsets import SampleSet
+from latentddae.data.training_data import DataConfig, open_loader
 from latentddae.planning.flops import peak_flops
 from latentddae.training import crash_loops, states
-from latentddae.training.config import SAFE_TO_CHANGE, DataConfig, RunConfig
+from latentddae.training.config import SAFE_TO_CHANGE, RunConfig
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
 from latentddae.training.loss_alarms import LossMonitor
@@ -56,7 +58,7 @@ class Job:
     info: dict[str, Any]
     """Stored with every state beside the contract: what an export needs."""
     model: nn.Module
-    shards: SampleSet
+    samples: SampleSet | SplitInfo
     data: DataConfig
     options_of: OptionsOf | None = None
     """Learning-rate factor and weight decay of a parameter, by its name."""
@@ -135,14 +137,13 @@ class Loop:
             snapshot=job.snapshot,
             say=context.say,
         )
-        self.loader = Loader(
-            job.shards,
+        self.loader = open_loader(
+            job.data,
+            job.samples,
             global_batch=config.global_batch,
             seed=config.seed,
             rank=context.world.rank,
             world=context.world.size,
-            workers=job.data.workers,
-            group_shards=job.data.group_shards,
         )
         self.bad_steps = 0
         self.pending_step: Step | None = None
@@ -291,7 +292,7 @@ class Loop:
         """Name the samples of a skipped step; stop when they do not end."""
         self.bad_steps += 1
         bad = (~step.loss.isfinite()).nonzero()[:, 0].cpu()
-        keys = self.job.shards.keys(step.batch.index[bad].numpy())
+        keys = self.loader.keys(step.batch.index[bad].numpy())
         levels = step.level.cpu()[bad].tolist()
         mine = list(zip(keys, levels, strict=True))[:KEYS_NAMED]
         named = [pair for pairs in dist.gather_objects(mine) for pair in pairs][:KEYS_NAMED]
@@ -398,16 +399,16 @@ class Loop:
     def _keys_before(self, images: int) -> list[str]:
         """First keys of the global batch that ended at `images`."""
         positions = images - self.config.global_batch + np.arange(KEYS_NAMED)
-        return self.job.shards.keys(self.loader.indices(positions[positions < images]))
+        return self.loader.keys(self.loader.indices(positions[positions < images]))
 
     def _whereabouts(self) -> str:
         """What this rank is working on: images seen, shards and keys of its slice of the batch."""
-        world, shards = self.context.world, self.job.shards
+        world = self.context.world
         local = self.config.global_batch // world.size
         positions = self.images + world.rank * local + np.arange(local)
         indices = self.loader.indices(positions)
-        names = ", ".join(shard_layout(shards).shards_of(indices)[:4])
-        keys = ", ".join(shards.keys(indices[:4]))
+        names = ", ".join(self.loader.shards_of(indices)[:4])
+        keys = ", ".join(self.loader.keys(indices[:4]))
         return f"at {self.images:,} images; shards {names}; keys {keys}, ..."
 
     def _open_log(self) -> None:
@@ -419,7 +420,7 @@ class Loop:
         where = runlog.environment(str(self.context.device), self.context.world.size)
         where |= {"precision": self.engine.precision, "zero_stage": config.engine.zero_stage}
         where |= {"images": self.images, "seed": config.seed, "config": files.text_hash(settings)}
-        where |= {"data": self.job.shards.fingerprints}
+        where |= {"data": self.job.samples.fingerprints}
         files.append_json_line(run / "environment.jsonl", where)
 
     def _note(self, row: dict[str, Any]) -> None:

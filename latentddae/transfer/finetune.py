@@ -27,8 +27,9 @@ from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet, Subset
+from latentddae.data.training_data import DataConfig
 from latentddae.models import zoo
-from latentddae.training.config import DataConfig, RunConfig, add_run_arguments, contract
+from latentddae.training.config import RunConfig, add_run_arguments, contract
 from latentddae.training.deepspeed_config import DTYPES, resolve_precision
 from latentddae.training.loop import Job, Loop
 from latentddae.training.process import RunContext, distributed_run
@@ -138,6 +139,8 @@ class Task:
         """Train and test with the same classes, every sample labelled."""
         data = self.config.data
         null_labels(self.checkpoint.model, 1)  # refuses a network that has none
+        if data.stream:
+            raise ConfigError("fine-tuning reads samples at random: not possible with data.stream")
         train = inputs.open_shards(Path(data.path), data.split, self.checkpoint)
         test = open_test(Path(data.path), self.config.test_split, self.checkpoint)
         if test.split == train.split:
@@ -168,7 +171,7 @@ class Task:
             },
             info={"classes": list(self.train.classes)},
             model=self.classifier,
-            shards=part,
+            samples=part,
             data=config.data,
             options_of=layer_decay(config.layer_decay, config.block),
             tensors=with_partners(part, config, world) if config.mix.active else plain,

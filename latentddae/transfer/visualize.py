@@ -22,7 +22,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import run_command
 from latentddae.core.files import write_json
-from latentddae.data.preview import decoded, find_source, source_squares
+from latentddae.data.preview import decoded, find_source, source_crops
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import members_of
 from latentddae.transfer.probes.knn import nearest
@@ -109,7 +109,7 @@ def images_of(shards: Any, indices: np.ndarray, config: VisualizeConfig) -> np.n
         source = find_source(shards, config.source)
         assert source is not None
         resolution = shards.manifest["pipeline"]["resolution"]
-        return source_squares(source, shards, indices, resolution)
+        return source_crops(source, shards, indices, resolution)
     return decoded(shards, indices, config.autoencoder)[:, 0]
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from latentddae.core.errors import ConfigError
-from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader, order
 from latentddae.data.shards import ShardSet
 
@@ -94,22 +93,6 @@ def test_the_posterior_is_drawn_anew_around_one_mean(make_set: MakeSet) -> None:
     torch.testing.assert_close(first - shards.spec.mean(stored), std * noise[0])
     raw = shards.spec.unscale(shards.spec.mean(stored))
     torch.testing.assert_close(raw, stored[:, :4].float())
-
-
-def test_a_posterior_on_the_cpu_follows_the_position_alone() -> None:
-    spec = LatentSpec(kind="moments", channels=4, size=16)
-    stored = torch.randn(50, 8, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    positions = torch.arange(7, 57)
-    together = spec.sample_on_cpu(stored, 3, positions)
-    alone = spec.sample_on_cpu(stored[20:21], 3, positions[20:21])
-    assert torch.equal(together[20:21], alone)
-    assert not torch.equal(together, spec.sample_on_cpu(stored, 4, positions))
-    std = (stored[:, 4:].float() * 0.5).exp() * spec.scaling_factor
-    noise = (together - spec.mean(stored)) / std  # 51,200 normal numbers
-    assert noise.mean().abs() < 0.02
-    assert (noise.std() - 1).abs() < 0.02
-    pairs = torch.corrcoef(noise.flatten(1)).triu(1)  # 1,225 of them, each N(0, 1 / 1024)
-    assert pairs.abs().max() < 5 / 32
 
 
 def test_uneven_batches_are_refused(make_set: MakeSet) -> None:

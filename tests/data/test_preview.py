@@ -68,7 +68,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     data = encoded(photos, tmp_path / "out", None, "none")
     png = str(tmp_path / "p.png")
     assert run_command("preview", preview, [str(tmp_path / "no"), "--out", png]) == 78
-    assert run_command("preview", preview, [str(data), "--out", "p.jpg"]) == 2
+    assert run_command("preview", preview, [str(data), "--out", "p.jpg"]) == 78
     assert run_command("preview", preview, [str(data), "--out", png, "--split", "val"]) == 78
     assert run_command("preview", preview, [str(data), "--out", png, "--autoencoder", "demo"]) == 78
 

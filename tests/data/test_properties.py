@@ -1,5 +1,4 @@
-"""RELIABILITY G9 and G26: random layouts; the sample ledger is exact, whatever the ranks, threads
-and restarts."""
+"""Random layouts: every sample comes once an epoch, whatever the ranks, threads and restarts."""
 
 import itertools
 from pathlib import Path

@@ -15,13 +15,13 @@ from latentddae.core.errors import run_command
 from latentddae.core.files import sha256
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardWriter, npy_header
-from latentddae.data.verify import main, problems
+from latentddae.data.verify import find_problems, main
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 
 
 def found(root: Path) -> str:
-    return "\n".join(problems(root))
+    return "\n".join(find_problems(root))
 
 
 def test_a_whole_folder_passes(make_set: MakeSet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +29,7 @@ def test_a_whole_folder_passes(make_set: MakeSet, capsys: pytest.CaptureFixture[
     make_set(n=5, split="val")
     assert found(root) == ""
     assert run_command("verify", main, [str(root)]) == 0
-    assert "train 20 samples, val 5 samples, whole" in capsys.readouterr().out
+    assert "train 20 samples, val 5 samples, no problems" in capsys.readouterr().out
 
 
 def test_damage_is_listed_with_status_1(
@@ -42,7 +42,7 @@ def test_damage_is_listed_with_status_1(
     assert run_command("verify", main, [str(root)]) == 1
     printed = capsys.readouterr()
     assert "train-000001.tar: its bytes have changed" in printed.out
-    assert "things wrong, listed above" in printed.err
+    assert "problems, listed above" in printed.err
     shard.unlink()
     assert "train-000001.tar: missing" in found(root)
     assert run_command("verify", main, [str(root / "nowhere")]) == 78
@@ -105,10 +105,16 @@ def test_honest_hashes_do_not_hide_bad_samples(make_set: MakeSet, spec: LatentSp
         "a has no label": [("b.moments.npy", good), ("b.cls", label), ("a.moments.npy", good)],
         "not finite": [("a.moments.npy", sample(bad)), ("a.cls", label)],
         "a is constant": [("a.moments.npy", sample(stored[0] * 0)), ("a.cls", label)],
-        "a is no array of float16": [("a.moments.npy", wrong_type[: len(good)]), ("a.cls", label)],
+        "a is not an array of float16": [
+            ("a.moments.npy", wrong_type[: len(good)]),
+            ("a.cls", label),
+        ],
         "a has 10 bytes": [("a.moments.npy", good[:10]), ("a.cls", label)],
         "sample has": [("a.moments.npy", objects.getvalue()), ("a.cls", label)],
-        "no array of": [("a.moments.npy", huge.ljust(len(good))[: len(good)]), ("a.cls", label)],
+        "not an array of": [
+            ("a.moments.npy", huge.ljust(len(good))[: len(good)]),
+            ("a.cls", label),
+        ],
         "the label 7 of 3 classes": [("a.moments.npy", good), ("a.cls", b"07")],
         "unexpected member 'a.pkl'": [("a.pkl", b"cos\nsystem\n")],
         r"characters other than": [("../a.moments.npy", good), ("../a.cls", label)],

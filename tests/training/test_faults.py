@@ -298,7 +298,7 @@ def broken(fault: str, loader: Loader) -> None:
         raise OSError(5, "Input/output error")
     if fault == "hangs":
         time.sleep(600)
-    raise DataError(f"shard train-000000.tar was cut short; {loader.shards.keys(np.arange(1))}")
+    raise DataError(f"shard train-000000.tar was cut short; {loader.keys(np.arange(1))}")
 
 
 def work_badly(fault: str, rank: int, run: Path, ranks, start, monkeypatch, capfd) -> None:

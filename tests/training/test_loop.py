@@ -45,7 +45,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 def keys_at(data: Path, first: int, count: int) -> list[str]:
     """Of the samples that a run with seed 0 sees after `first` images."""
     loader = Loader(ShardSet(data, "train"), global_batch=STEP, seed=0, workers=0)
-    return loader.shards.keys(loader.indices(first + np.arange(count)))
+    return loader.keys(loader.indices(first + np.arange(count)))
 
 
 def changed_loss(monkeypatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:

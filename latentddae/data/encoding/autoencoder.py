@@ -5,8 +5,6 @@ stored = autoencoder.encode(images)                          # (N, 3, H, W) -> m
 images = autoencoder.decode(spec.unscale(x0))
 """
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.files import read_json, state_dict_hash
+from latentddae.core.precision import DTYPES
 from latentddae.data.latents import LatentSpec
 
 KINDS: dict[str, Literal["moments", "deterministic"]] = {  # diffusers class -> what it gives
@@ -27,15 +27,14 @@ KINDS: dict[str, Literal["moments", "deterministic"]] = {  # diffusers class -> 
     "AutoencoderDC": "deterministic",
 }
 DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # the choice of DiT, SiT and REPA
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PROBE_PIXELS = 64  # an image of this size tells the number of channels and the reduction factor
+PROBE_PIXELS = 64  # encoding one image of this size gives channels and reduction factor
 
 
 class Autoencoder:
-    """A frozen autoencoder. `module` None is the identity on pixels.
+    """A frozen autoencoder; with `module=None`, the identity on pixels.
 
-    It computes in float32 (TF32 convolutions where the hardware has them) with autocast off, or in
-    bfloat16 on request.
+    Computes in float32 (TF32 convolutions where the hardware has them), with autocast off, or in
+    bfloat16.
     """
 
     def __init__(
@@ -45,37 +44,37 @@ class Autoencoder:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision is {precision!r}, allowed: {', '.join(PRECISIONS)}")
+        if precision not in DTYPES:
+            raise ConfigError(f"precision is {precision!r}, allowed: {', '.join(DTYPES)}")
         self.source, self.device, self.precision = source, torch.device(device), precision
         self.kind = "image" if module is None else KINDS[type(module).__name__]
-        self.sha256 = "" if module is None else weights_sha256(module)
+        self.sha256 = "" if module is None else state_dict_hash(module.state_dict())
         self.module: Any = None
         if module is not None:
             self.module = module.eval().requires_grad_(False).to(device)
             if precision != "fp32":
-                self.module.to(PRECISIONS[precision])
+                self.module.to(DTYPES[precision])
             if self.device.type == "cuda":
                 self.module.to(memory_format=torch.channels_last)
         self.micro_batch: int | None = None
-        """So many images fit into memory at once; None until that was found out."""
+        """Images that fit into memory at a time; None until memory has been exhausted once."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> one stored view each, unscaled: float32 on this device.
 
         Kind moments: (N, 2C, h, w) posterior mean and log-variance; deterministic: (N, C, h, w);
-        image: as it came.
+        image: (N, 3, H, W), unchanged.
         """
         images = images.to(self.device, torch.float32)
-        return images if self.module is None else self._in_parts(self._encode, images)
+        return images if self.module is None else self._in_chunks(self._encode, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (N, C, h, w), as `LatentSpec.unscale` gives them -> images (N, 3, H, W) in
-        [-1, 1]."""
+        """Unscaled latents (N, C, h, w), see `LatentSpec.unscale` -> images (N, 3, H, W) in [-1, 1],
+        float32."""
         latents = latents.to(self.device, torch.float32)
-        out = latents if self.module is None else self._in_parts(self._decode, latents)
+        out = latents if self.module is None else self._in_chunks(self._decode, latents)
         return out.clamp(-1, 1)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -87,14 +86,14 @@ class Autoencoder:
     def _decode(self, latents: Tensor) -> Tensor:
         return self.module.decode(latents).sample
 
-    def _in_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """`run` on as many rows at once as memory allows; halves the number until it fits."""
-        batch = batch.to(PRECISIONS[self.precision])
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """`run` on chunks of (N, ...), halved in size until they fit into memory."""
+        batch = batch.to(DTYPES[self.precision])
         while True:
             size = min(self.micro_batch or len(batch), len(batch))
             try:
                 with torch.autocast(self.device.type, enabled=False):
-                    return torch.cat([run(part).float() for part in batch.split(size)])
+                    return torch.cat([run(chunk).float() for chunk in batch.split(size)])
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -108,8 +107,8 @@ class Autoencoder:
                 torch.cuda.empty_cache()
 
     def spec(self, resolution: int, views: tuple[str, ...] = ("original",)) -> LatentSpec:
-        """What this autoencoder makes of images of `resolution` pixels. ConfigError if it
-        cannot."""
+        """The spec of latents of images of `resolution` pixels. ConfigError if the autoencoder cannot
+        encode that size."""
         if self.module is None:
             return LatentSpec(kind="image", channels=3, size=resolution, views=views)
         probe = self.encode(torch.zeros(1, 3, PROBE_PIXELS, PROBE_PIXELS))
@@ -140,8 +139,8 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def open_autoencoder(
     source: str, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> Autoencoder:
-    """A local folder, a Hub id (perhaps with a subfolder), "demo" (ships with the package) or
-    "none"."""
+    """A local folder, a Hub id ORG/NAME[/SUBFOLDER][@REVISION], "demo" (ships with the package) or
+    "none" (pixels)."""
     if source == "none":
         return Autoencoder(source, None, device, precision)
     folder = Path(str(files("latentddae") / "assets" / "autoencoder"))
@@ -154,27 +153,24 @@ def open_autoencoder(
 def open_matching(
     spec: LatentSpec, source: str | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder that a spec was made with; another one, by its hash, is a ConfigError.
+    """The autoencoder that a spec was made with. ConfigError if its weights have another hash.
 
-    The moments of a published checkpoint come without a hash: there the name has to do.
+    Specs of published checkpoints carry no hash for moments: there only the name is compared.
     """
-    found = open_autoencoder(source or spec.autoencoder, device)
-    named_only = spec.kind == "moments" and not spec.autoencoder_sha256
-    if found.sha256 != spec.autoencoder_sha256 and not named_only:
+    autoencoder = open_autoencoder(source or spec.autoencoder, device)
+    has_hash = spec.kind != "moments" or bool(spec.autoencoder_sha256)
+    if has_hash and autoencoder.sha256 != spec.autoencoder_sha256:
         raise ConfigError(
-            f"autoencoder {found.source} has weights {found.sha256[:12] or 'none'}, the latents "
-            f"were made with {spec.autoencoder} {spec.autoencoder_sha256[:12] or 'none'}"
+            f"autoencoder {autoencoder.source} has weights {autoencoder.sha256[:12] or 'none'}, "
+            f"the latents were made with {spec.autoencoder} {spec.autoencoder_sha256[:12] or 'none'}"
         )
-    return found
+    return autoencoder
 
 
 def _load(folder: Path) -> nn.Module:
     import diffusers
 
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"autoencoder {folder} has no readable config.json: {error}") from error
+    config = read_json(folder / "config.json", "configuration of an autoencoder")
     name = config.get("_class_name")
     if name not in KINDS:
         raise ConfigError(f"autoencoder {folder} is of class {name!r}, known: {', '.join(KINDS)}")
@@ -195,8 +191,8 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _from_hub(source: str) -> Path:
-    """Download (or find in the cache) the two files of ORG/NAME, ORG/NAME/SUBFOLDER, each perhaps
-    with @REVISION."""
+    """The folder of ORG/NAME[/SUBFOLDER][@REVISION] in the Hub's cache; its two files are downloaded
+    if they are not there."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
@@ -205,12 +201,12 @@ def _from_hub(source: str) -> Path:
         raise ConfigError(f"autoencoder {source} is no folder, Hub id, 'demo' or 'none'")
     subfolder = "/".join(parts[2:])
     prefix = f"{subfolder}/" if subfolder else ""
-    wanted = [f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"]
+    names = [f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"]
     try:
         root = snapshot_download(
-            "/".join(parts[:2]), revision=revision or None, allow_patterns=wanted
+            "/".join(parts[:2]), revision=revision or None, allow_patterns=names
         )
-    except Exception as error:  # no network, no such name, no permission: all say it themselves
+    except Exception as error:  # no network, unknown name, no permission: the message says it
         raise ConfigError(
             f"autoencoder {source} is no folder and not on the Hub: {error}"
         ) from error
@@ -218,17 +214,7 @@ def _from_hub(source: str) -> Path:
 
 
 def new_autoencoder_kl(**config: Any) -> Any:
-    """An untrained AutoencoderKL of diffusers, from the global generator."""
+    """An untrained AutoencoderKL of diffusers, initialised from the global generator."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**config)
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """A hash over names, shapes and float32 numbers of all weights: the same for any file they came
-    from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Image files -> batches of squares, by threads that run ahead of the autoencoder."""
+"""Image files -> batches of square crops, by threads that run ahead of the autoencoder."""
 
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -6,20 +6,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange
 
 from latentddae.core import rng
 from latentddae.data.encoding.plan import Plan, copy_number
 from latentddae.data.sources.pixels import CROPS, BadImageError
 
-AHEAD = 2  # batches that are being decoded beside the one in use
+AHEAD = 2  # batches being decoded while one is in use
 
 
 @dataclass
 class Decoded:
-    """One batch of images, decoded and cropped. Its memory is used again for a later batch."""
+    """One batch of images, decoded and cropped. Its memory is reused for a later batch."""
 
     indices: np.ndarray
-    """(n,) places in the source."""
+    """(n,) int64, indices into the source."""
     pixels: np.ndarray
     """(n, views, 3, H, W) uint8; zeros for a bad image."""
     problems: dict[int, str]
@@ -27,10 +28,10 @@ class Decoded:
 
 
 def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
-    """All batches of these shards in order. A batch is good until the next one is asked for."""
+    """All batches of these shards in order. A batch is valid until the next one is taken."""
     config = plan.config
     shape = (config.batch, len(config.views), 3, config.resolution, config.resolution)
-    memory = deque(np.empty(shape, np.uint8) for _ in range(AHEAD + 1))  # fresh pages are slow
+    memory = deque(np.empty(shape, np.uint8) for _ in range(AHEAD + 1))  # new pages are slow
     pending: deque[tuple[Decoded, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(config.workers, thread_name_prefix="decode") as pool:
         try:
@@ -58,22 +59,23 @@ def _finished(batch: tuple[Decoded, list[Future[None]]]) -> Decoded:
 def _decode(plan: Plan, batch: Decoded, rows: range) -> None:
     for row in rows:
         try:
-            squares(plan, int(batch.indices[row]), batch.pixels[row])
+            crops(plan, int(batch.indices[row]), batch.pixels[row])
         except BadImageError as error:
             batch.problems[row] = str(error)
             batch.pixels[row] = 0
 
 
-def squares(plan: Plan, index: int, out: np.ndarray) -> None:
-    """All views of one image, into `out` (views, 3, H, W) uint8. Random crops are keyed by (seed,
-    key, copy)."""
+def crops(plan: Plan, index: int, out: np.ndarray) -> None:
+    """Write all views of one image to `out` (V, 3, H, W) uint8. Random crops are keyed by (seed,
+    sample key, copy)."""
     config = plan.config
     image = plan.source.image(index)
-    square = np.asarray(CROPS[config.crop].cut(image, config.resolution))
+    crop = CROPS[config.crop]
+    square = np.asarray(crop.deterministic(image, config.resolution))
     for view, target in zip(config.views, out, strict=True):
         pixels = square[:, ::-1] if view == "mirror" else square
         if copy := copy_number(view):
             position = rng.key_positions([plan.source.keys[index]])
             draw = rng.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
-            pixels = np.asarray(CROPS[config.crop].copy(image, config.resolution, draw))
-        target[:] = pixels.transpose(2, 0, 1)
+            pixels = np.asarray(crop.random(image, config.resolution, draw))
+        target[:] = rearrange(pixels, "h w c -> c h w")

@@ -1,75 +1,84 @@
-"""The plan of an encoding, fixed before the first image is read: which image, in which shard and
-batch."""
+"""The plan of an encoding, fixed before the first image is read: which image goes into which shard
+and which batch of the autoencoder."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from latentddae.core.config import require
 from latentddae.core.files import text_hash
 from latentddae.data.encoding.autoencoder import DEFAULT_ID
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import order
-from latentddae.data.sources.open import CLASSES
 from latentddae.data.sources.pixels import CROPS
 from latentddae.data.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """One split of one data set."""
+    """Encode images to latent shards, once. A killed command continues when it is given again."""
 
     source: str
-    """Folder, .tar or the name of a set."""
+    """Folder, .tar file or the name of a set."""
     out: str
+    """Data folder to write; another split of it may be there already."""
     autoencoder: str = DEFAULT_ID
     """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
     autoencoder_sha256: str = ""
-    """Expected weights, as `latentddae info` prints them (a prefix will do); empty: any."""
+    """Expected hash of its weights, as `latentddae info` prints it (a prefix will do); none: any."""
     resolution: int
+    """Height and width of the crop in pixels."""
     split: str = "train"
-    classes: str = "auto"
-    """How class folders are numbered: auto, folders or imagenet1k."""
+    """train, val or test."""
+    classes: Literal["auto", "folders", "imagenet1k"] = "auto"
+    """How class folders are numbered: in their natural order (folders), as in ImageNet-1k, or auto:
+    as in ImageNet-1k if all of them are among its ids."""
     root: str = "data/raw"
-    """Where named sets lie."""
+    """Where named sets are kept."""
     download: bool = False
     """Fetch a named set that is not there."""
     views: tuple[str, ...] = ("original",)
-    """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random resized crops)."""
+    """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random crops)."""
     crop: str = "center"
-    """How an image becomes a square; see pixels.CROPS."""
+    """How an image becomes a square: center (ADM's) or native (DDAE's for transfer)."""
     test_share: float = 0.0
-    """For a source without splits of its own: this share of each class is its test split, chosen by
-    a hash of the keys; the rest is train. 0: the source's own splits."""
-    precision: str = "fp32"
-    """Of the autoencoder: fp32 (TF32 convolutions on a GPU) or bf16."""
+    """For a source without splits: this share of each class is its test split, chosen by a hash of
+    the keys, the rest is train. 0: use the source's own splits."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the autoencoder; fp32 uses TF32 convolutions on a GPU."""
     max_bad: int = 0
-    """So many unreadable images are left out before the command stops."""
+    """Unreadable images to leave out before the command stops."""
     seed: int = 0
+    """Of the permutation of the samples and of the random crops."""
     batch: int = 64
+    """Images per call of the autoencoder."""
     shard_size: int = 8192
+    """Samples per shard."""
     workers: int = min(16, os.cpu_count() or 1)
     """Threads that decode images."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "batch", "shard_size", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_bad < 0:
-            raise ValueError(f"max_bad must not be negative, got {self.max_bad}")
+        require(
+            self,
+            positive=("resolution", "batch", "shard_size", "workers"),
+            non_negative=("max_bad", "test_share"),
+        )
         if self.crop not in CROPS:
             raise ValueError(f"crop is {self.crop!r}, allowed: {', '.join(CROPS)}")
-        if self.classes not in CLASSES:
-            raise ValueError(f"classes is {self.classes!r}, allowed: {', '.join(CLASSES)}")
-        known = [v for v in self.views if v in ("original", "mirror") or copy_number(v)]
-        if not self.views or known != list(self.views) or len(set(known)) < len(known):
-            raise ValueError(
-                f"views are {','.join(self.views)!r}; allowed, each once: original, mirror, "
-                f"copy1, copy2, ..."
-            )
+        check_views(self.views)
+
+
+def check_views(views: tuple[str, ...]) -> None:
+    """ValueError for unknown or repeated views, and for none."""
+    allowed = [v for v in views if v in ("original", "mirror") or copy_number(v)]
+    if not views or allowed != list(views) or len(set(views)) < len(views):
+        raise ValueError(
+            f"views are {','.join(views)!r}; allowed, each once: original, mirror, copy1, copy2, ..."
+        )
 
 
 def copy_number(view: str) -> int:
@@ -80,7 +89,7 @@ def copy_number(view: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, fixed before the first image is read."""
+    """What will be written."""
 
     source: Source
     spec: LatentSpec
@@ -88,14 +97,15 @@ class Plan:
     order: np.ndarray
     """(n,) int64: indices into the source in the order of the data set."""
     settings: dict[str, Any]
-    """All that decides about the bytes; a restart or a rerun must have the same."""
+    """Everything that determines the bytes; a restart or a rerun must have the same."""
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-len(self.order) // self.config.shard_size)
 
     def batches(self, shard: int) -> Iterator[np.ndarray]:
-        """The source indices of each autoencoder batch of a shard."""
+        """The source indices (n,) of each autoencoder batch of a shard."""
         size = self.config.shard_size
         indices = self.order[shard * size : (shard + 1) * size]
         for start in range(0, len(indices), self.config.batch):
@@ -103,6 +113,7 @@ class Plan:
 
 
 def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
+    """The plan for a source: one seeded permutation, cut into shards and batches."""
     listing = hashlib.sha256("\n".join(source.keys).encode())
     listing.update(source.labels.astype("<i8").tobytes())
     settings = {

@@ -1,27 +1,29 @@
-"""Train a small AutoencoderKL on any source of images: the recipe of the one that ships with the
-package.
+"""Train a small AutoencoderKL on any source of images: the recipe of the one in the package.
 
     python data_prep/train_autoencoder.py --source DIR --out autoencoder/
 
-L1 + 2 L2 + 1e-5 KL on images in [-1, 1], AdamW with a one-cycle rate, mirrored at random, bfloat16
-autocast. Minutes on a laptop for 32-pixel images; no adversarial loss, so it is for demos, not for
-photographs.
+L1 + 2 L2 + 1e-5 KL on images in [-1, 1], AdamW with a one-cycle learning rate, random mirroring,
+bfloat16 autocast. Takes minutes on a laptop for 32-pixel images. There is no adversarial loss, so
+it is for demos and not for photographs.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from latentddae.core import rng
-from latentddae.core.errors import DataError, UsageError, run_command
+from latentddae.core.command import Command
+from latentddae.core.config import require
+from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.data.encoding.autoencoder import new_autoencoder_kl
 from latentddae.data.loader import order
 from latentddae.data.sources.open import open_source
@@ -37,16 +39,43 @@ ARCHITECTURE: dict[str, Any] = {  # 954,567 parameters, f4, 4 channels
     "norm_num_groups": 16,
 }
 REDUCTION = 4  # pixels per latent, each way
-PEAK_RATE = 1.5e-3
+PEAK_LEARNING_RATE = 1.5e-3
 L2_WEIGHT = 2.0
 KL_WEIGHT = 1e-5
-SCALE_IMAGES = 2000  # so many posterior means give the scaling factor
+SCALE_IMAGES = 2000  # whose posterior means determine the scaling factor
 SCALE_BATCH = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainAutoencoderConfig:
+    """Train a small AutoencoderKL (4 pixels per latent, 4 channels) on a source of images."""
+
+    source: str
+    """Folder, .tar file or the name of a set."""
+    split: str = "train"
+    """train, val or test."""
+    out: Path
+    """New folder to write, in diffusers' format."""
+    resolution: int = 32
+    """Height and width of the centre crop in pixels, a multiple of 4."""
+    steps: int = 2500
+    """Optimizer steps."""
+    batch: int = 64
+    """Images per step."""
+    seed: int = 0
+    """Of weights, order, mirroring and noise."""
+    limit: int = 200_000
+    """Maximum number of images held in memory."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("resolution", "steps", "batch", "limit"))
+        if self.resolution % REDUCTION:
+            raise ValueError(f"resolution must be a multiple of {REDUCTION}, got {self.resolution}")
+
+
 def loss(module: Any, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and L1 error of each image: (N, 3, H, W) in [-1, 1], noise (N, C, h, w) -> (N,),
-    (N,)."""
+    """Loss (N,) and L1 error (N,) of images (N, 3, H, W) in [-1, 1], with standard normal `noise`
+    (N, C, h, w)."""
     posterior = module.encode(images).latent_dist
     out = module.decode(posterior.mean + posterior.std * noise).sample.float()
     l1 = (out - images).abs().flatten(1).mean(dim=1)
@@ -56,20 +85,20 @@ def loss(module: Any, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 def load_pixels(source: Source, resolution: int, limit: int) -> Tensor:
     """Up to `limit` images in a seeded order, (N, 3, H, W) uint8; unreadable ones are left out."""
-    squares = []
+    crops = []
     for i in tqdm(order(0, 0, len(source))[:limit].tolist(), desc="read", unit="img"):
         try:
-            squares.append(np.asarray(center_crop(source.image(i), resolution)))
+            crops.append(np.asarray(center_crop(source.image(i), resolution)))
         except BadImageError as error:
             tqdm.write(f"bad image {source.names[i]}: {error}", file=sys.stderr)
-    if not squares:
+    if not crops:
         raise DataError(f"none of the images of {source.name} can be read")
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+    return rearrange(torch.from_numpy(np.stack(crops)), "n h w c -> n c h w").contiguous()
 
 
 def batches(pixels: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)), each image mirrored by a keyed
-    coin."""
+    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)); images are mirrored at random, keyed
+    by position."""
     rows = itertools.chain.from_iterable(order(seed, e, len(pixels)) for e in itertools.count())
     for seen in itertools.count(step=batch):
         positions = torch.arange(seen, seen + batch)
@@ -80,14 +109,14 @@ def batches(pixels: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Ten
 
 
 def train(pixels: Tensor, steps: int, batch: int, seed: int) -> tuple[Any, float]:
-    """Train on (N, 3, H, W) uint8; returns the module and the last batch's mean L1 error."""
+    """Train on (N, 3, H, W) uint8; returns the module and the mean L1 error of the last batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module: Any = new_autoencoder_kl(sample_size=pixels.shape[-1], **ARCHITECTURE).to(device)
     size = pixels.shape[-1] // REDUCTION
-    optimizer = torch.optim.AdamW(module.parameters(), lr=PEAK_RATE)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=PEAK_LEARNING_RATE)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
     stream = batches(pixels, batch, seed)
     bar = tqdm(range(steps), desc="train", unit="step")
     l1 = torch.zeros(1)
@@ -109,39 +138,39 @@ def train(pixels: Tensor, steps: int, batch: int, seed: int) -> tuple[Any, float
 
 @torch.no_grad()
 def scaling_factor(module: Any, pixels: Tensor) -> float:
-    """One over the standard deviation of the posterior means of these images (N, 3, H, W) uint8."""
+    """1 / standard deviation of the posterior means of these images (N, 3, H, W) uint8."""
     device = next(module.parameters()).device
     means = [
-        module.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean
-        for part in pixels.split(SCALE_BATCH)
+        module.encode(chunk.to(device).float() / 127.5 - 1).latent_dist.mean
+        for chunk in pixels.split(SCALE_BATCH)
     ]
     return float(1 / torch.cat(means).std())
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="train_autoencoder", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--source", required=True, help="folder, .tar or the name of a set")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--out", required=True, type=Path, help="new folder")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=200_000, help="images held in memory")
-    args = parser.parse_args(argv)
-    if args.resolution % REDUCTION or min(args.resolution, args.steps, args.batch, args.limit) < 1:
-        raise UsageError(f"sizes must be positive and --resolution a multiple of {REDUCTION}")
-    if args.out.exists():
-        raise UsageError(f"{args.out} exists; choose a new folder")
-    pixels = load_pixels(open_source(args.source, args.split), args.resolution, args.limit)
-    module, l1 = train(pixels, args.steps, args.batch, args.seed)
+def run(config: TrainAutoencoderConfig) -> None:
+    """Train and write the folder."""
+    pixels = load_pixels(_open(config), config.resolution, config.limit)
+    module, l1 = train(pixels, config.steps, config.batch, config.seed)
     module.register_to_config(scaling_factor=scaling_factor(module, pixels[:SCALE_IMAGES]))
-    module.half().save_pretrained(args.out)
-    print(
-        f"{args.out}: last batch's L1 {l1:.3f}, scaling_factor {module.config.scaling_factor:.4f}"
-    )
+    module.half().save_pretrained(config.out)
+    factor = module.config.scaling_factor
+    print(f"{config.out}: L1 of the last batch {l1:.3f}, scaling_factor {factor:.4f}")
 
+
+def describe_plan(config: TrainAutoencoderConfig) -> str:
+    """What would be trained."""
+    images = min(len(_open(config)), config.limit)
+    return f"would train {config.steps} steps of {config.batch} on {images} images to {config.out}"
+
+
+def _open(config: TrainAutoencoderConfig) -> Source:
+    if config.out.exists():
+        raise ConfigError(f"{config.out} exists; choose a new folder")
+    return open_source(config.source, config.split)
+
+
+COMMAND = Command("train-autoencoder", TrainAutoencoderConfig, run=run, plan=describe_plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    sys.exit(run_command("train_autoencoder", main))
+    sys.exit(run_command("train-autoencoder", main))

@@ -1,17 +1,17 @@
-"""One image file -> one RGB square: what is accepted, how odd modes are read, how it is cropped.
+"""One image file -> one square RGB crop: accepted formats, odd modes, and the crops.
 
-The choices for odd files (orientation, CMYK, 16 bit, alpha, ...) are tabled in docs/data.md.
+The table of odd files (orientation, CMYK, 16 bit, alpha, ...) is in docs/data.md.
 """
 
 import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: it would run Ghostscript
 MAX_PIXELS = 2**26  # 67 megapixels are 201 MB as RGB; checked in the header, before decoding
 ORIENTATION = 0x0112  # the EXIF tag
@@ -24,15 +24,15 @@ TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_ASPECT = 64  # a crop of the middle says nothing about a thinner image, and resizing it explodes
+MAX_ASPECT = 64  # a centre crop shows nothing of a thinner image, and resizing it takes gigabytes
 
 
 class BadImageError(ValueError):
-    """This file gives no image. The message is the reason, without the file's name."""
+    """A file that cannot be decoded. The message is the reason, without the file's name."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame of an encoded image as upright RGB. BadImageError says why not."""
+    """The first frame of an encoded image as upright RGB. BadImageError gives the reason if not."""
     if not data:
         raise BadImageError("the file is empty")
     try:
@@ -76,7 +76,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; broken EXIF says nothing."""
+    """Rotated and mirrored as the EXIF orientation says; unreadable EXIF is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # Pillow's EXIF reader raises many things
@@ -86,10 +86,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square at `resolution`: halve by a box filter while twice too large, then bicubic
-    (ADM).
+    """ADM's centre crop: (resolution, resolution), halved by a box filter while twice too large, then
+    bicubic.
 
-    Dhariwal and Nichol 2021 (arXiv 2105.05233); the crop that DiT and SiT were trained with.
+    Dhariwal and Nichol 2021 (arXiv 2105.05233); DiT and SiT were trained on it.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -101,11 +101,10 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def random_resized_crop(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Image:
-    """A random part of the image at `resolution`, perhaps mirrored (Szegedy et al. 2014;
-    torchvision's defaults).
+    """A random crop resized to (resolution, resolution) and mirrored with probability 1/2.
 
-    `draw`: 5 uniform numbers: area (8 % to 100 %), aspect (3:4 to 4:3, log-uniform), left, top,
-    mirror.
+    Szegedy et al. 2014 (arXiv 1409.4842) with torchvision's defaults. `draw` (5,) is uniform in
+    [0, 1): area (8 % to 100 %), aspect (3:4 to 4:3, log-uniform), left, top, mirror.
     """
     area = image.width * image.height * (0.08 + 0.92 * draw[0])
     aspect = math.exp((2 * draw[1] - 1) * math.log(4 / 3))
@@ -117,20 +116,20 @@ def random_resized_crop(image: Image.Image, resolution: int, draw: np.ndarray) -
     return ImageOps.mirror(image) if draw[4] < 0.5 else image
 
 
-def whole(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of the image at its own resolution, then bicubic to `resolution`."""
+def resize_center(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centre square, resized to (resolution, resolution) by a bicubic filter."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def shifted(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Image:
-    """The recipe of DDAE's transfer: mirror and shift at the image's own resolution, then resize.
+def random_shift_crop(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Image:
+    """DDAE's augmentation for transfer: shift and mirror at native resolution, then resize.
 
-    The centre square is padded by an eighth on each side (4 of 32 pixels) with black, a square of
-    its size is cut out at random and mirrored by a coin. `draw`: 5 uniform numbers, of which three
-    are used.
+    The centre square is padded with black by an eighth on each side (4 of 32 pixels); a square of
+    its size is cropped at random and mirrored with probability 1/2. `draw` (5,) is uniform in
+    [0, 1); entries 2 to 4 are left, top and mirror.
     """
     side = min(image.size)
     pad = side // 8
@@ -144,13 +143,14 @@ def shifted(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Imag
 
 @dataclass(frozen=True)
 class Crop:
-    """A recipe from an image of any size to a square."""
+    """How an image of any size becomes a square crop."""
 
-    cut: Callable[[Image.Image, int], Image.Image]
-    copy: Callable[[Image.Image, int, np.ndarray], Image.Image]
-    """A random variant, for the views copy1, copy2, ...; takes 5 uniform numbers."""
-    description: dict[str, Any]
-    """What the manifest says about it."""
+    deterministic: Callable[[Image.Image, int], Image.Image]
+    """(image, resolution) -> crop, for the views original and mirror."""
+    random: Callable[[Image.Image, int, np.ndarray], Image.Image]
+    """(image, resolution, draw) -> crop, for the views copy1, copy2, ...; `draw` (5,) is uniform."""
+    description: dict[str, str]
+    """Recorded in the manifest; part of the `pipeline` fingerprint."""
 
 
 CROPS = {
@@ -164,8 +164,8 @@ CROPS = {
         },
     ),
     "native": Crop(
-        whole,
-        shifted,
+        resize_center,
+        random_shift_crop,
         {
             "crop": "native",
             "filter": "bicubic",

@@ -5,8 +5,7 @@ Nothing is extracted or copied: a sample is a range of bytes in some file.
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from latentddae.core.errors import ConfigError
-from latentddae.data.shards import key_from_path, key_problem
+from latentddae.data.shard_format import invalid_key_reason, key_from_path
 from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
 
 
@@ -26,25 +25,25 @@ class Source:
     classes: tuple[str, ...]
     keys: tuple[str, ...]
     names: tuple[str, ...]
-    """How a person finds the image: its path."""
+    """The images' paths, for messages."""
     labels: np.ndarray
     """(n,) int64, index into `classes`; -1 without a label."""
     read: Callable[[int], bytes | Image.Image]
     rejected: tuple[tuple[str, str], ...] = ()
-    """Files that cannot become samples, known from their names alone: (name, reason)."""
+    """Files whose names cannot become keys: (name, reason)."""
     ignored: int = 0
-    """Files that are no images by their extension."""
+    """Number of files without the extension of an image."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def image(self, i: int) -> Image.Image:
-        """The i-th image, RGB. BadImageError says why not."""
+        """The i-th image, RGB. BadImageError gives the reason if it cannot be read."""
         try:
-            found = self.read(i)
+            data = self.read(i)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-        return decode(found) if isinstance(found, bytes) else to_rgb(found)
+        return decode(data) if isinstance(data, bytes) else to_rgb(data)
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,20 @@ class Item:
 def make_source(
     name: str, classes: Sequence[str], items: Sequence[Item], ignored: int = 0
 ) -> Source:
-    """A source of byte ranges; names that cannot be keys, and second uses of a key, are set
-    aside."""
+    """A source of byte ranges. Items whose path gives no valid key, or one that is taken, are
+    rejected."""
     kept: list[Item] = []
-    keys: dict[str, str] = {}
+    path_of: dict[str, str] = {}  # by key
     rejected: list[tuple[str, str]] = []
     for item in items:
         key = key_from_path(item.path)
-        problem = key_problem(key)
-        if key in keys:
-            problem = f"duplicate key {key!r}, first used by {keys[key]}"
-        if problem:
-            rejected.append((item.path, problem))
+        reason = invalid_key_reason(key)
+        if key in path_of:
+            reason = f"duplicate key {key!r}, first used by {path_of[key]}"
+        if reason:
+            rejected.append((item.path, reason))
             continue
-        keys[key] = item.path
+        path_of[key] = item.path
         kept.append(item)
 
     def read(i: int) -> bytes:
@@ -87,7 +86,7 @@ def make_source(
     return Source(
         name=name,
         classes=tuple(classes),
-        keys=tuple(keys),
+        keys=tuple(path_of),
         names=tuple(item.path for item in kept),
         labels=np.array([item.label for item in kept], np.int64),
         read=read,
@@ -96,9 +95,9 @@ def make_source(
     )
 
 
-def with_classes(source: Source, classes: Sequence[str]) -> Source:
-    """The same images labelled by another class list that contains all of theirs, e.g. that of the
-    train split."""
+def relabel(source: Source, classes: Sequence[str]) -> Source:
+    """The same images labelled by another class list, e.g. that of the train split. ConfigError if
+    the list lacks one of the source's classes."""
     if source.classes == tuple(classes):
         return source
     unknown = [name for name in source.classes if name not in classes]
@@ -107,26 +106,29 @@ def with_classes(source: Source, classes: Sequence[str]) -> Source:
             f"{source.name} has the class {unknown[0]!r}, which the data set does not have "
             f"({len(source.classes)} classes against {len(classes)})"
         )
-    places = np.array([*(list(classes).index(name) for name in source.classes), -1])
-    return replace(source, classes=tuple(classes), labels=places[source.labels])
+    new_label = np.array([*(list(classes).index(name) for name in source.classes), -1])
+    return replace(source, classes=tuple(classes), labels=new_label[source.labels])
 
 
-def part_of(source: Source, split: str, test_share: float) -> Source:
-    """The train or test part of a source that has no splits: of each class the given share,
-    rounded, of the images with the smallest key hashes is test. Adding images moves few others."""
+def train_or_test_share(source: Source, split: str, test_share: float) -> Source:
+    """The train or test part of a source that has no splits.
+
+    Of each class, `test_share` of the images (rounded), those with the smallest key hashes, are
+    test; so adding images moves few of the others.
+    """
     if split not in ("train", "test") or not 0 < test_share < 1:
         raise ConfigError(
             f"a test share cuts a source into train and test; got split {split!r}, share "
             f"{test_share}"
         )
-    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]
-    ranked = np.array(sorted(range(len(source)), key=digests.__getitem__), np.int64)
+    hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]
+    ranked = np.array(sorted(range(len(source)), key=hashes.__getitem__), np.int64)
     labels = source.labels[ranked]
     test = [
         ranked[labels == c][: round(test_share * (labels == c).sum())] for c in np.unique(labels)
     ]
-    chosen = np.isin(np.arange(len(source)), np.concatenate(test), invert=split == "train")
-    rows = np.flatnonzero(chosen)
+    in_split = np.isin(np.arange(len(source)), np.concatenate(test), invert=split == "train")
+    rows = np.flatnonzero(in_split)
     return replace(
         source,
         keys=tuple(source.keys[i] for i in rows),
@@ -134,13 +136,3 @@ def part_of(source: Source, split: str, test_share: float) -> Source:
         labels=source.labels[rows],
         read=lambda i: source.read(int(rows[i])),
     )
-
-
-def natural_order(names: Iterable[str]) -> list[str]:
-    """Sorted with numbers by their value: 2 before 10."""
-
-    def parts(name: str) -> list[tuple[int, int, str]]:
-        pieces = [piece for piece in re.split(r"([0-9]+)", name) if piece]
-        return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces]
-
-    return sorted(names, key=parts)

@@ -1,5 +1,4 @@
-"""Tars as they lie: members, and where their bytes begin. Nothing is extracted, nothing is
-decompressed."""
+"""Members of plain tars and where their bytes begin. Nothing is extracted or decompressed."""
 
 import os
 import tarfile
@@ -23,17 +22,17 @@ class Member:
 
 
 def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Regular members of an uncompressed tar, or of a tar inside it; links and devices are passed
-    over.
+    """Regular members of an uncompressed tar, or of the tar inside it at `start`; links and devices
+    are skipped.
 
-    DataError names a tar that is damaged, compressed or cut, at a member's boundary, too.
+    DataError names a tar that is damaged, compressed or truncated (also between two members).
     """
     end = start + (tar.stat().st_size - start if size is None else size)
     last = start
     try:
         with open(tar, "rb") as file:
-            inside = _Window(file.fileno(), start, end)
-            with tarfile.open(fileobj=inside, mode="r:") as archive:  # type: ignore[call-overload]
+            window = _Window(file.fileno(), start, end)
+            with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
                 for member in archive:
                     blocks = -(-member.size // 512) * 512 if member.isreg() else 0
                     last = start + member.offset_data + blocks
@@ -48,19 +47,19 @@ def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Memb
 
 
 class _Window:
-    """A part of a file as a file of its own, as far as `tarfile` needs one."""
+    """A byte range of a file as a file of its own, with the methods that `tarfile` calls."""
 
     def __init__(self, handle: int, start: int, end: int) -> None:
-        self._handle, self._start, self._end, self._at = handle, start, end, 0
+        self._handle, self._start, self._end, self._position = handle, start, end, 0
 
     def read(self, size: int) -> bytes:
-        size = max(min(size, self._end - self._start - self._at), 0)
-        data = os.pread(self._handle, size, self._start + self._at)
-        self._at += len(data)
+        size = max(min(size, self._end - self._start - self._position), 0)
+        data = os.pread(self._handle, size, self._start + self._position)
+        self._position += len(data)
         return data
 
-    def seek(self, at: int) -> None:
-        self._at = at
+    def seek(self, position: int) -> None:
+        self._position = position
 
     def tell(self) -> int:
-        return self._at
+        return self._position

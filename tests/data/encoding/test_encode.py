@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from latentddae.core.command import parse
 from latentddae.core.dist import World
 from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.data.encoding.autoencoder import Autoencoder
-from latentddae.data.encoding.encode import encode, parse, share
+from latentddae.data.encoding.encode import EncodeSplitsConfig, encode, main, share
 from latentddae.data.encoding.plan import EncodeConfig
 from latentddae.data.shards import ShardSet
 
@@ -209,26 +210,51 @@ def test_numbers_that_are_not_finite_name_their_image(
 
 
 def test_errors_leave_with_their_status(tmp_path: Path) -> None:
-    from latentddae.data.encoding.encode import main
-
     (tmp_path / "empty").mkdir()
     flags = ["--out", str(tmp_path / "out"), "--autoencoder", "none", "--resolution", "32"]
     cases = {"nowhere": 78, "empty": 65}
     for source, status in cases.items():
         assert run_command("encode", main, ["--source", str(tmp_path / source), *flags]) == status
-    assert run_command("encode", main, ["--source", "x", "--out", "y"]) == 78  # no resolution
+    assert run_command("encode", main, ["--source", "x", "--out", "y"]) == 2  # no resolution
     assert not (tmp_path / "out").exists()
+
+
+def parsed(words: list[str]) -> EncodeSplitsConfig:
+    return parse(EncodeSplitsConfig, words).record(EncodeSplitsConfig)
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "encode.yaml"
     path.write_text("autoencoder: none\nresolution: 256\nviews: [original, mirror]\n")
-    config = parse(["--config", str(path), "--source", "a", "--out", "b", "--resolution", "64"])
+    config = parsed(["--config", str(path), "--source", "a", "--out", "b", "--resolution", "64"])
     assert (config.resolution, config.views, config.batch) == (64, ("original", "mirror"), 64)
-    assert parse(["--config", str(path), "source=a", "out=b", "batch=7"]).batch == 7
+    assert parsed(["--config", str(path), "source=a", "out=b", "batch=7"]).batch == 7
     for bad in ("views=[copy]", "views=[original,original]", "batch=0", "crop=round", "max_bad=-1"):
         with pytest.raises(ConfigError, match=bad.split("=")[0]):
-            parse(["--config", str(path), "source=a", "out=b", bad])
+            parsed(["--config", str(path), "source=a", "out=b", bad])
+
+
+def test_several_splits_have_their_own_views() -> None:
+    flags = ["--source", "a", "--out", "b", "--resolution", "32", "--views", "original,mirror"]
+    assert [c.split for c in parsed([*flags, "--split", "val"]).each_split()] == ["val"]
+    train, val = parsed([*flags, "--splits", "train,val", "--test-views", "original"]).each_split()
+    assert (train.split, train.views) == ("train", ("original", "mirror"))
+    assert (val.split, val.views) == ("val", ("original",))
+    same = parsed([*flags, "--splits", "train,test"]).each_split()
+    assert {c.views for c in same} == {("original", "mirror")}
+    with pytest.raises(ConfigError, match="views are 'copy'"):
+        parsed([*flags, "--test-views", "copy"])
+
+
+def test_a_dry_run_writes_nothing(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(photos, tmp_path / "out")
+    assert run_command("encode", main, [*flags, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "would encode 30 images" in said and "in 8 shards" in said
+    assert not (tmp_path / "out").exists()
+    assert run_command("encode", main, [*flags, "--dry-run", "--source", "nowhere"]) == 78
 
 
 def test_copies_are_random_crops_that_follow_the_key(photos: Path, tmp_path: Path) -> None:
@@ -304,7 +330,7 @@ def killed_after(seconds: float, config: EncodeConfig, ranks: int, port: int) ->
 def test_kill_9_at_random_moments(
     make_photos: Callable[..., Path], tmp_path: Path, ranks: int, kills: int
 ) -> None:
-    """RELIABILITY G6: nothing lost, nothing twice, the bytes of an uninterrupted run."""
+    """Nothing is lost, nothing written twice, and the bytes are those of an uninterrupted run."""
     photos = make_photos(each=100)
     config = settings(photos, tmp_path / "whole", autoencoder="none", shard_size=12, resolution=64)
     start = time.monotonic()

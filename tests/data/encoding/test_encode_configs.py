@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from latentddae.data.encoding.encode import parse
+from latentddae.core.command import parse
+from latentddae.data.encoding.encode import EncodeSplitsConfig
 
 FILES = sorted((Path(__file__).parents[3] / "configs" / "encode").glob("*.yaml"))
 
@@ -13,5 +14,6 @@ FILES = sorted((Path(__file__).parents[3] / "configs" / "encode").glob("*.yaml")
 def test_config(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# latentddae encode --config configs/encode/{path.name} ")
-    config = parse(["--config", str(path), *first.split()[5:]])
+    arguments = parse(EncodeSplitsConfig, ["--config", str(path), *first.split()[5:]])
+    config = arguments.record(EncodeSplitsConfig)
     assert config.out.startswith("data/")

@@ -108,12 +108,12 @@ def test_4_wrong_scales_are_refused(tmp_path: Path, spec: LatentSpec) -> None:
         root = tmp_path / name
         write_split(root, "train", spec, moments.astype(np.float16), [0] * 50, keys, "a")
         if fine:
-            ShardSet(root, "train").check_scale()
+            ShardSet(root, "train").info.check_scale()
         else:
             with pytest.raises(
                 ConfigError, match=r"expected 0\.7 to 1\.3: is the scaling factor 0.5"
             ):
-                ShardSet(root, "train").check_scale()
+                ShardSet(root, "train").info.check_scale()
 
 
 def test_11_epochs_do_not_multiply(make_set: MakeSet) -> None:

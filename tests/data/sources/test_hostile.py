@@ -18,9 +18,10 @@ from latentddae.core.files import sha256
 from latentddae.data.encoding.encode import main as encode
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import content_fingerprint
-from latentddae.data.shards import ShardSet, index_path, npy_header
+from latentddae.data.shard_format import index_path, npy_header
+from latentddae.data.shards import ShardSet
 from latentddae.data.sources.open import open_source
-from latentddae.data.verify import problems
+from latentddae.data.verify import find_problems
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 PACKAGE = Path(__file__).parents[3] / "latentddae"
@@ -107,7 +108,7 @@ def test_hostile_shards_are_refused_by_name(
 ) -> None:
     root, _ = make_set(n=8, shard_size=8)
     plant(root, hostile_members(spec, tmp_path / "mark")[name])
-    assert any("train-000000" in problem for problem in problems(root))
+    assert any("train-000000" in problem for problem in find_problems(root))
     if name in ("duplicate key", "label that is code"):
         ShardSet(root, "train").gather(np.arange(1))  # the reader takes numbers, whatever they are
     else:
@@ -132,7 +133,7 @@ def test_manifests_name_plain_files_only(
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=re.escape(repr(file))):
         ShardSet(root, "train")
-    assert any(repr(file) in problem for problem in problems(root))
+    assert any(repr(file) in problem for problem in find_problems(root))
     assert not (tmp_path / "mark").exists()
 
 

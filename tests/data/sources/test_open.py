@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.data.sources.folders import natural_order
 from latentddae.data.sources.open import open_source
-from latentddae.data.sources.source import natural_order, with_classes
+from latentddae.data.sources.source import relabel
 
 
 def test_class_folders_sort_numbers_by_value(photos: Path) -> None:
@@ -118,10 +119,10 @@ def test_bad_tars_are_named(photos: Path, tmp_path: Path) -> None:
 
 def test_other_class_lists_never_shift_labels(photos: Path) -> None:
     source = open_source(str(photos), "train")
-    moved = with_classes(source, ("10", "5", "2", "1"))
+    moved = relabel(source, ("10", "5", "2", "1"))
     assert moved.labels.tolist() == [3] * 10 + [2] * 10 + [0] * 10
     with pytest.raises(ConfigError, match="class '10'"):
-        with_classes(source, ("1", "2"))
+        relabel(source, ("1", "2"))
 
 
 def test_mnist5k_is_stratified_and_disjoint() -> None:

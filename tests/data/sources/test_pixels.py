@@ -26,10 +26,10 @@ from latentddae.data.sources.pixels import (
     center_crop,
     decode,
     random_resized_crop,
-    shifted,
-    whole,
+    random_shift_crop,
+    resize_center,
 )
-from latentddae.data.verify import problems
+from latentddae.data.verify import find_problems
 
 SIZE = (24, 16)
 
@@ -219,7 +219,7 @@ def test_a_folder_of_oddities_is_encoded_or_named(
     assert "cannot be read" in named["gone.jpg"]
     said = capsys.readouterr().err
     assert all(f"bad image {name}: " in said for name in named)
-    assert not list(problems(tmp_path / "out"))
+    assert not list(find_problems(tmp_path / "out"))
     with pytest.raises(DataError, match=f"{bad} bad images, allowed {bad - 1}"):
         encode(replace(config, out=str(tmp_path / "other"), max_bad=bad - 1))
 
@@ -316,13 +316,17 @@ def test_random_resized_crop_covers_its_range() -> None:
 
 def test_native_crops_move_whole_pixels_before_resizing() -> None:
     image = Image.effect_noise((32, 32), 80).convert("RGB")
-    still = shifted(image, 32, np.array([0, 0, 0.5, 0.5, 0.9]))
+    still = random_shift_crop(image, 32, np.array([0, 0, 0.5, 0.5, 0.9]))
     np.testing.assert_array_equal(np.asarray(still), np.asarray(image))
-    np.testing.assert_array_equal(np.asarray(whole(image, 32)), np.asarray(image))
-    corner = np.asarray(shifted(image, 32, np.array([0, 0, 0.0, 0.999, 0.9])))
+    np.testing.assert_array_equal(np.asarray(resize_center(image, 32)), np.asarray(image))
+    corner = np.asarray(random_shift_crop(image, 32, np.array([0, 0, 0.0, 0.999, 0.9])))
     np.testing.assert_array_equal(corner[:-4, 4:], np.asarray(image)[4:, :-4])
     assert not corner[:, :4].any()
     assert not corner[-4:].any()
-    mirror = shifted(image, 32, np.array([0, 0, 0.5, 0.5, 0.1]))
+    mirror = random_shift_crop(image, 32, np.array([0, 0, 0.5, 0.5, 0.1]))
     np.testing.assert_array_equal(np.asarray(mirror), np.asarray(image)[:, ::-1])
-    assert shifted(image, 256, np.full(5, 0.3)).size == whole(image, 256).size == (256, 256)
+    assert (
+        random_shift_crop(image, 256, np.full(5, 0.3)).size
+        == resize_center(image, 256).size
+        == (256, 256)
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentddae.core.errors import ConfigError
-from latentddae.data.sources.source import Source, part_of
+from latentddae.data.sources.source import Source, train_or_test_share
 
 
 def toy(count: int, labels: np.ndarray) -> Source:
@@ -21,7 +21,7 @@ def toy(count: int, labels: np.ndarray) -> Source:
 def test_parts_are_disjoint_whole_and_stratified() -> None:
     labels = np.array([0] * 60 + [1] * 20)
     source = toy(80, labels)
-    train, test = (part_of(source, split, 0.2) for split in ("train", "test"))
+    train, test = (train_or_test_share(source, split, 0.2) for split in ("train", "test"))
     assert set(train.keys) | set(test.keys) == set(source.keys)
     assert not set(train.keys) & set(test.keys)
     assert np.bincount(test.labels).tolist() == [12, 4]
@@ -34,12 +34,12 @@ def test_parts_are_disjoint_whole_and_stratified() -> None:
 
 
 def test_adding_images_moves_few_others() -> None:
-    small = set(part_of(toy(100, np.zeros(100, np.int64)), "test", 0.2).keys)
-    large = set(part_of(toy(110, np.zeros(110, np.int64)), "test", 0.2).keys)
+    small = set(train_or_test_share(toy(100, np.zeros(100, np.int64)), "test", 0.2).keys)
+    large = set(train_or_test_share(toy(110, np.zeros(110, np.int64)), "test", 0.2).keys)
     assert len(small - large) <= 3
 
 
 @pytest.mark.parametrize(("split", "share"), [("val", 0.2), ("test", 1.0), ("train", -0.1)])
 def test_impossible_cuts_are_refused(split: str, share: float) -> None:
     with pytest.raises(ConfigError, match="test share"):
-        part_of(toy(10, np.zeros(10, np.int64)), split, share)
+        train_or_test_share(toy(10, np.zeros(10, np.int64)), split, share)
