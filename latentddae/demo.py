@@ -1,42 +1,73 @@
-"""The whole story on a laptop: real images -> latents -> pretraining -> features -> probes -> a page.
+"""The whole pipeline on a laptop: real images -> latents -> pretraining -> features -> probes -> report.
 
-    latentddae demo                         # 5,000 MNIST digits, no network needed
+    latentddae demo                         # 5,000 MNIST digits, no network access needed
     latentddae demo --data photos/          # any folder (or WebDataset) of labelled images
-    latentddae demo objective=ddpm optim.lr=5e-4
+    latentddae demo --train objective=ddpm --train optim.lr=5e-4
 
-Every step is an ordinary command of this package, run in this process and recorded as it would be typed. A
-step that has ended is not run again, and each command continues what it finds, so an interrupted demo goes on
-where it was and a finished one prints its table at once.
+Every step is an ordinary command of this package, run in this process and recorded as it would be
+typed. Finished steps are skipped and each command resumes, so an interrupted demo continues where
+it was, and a finished one prints its table immediately.
 """
 
-import argparse
 import contextlib
 import importlib
 import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from latentddae.cli import COMMANDS
 from latentddae.core import files
+from latentddae.core.command import Command
+from latentddae.core.config import require, to_dict, transient
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.imaging import image_sheet, write_png
 from latentddae.data.shards import ShardSet
 from latentddae.data.sources.open import open_source
 from latentddae.transfer.compare import table
-from latentddae.transfer.report import PICTURES, write_report
+from latentddae.transfer.report import write_report
+from latentddae.transfer.reporting.collect import PICTURES
+from latentddae.transfer.reporting.page import Card
 
-DEFAULT_DATA = "mnist5k"
 TEST_SHARE = 0.2  # of a folder that comes without splits
 STEPS_DONE = "steps.jsonl"
 SHOWN = 64  # images on a sheet
 COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on real images: encode, pretrain, probe, compare, generate, report."""
+
+    out: Path = transient(Path("runs/demo"))
+    """Folder for everything."""
+    data: str = "mnist5k"
+    """Folder, WebDataset or named set of labelled images."""
+    autoencoder: str = "demo"
+    """Folder or Hub id of an autoencoder; demo: the one that ships with the package."""
+    resolution: int = 32
+    """Side of the square images in pixels."""
+    images: int | None = None
+    """Images of pretraining; none: as assets/demo.yaml says."""
+    levels: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+    """Noise levels of the grid."""
+    baseline_levels: tuple[float, ...] = (0.01, 0.05, 0.2)
+    """Noise levels of the untrained networks' grids."""
+    max_bad: int = 0
+    """Continue with up to this many unreadable images."""
+    seed: int = 0
+    """Of everything random."""
+    train: dict[str, str] = field(default_factory=dict)
+    """Settings of pretraining, e.g. --train optim.lr=5e-4; repeatable."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("resolution", "images"), non_negative=("max_bad",))
 
 
 @dataclass(frozen=True)
@@ -55,104 +86,114 @@ class Step:
         importlib.import_module(COMMANDS[command][0]).main(rest)
 
 
-def plan(args: argparse.Namespace, test_share: float) -> list[Step]:
+def steps_of(config: DemoConfig, test_share: float) -> list[Step]:
     """All steps of a demo in order; paths are as the user gave them."""
-    out, seed = Path(args.out), ("--seed", str(args.seed))
+    out, seed = config.out, ("--seed", str(config.seed))
     latents, pixels, run = str(out / "latents"), str(out / "pixels"), str(out / "pretrain")
-    steps = []
-    for folder, autoencoder in ((latents, args.autoencoder), (pixels, "none")):
-        for split in ("train", "test"):
-            cut = ("--test-share", f"{test_share:g}") if test_share else ()
-            what = ("--source", args.data, "--split", split, *cut, "--max-bad", str(args.max_bad))
-            how = ("--autoencoder", autoencoder, "--resolution", str(args.resolution))
-            name = "latents" if folder == latents else "pixels (a control)"
-            steps.append(
-                Step(f"{split} images to {name}", ("encode", *what, "--out", folder, *how))
-            )
-    train = ["train", "--config", str(out / "demo.yaml"), f"run={run}", f"data.path={latents}"]
-    train += [f"seed={args.seed}", *args.overrides]
-    if args.images is not None:
-        train.append(f"total_images={args.images}")
-    grid, table_folder, samples = str(out / "grid"), str(out / "compare"), str(out / "samples")
+    steps = [
+        encode_step(config, split, folder, autoencoder, test_share)
+        for folder, autoencoder in ((latents, config.autoencoder), (pixels, "none"))
+        for split in ("train", "test")
+    ]
+    grid, compared, samples = str(out / "grid"), str(out / "compare"), str(out / "samples")
     common = ("--checkpoint", run, "--data", latents)
-    levels = ("--levels", args.levels)
-    steps += [
+    baselines = ("--control-seed", str(config.seed), "--control-levels")
+    return [
+        *steps,
         Step("check the shards", ("verify", latents)),
-        Step("pretrain", tuple(train)),
-        Step("probe all blocks and noise levels", ("grid", *common, "--out", grid, *levels, *seed)),
+        Step("pretrain", ("train", *train_arguments(config, run, latents))),
         Step(
-            "compare with controls",
+            "probe all blocks and noise levels",
+            ("grid", *common, "--out", grid, "--levels", listed(config.levels), *seed),
+        ),
+        Step(
+            "compare with baselines",
             ("compare", *common, "--pixels", pixels, "--grid", f"{grid}/grid.json")
-            + ("--out", table_folder, "--control-seed", str(args.seed))
-            + ("--control-levels", args.control_levels),
+            + ("--out", compared, *baselines, listed(config.baseline_levels)),
         ),
         Step(
             "generate images",
             ("sample", "--checkpoint", run, "--num", str(SHOWN), "--out", samples, *seed),
         ),
     ]
-    return steps
 
 
-def main(argv: list[str] | None = None) -> None:
+def encode_step(
+    config: DemoConfig, split: str, folder: str, autoencoder: str, test_share: float
+) -> Step:
+    """One split of the images to latents, or to pixels with the autoencoder `none`."""
+    cut = ("--test-share", f"{test_share:g}") if test_share else ()
+    what = ("--source", config.data, "--split", split, *cut, "--max-bad", str(config.max_bad))
+    how = ("--autoencoder", autoencoder, "--resolution", str(config.resolution))
+    kind = "pixels (a baseline)" if autoencoder == "none" else "latents"
+    return Step(f"{split} images to {kind}", ("encode", *what, "--out", folder, *how))
+
+
+def train_arguments(config: DemoConfig, run: str, latents: str) -> list[str]:
+    """The settings of pretraining; later ones win."""
+    arguments = ["--config", str(config.out / "demo.yaml"), f"run={run}", f"data.path={latents}"]
+    arguments.append(f"seed={config.seed}")
+    if config.images is not None:
+        arguments.append(f"total_images={config.images}")
+    return arguments + [f"{key}={value}" for key, value in config.train.items()]
+
+
+def listed(levels: tuple[float, ...]) -> str:
+    return ",".join(f"{level:g}" for level in levels)
+
+
+def demo(config: DemoConfig) -> None:
     """Run the demo, or continue it, or print what a finished one found."""
-    args = parse(argv)
-    out = Path(args.out)
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    check_settings(out, settings)
-    with files.exclusive(out, "demo"):
-        finished = out / "report.html"
+    check_settings(config)
+    with files.exclusive(config.out, "demo"):
+        finished = config.out / "report.html"
         if not finished.exists():
-            run_steps(args, out, settings)
-        rows = json.loads((out / "compare" / "compare.json").read_text())["rows"]
+            run_steps(config)
+        rows = compared_rows(config)
     print(table(rows))
-    print(f"\nreport: {finished}   results: {out / 'compare' / 'results.jsonl'}")
+    print(f"\nreport: {finished}   results: {config.out / 'compare' / 'results.jsonl'}")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latentddae demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--out", default="runs/demo", help="folder for everything (default runs/demo)")
-    add("--data", default=DEFAULT_DATA, help="folder, WebDataset or named set of labelled images")
-    add("--autoencoder", default="demo", help="folder, Hub id, or the one that ships: demo")
-    add("--resolution", type=int, default=32, help="pixels of the square (default 32)")
-    add("--images", type=int, help="images of pretraining (default: see assets/demo.yaml)")
-    add("--levels", default="0.01,0.02,0.05,0.1,0.2,0.3,0.5", help="noise levels of the grid")
-    add("--control-levels", default="0.01,0.05,0.2", help="noise levels of the untrained networks")
-    add("--max-bad", type=int, default=0, metavar="N", help="go on with up to N unreadable images")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("overrides", nargs="*", metavar="key=value", help="settings of pretraining")
-    return parser.parse_args(argv)
+def compared_rows(config: DemoConfig) -> list[dict]:
+    return json.loads((config.out / "compare" / "compare.json").read_text())["rows"]
 
 
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
+def plan(config: DemoConfig) -> str:
+    """The steps as they would be typed; those that are done are marked."""
+    check_settings(config)
+    done = commands_done(config.out)
+    steps = steps_of(config, test_share(config.data))
+    return "\n".join(f"{'done: ' if step.text in done else ''}{step.text}" for step in steps)
+
+
+def check_settings(config: DemoConfig) -> None:
     """A demo folder belongs to one set of settings; raises ConfigError for another."""
-    path = out / "demo.json"
+    path = config.out / "demo.json"
     if path.exists():
-        old = json.loads(path.read_text())
-        for key, value in settings.items():
-            if old.get(key) != value:
+        recorded = json.loads(path.read_text())
+        for key, value in to_dict(config).items():
+            if recorded.get(key) != value:
                 raise ConfigError(
-                    f"{out} holds a demo with {key}={old.get(key)!r}, now {value!r}; "
+                    f"{config.out} holds a demo with {key}={recorded.get(key)!r}, now {value!r}; "
                     "choose another --out or delete the folder"
                 )
 
 
-def run_steps(args: argparse.Namespace, out: Path, settings: dict[str, Any]) -> None:
-    """Run what is not done yet, then write the pictures and the page."""
-    test_share = 0.0 if has_splits(args.data) else TEST_SHARE
-    steps = plan(args, test_share)
-    if not (
-        out / "demo.json"
-    ).exists():  # after the source was opened: a typo leaves nothing behind
-        files.write_json(out / "demo.json", settings)
+def commands_done(out: Path) -> set[str]:
+    """Commands that have finished, as they would be typed."""
+    return {row["command"] for row in files.read_json_lines(out / STEPS_DONE)}
+
+
+def run_steps(config: DemoConfig) -> None:
+    """Run the steps that are not done yet, then write the pictures and the page."""
+    out = config.out
+    steps = steps_of(config, test_share(config.data))
+    # After the source was opened, so that a wrong --data leaves nothing behind.
+    if not (out / "demo.json").exists():
+        files.write_json(out / "demo.json", to_dict(config))
     recipe = resources.files("latentddae").joinpath("assets/demo.yaml").read_text()
     files.write_atomic(out / "demo.yaml", recipe)
-    done = {row["command"] for row in files.read_json_lines(out / STEPS_DONE)}
+    done = commands_done(out)
     for number, step in enumerate(steps, start=1):
         if step.text in done:
             continue
@@ -162,41 +203,44 @@ def run_steps(args: argparse.Namespace, out: Path, settings: dict[str, Any]) -> 
             step.run()
         seconds = round(time.perf_counter() - started, 1)
         files.append_json_line(out / STEPS_DONE, {"command": step.text, "seconds": seconds})
-    write_page(args, out, steps)
+    write_page(config, [step.text for step in steps])
 
 
-def has_splits(source: str) -> bool:
-    """Whether a source tells train from test by itself; raises ConfigError if it has only one of them."""
-    return open_source(source, "train").keys != open_source(source, "test").keys
+def test_share(source: str) -> float:
+    """Share of the images to keep for testing: 0 for a source that has splits of its own.
+
+    Raises ConfigError if it has only one of train and test.
+    """
+    has_splits = open_source(source, "train").keys != open_source(source, "test").keys
+    return 0.0 if has_splits else TEST_SHARE
 
 
-def write_page(args: argparse.Namespace, out: Path, steps: list[Step]) -> None:
-    """The self-contained report: generated beside real images, and every command as it was run."""
+def write_page(config: DemoConfig, commands: list[str]) -> None:
+    """The report, with generated beside real images and every command as it was run."""
+    out = config.out
     test = ShardSet(out / "pixels", "test")
-    real = test.gather(np.arange(min(SHOWN, len(test))))[:, 0].transpose(0, 2, 3, 1)
-    write_png(out / "real.png", image_sheet(real, COLUMNS))
-    shown = [
+    images = test.gather(np.arange(min(SHOWN, len(test))))[:, 0]
+    write_png(out / "real.png", image_sheet(rearrange(images, "n c h w -> n h w c"), COLUMNS))
+    pictures = [
         {"file": "samples/grid.png", "caption": "generated, decoded by the autoencoder"},
         {"file": "real.png", "caption": "real test images"},
     ]
-    files.write_json(out / PICTURES, shown)
+    files.write_json(out / PICTURES, pictures)
     seconds = sum(row["seconds"] for row in files.read_json_lines(out / STEPS_DONE))
-    rows = json.loads((out / "compare" / "compare.json").read_text())["rows"]
-    write_report(
-        [out],
-        out / "report.html",
-        title=f"latentddae demo: {Path(args.data).name}",
-        commands=[step.text for step in steps],
-        facts=[
-            (f"{seconds / 60:.1f} min", "all steps together"),
-            (f"{len(rows)}", "rows compared"),
-        ],
-    )
+    cards = [
+        Card(f"{seconds / 60:.1f} min", "all steps together"),
+        Card(str(len(compared_rows(config))), "rows compared"),
+    ]
+    title = f"latentddae demo: {Path(config.data).name}"
+    write_report([out], out / "report.html", title=title, commands=commands, cards=cards)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
+
+COMMAND = Command("demo", DemoConfig, run=demo, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("demo", main))

@@ -9,8 +9,10 @@ from latentddae import cli, demo
 from latentddae.core import files
 from latentddae.core.errors import ConfigError
 
-QUICK = ["--levels", "0.1", "--control-levels", "0.1", "model.depth=2", "model.hidden_size=32"]
-QUICK += ["model.num_heads=2", "total_images=512", "log_every_images=128"]
+QUICK = ["--levels", "0.1", "--baseline-levels", "0.1", "--images", "512"]
+for setting in ("model.depth=2", "model.hidden_size=32", "model.num_heads=2"):
+    QUICK += ["--train", setting]
+QUICK += ["--train", "log_every_images=128"]
 
 
 @pytest.fixture(scope="module")

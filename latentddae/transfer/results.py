@@ -97,6 +97,15 @@ DECIDING = (
 )
 """The fields of a result that are known before the experiment runs; its key is their hash."""
 
+GROUP_NAMES = {
+    "ddae": "DDAE features",
+    "latents": "raw latents",
+    "pixels": "raw pixels",
+    "untrained": "untrained, as initialised",
+    "random_gates": "untrained, random gates",
+}
+"""What tables call the groups of a comparison; a timm backbone is called by its name."""
+
 
 class LevelUnits(TypedDict):
     """One noise level in all units."""
@@ -329,6 +338,13 @@ def _end_last_line(path: Path) -> None:
         write_atomic(path, text + "\n")
     except json.JSONDecodeError:
         write_atomic(path, text[:start])
+
+
+def row_name(result: Result) -> str:
+    """A row of a comparison as tables name it: "DDAE features, mean"."""
+    group = result.group or ""
+    pool = f", {result.cell.pool}" if result.cell is not None else ""
+    return GROUP_NAMES.get(group, group) + pool
 
 
 def number(values: Values, name: str) -> float:

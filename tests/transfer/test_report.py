@@ -3,166 +3,29 @@
 import base64
 import csv
 import html.parser
-import json
 import os
 import re
 import shutil
 import subprocess
+from importlib import resources
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from latentddae.core.errors import ConfigError, DataError, UsageError
 from latentddae.transfer import report
-from latentddae.transfer.reporting import page, plots, sections
-from latentddae.transfer.reporting.page import Bar, Section, build_page
-from latentddae.transfer.visualize import as_text
+from latentddae.transfer.reporting import page
 
-HOSTILE = "<script>alert(1)</script>\"&'"
+from .reporting.run_folder import HOSTILE, write_run
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 
 
-def probe_result(accuracy):
-    return {"accuracy": accuracy, "heldout_accuracy": accuracy - 0.01}
-
-
-def row(group, pool, width, accuracy, chosen):
-    cell = pool and {
-        "level": 0.1,
-        "block": 3,
-        "pool": pool,
-        "noise_samples": 1,
-        "noisy_input": True,
-    }
-    return {
-        "group": group, "cell": cell, "width": width, "chosen": chosen, "seed": 0,
-        "checkpoint": {"images_seen": 64000} if pool else None,
-        "protocol": {"linear": {"name": "lbfgs-linear/1"}, "knn": {"name": "knn/1"}},
-        "linear": probe_result(accuracy), "knn": probe_result(accuracy - 0.05),
-        "n_seen": {"train": 4000, "heldout": 800, "test": 1000},
-    }  # fmt: skip
-
-
-def fake_grid():
-    levels, blocks, pools = [0.02, 0.1, 0.3], [1, 2, 3], ["mean", "grid2"]
-    cells = [
-        {
-            "level": s, "block": k, "pool": p, "width": 24 if p == "mean" else 96,
-            "accuracy": 0.5 + 0.1 * k - s / 2, "strength": 0.1, "accuracies": [0.5],
-        }
-        for s in levels for k in blocks for p in pools
-    ]  # fmt: skip
-    best = {
-        p: max((c for c in cells if c["pool"] == p), key=lambda c: c["accuracy"]) for p in pools
-    }
-    return {
-        "kind": "grid", "levels": levels, "blocks": blocks, "pools": pools, "cells": cells,
-        "chosen_by_pool": best, "chosen": best["mean"], "n_seen": {"fit": 3200, "heldout": 800},
-        "checkpoint": {"weights": "ema", "model_hash": "abc"}, "data": {"codec": "def"}, "seed": 0,
-    }  # fmt: skip
-
-
-def probe_line(name, kind, accuracy, images, **protocol):
-    protocols = {"linear": "lbfgs-linear/1", "knn": "knn/1"}
-    return {
-        "id": name, "kind": kind, "width": 24, "seed": 0, **probe_result(accuracy),
-        "cell": {"level": 0.1, "block": 3, "pool": "mean"},
-        "checkpoint": {"images_seen": images}, "protocol": {"name": protocols[kind], **protocol},
-        "n_seen": {"train": 4000, "heldout": 800, "test": 1000},
-    }  # fmt: skip
-
-
-def study(kind, cell, **found):
-    about = {"checkpoint": {"images_seen": 64000, "model_hash": "abc"}, "protocol": {"name": kind}}
-    return {"kind": kind, "cell": cell, **about, **found}
-
-
-def studies():
-    """What geometry, noise-classifier, segment and correspond record; geometry was run twice."""
-    blocks = [
-        {
-            "block": k, "alignment": 0.1 * k, "uniformity": -1.0 - k, "uniformity_full": -1.5 - k,
-            "effective_rank": 3.0 * k, "width": 24,
-        }
-        for k in (1, 2, 3)
-    ]  # fmt: skip
-    geometry = study("geometry", {"level": 0.1}, blocks=blocks, cka=np.eye(3).tolist())
-    curve = [{"level": s, "t": s, "accuracy": 0.9 - s} for s in (0.1, 0.5)]
-    pck = [{"alpha": 0.1, "per_point": 0.345, "per_pair": 0.3}]
-    cell = {"level": 0.1, "block": 2}
-    return [
-        geometry,
-        geometry,
-        study("noise_classifier", {"block": 2}, curve=curve),
-        study("segment", cell, miou=0.123, pixel_accuracy=0.5),
-        study("correspond", cell, pck=pck),
-    ]
-
-
-def look():
-    """Two queries with three neighbours, as `latentddae visualize` writes them."""
-    random = np.random.default_rng(0)
-
-    def image(side):
-        return as_text(random.integers(0, 255, (side, side, 3)).astype(np.uint8))
-
-    near = [
-        {"image": image(16), "class": name, "similarity": 0.9, "right": name == "b"}
-        for name in ("b", "c", HOSTILE)
-    ]
-    query = {"image": image(16), "class": "b", "tokens": image(4), "neighbours": near}
-    return {"cell": {"block": 3, "level": 0.1}, "queries": [query, query]}
-
-
-def png_file(path, seed=0):
-    picture = plots.figure(1, 1)
-    picture.subplots().plot(np.random.default_rng(seed).normal(size=5))
-    path.write_bytes(plots.png(picture, dpi=40))
-
-
 @pytest.fixture
-def run(tmp_path):
-    """A run folder as the commands leave it, with hostile text wherever text comes from outside."""
-    folder = tmp_path / "demo"
-    for name in ("pretrain", "grid", "compare/grids/untrained", "probes"):
-        (folder / name).mkdir(parents=True)
-    rows = [
-        {"step": i, "images": 100 * i, "loss": 1 / (i + 1), "lr": 1e-3, "images_per_s": 150.0}
-        for i in range(50)
-    ]
-    rows[7]["loss"] = float("nan")
-    (folder / "pretrain/metrics.jsonl").write_text(
-        "\n".join(map(json.dumps, rows)) + '\n{"step": 5'
-    )
-    start = {
-        "versions": {"torch": HOSTILE}, "command": ["latentddae", "train", HOSTILE, "a b"],
-        "commit": "c0ffee", "device": "cpu",
-    }  # fmt: skip
-    (folder / "pretrain/environment.jsonl").write_text(json.dumps(start))
-    (folder / "grid/grid.json").write_text(json.dumps(fake_grid()))
-    (folder / "compare/grids/untrained/grid.json").write_text(json.dumps(fake_grid()))
-    table = [
-        row("ddae", "mean", 24, 0.92, False), row("ddae", "grid2", 96, 0.957, True),
-        row("latents", None, 256, 0.927, True), row("untrained", "mean", 24, 0.5, True),
-    ]  # fmt: skip
-    (folder / "compare/compare.json").write_text(json.dumps({"rows": table}))
-    lines = [
-        probe_line("one", "linear", 0.90, 32000), probe_line("two", "linear", 0.91, 64000),
-        probe_line("three", "knn", 0.85, 64000, few_shot="5"),
-    ]  # fmt: skip
-    lines[1] |= {"accuracy_sd": 0.004, "metric": "mean_per_class"}
-    lines += studies()
-    (folder / "probes/results.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    counts = np.diag([40, 30, 20])
-    counts[0, 2], counts[1, 0] = 7, 3
-    confusion = {"kind": "confusion", "classes": [HOSTILE, "b", "c"], "counts": counts.tolist()}
-    (folder / "probes/confusion-two.json").write_text(json.dumps(confusion))
-    (folder / "visualize.json").write_text(json.dumps(look()))
-    png_file(folder / "sheet.png")
-    (folder / "pictures.json").write_text(json.dumps([{"file": "sheet.png", "caption": HOSTILE}]))
-    return folder
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "demo")
 
 
 class Reader(html.parser.HTMLParser):
@@ -198,8 +61,10 @@ def test_page_is_self_contained_and_escaped(run, tmp_path):
         for name in ("src", "href"):
             value = attributes.get(name, "data:")
             assert value.startswith(("data:", "#")), (tag, value)
-    assert "url(" not in page.STYLE
-    assert "@import" not in page.STYLE
+    style = resources.files("latentddae").joinpath("assets/report.css").read_text()
+    assert style in text
+    assert "url(" not in style
+    assert "@import" not in style
     policies = [a["content"] for tag, a in reader.tags if a.get("http-equiv")]
     assert policies == [page.POLICY]
     assert "default-src 'none'" in page.POLICY
@@ -211,16 +76,16 @@ def test_page_is_self_contained_and_escaped(run, tmp_path):
 def test_page_shows_every_part(run, tmp_path):
     text = report.write_report([run], tmp_path / "r.html").read_text()
     reader = Reader(text)
-    for expected in (
-        "Transfer results", "95.70 %", "raw latents", "Single probes", "+3.0", "pool grid2",
-        "block 3 at s = 0.02", "Accuracy over pretraining", "k-NN, 5 of each class",
-        "What is confused", "One classifier for all noise levels", "Dense transfer",
-        "mIoU 12.30 %", "PCK at 0.1: 34.50 %", "Geometry of the features", "Nearest neighbours", "Tokens as colours",
-        "Pretraining", "4,900", "latentddae train", "c0ffee", "seed",
-    ):  # fmt: skip
+    titles = """Transfer results | Single probes | Accuracy over pretraining | Confusion
+        One classifier for all noise levels | Dense transfer | Geometry of the features
+        Nearest neighbours | Tokens as colours | Pretraining"""
+    content = """95.70 % | raw latents | +3.0 | pool grid2 | block 3 at noise level 0.02
+        k-NN, 5 of each class | mIoU 12.30 % | PCK at 0.1: 34.50 % | 4,900 | latentddae train
+        c0ffee | seed | demo/pretrain (ema), 64,000 images | digits | k-NN during training"""
+    for expected in re.split(r" \| |\n +", f"{titles}\n        {content}"):
         assert expected in reader.text, expected
     pictures = [a["src"] for tag, a in reader.tags if tag == "img"]
-    # Curves, heat maps, progress, confusion, noise classifier, geometry, loss, the sheet.
+    # Profiles, heat maps, pretraining, confusion, noise classifier, geometry, loss, the sheet.
     charts = 1 + 2 + 1 + 1 + 1 + 1 + 1 + 1
     assert len(pictures) == charts + 2 * (1 + 3) + 2 * 2  # neighbours and tokens of two queries
     for source in pictures:
@@ -231,15 +96,6 @@ def test_page_shows_every_part(run, tmp_path):
     assert float(lines[2]["accuracy"]) == 0.957
     assert lines[2]["protocol"] == "lbfgs-linear/1"
     assert (lines[9]["accuracy_sd"], lines[9]["images_seen"]) == ("0.004", "64000")
-
-
-def test_a_curve_needs_two_checkpoints_of_the_same_probe():
-    one, other = probe_line("a", "linear", 0.9, 10), probe_line("b", "knn", 0.8, 20)
-    assert sections.progress([("run", [one, other])]) == ""
-    later = probe_line("c", "linear", 0.95, 20)
-    shown = Reader(sections.progress([("run", [later, one, other])])).text
-    assert shown.index("90.00 %") < shown.index("95.00 %")  # by images seen
-    assert "k-NN" not in shown
 
 
 def test_an_empty_run_gives_a_page_with_the_versions_only(tmp_path):
@@ -275,7 +131,7 @@ def test_curves_and_heat_maps_as_files(run, tmp_path, capsys):
 def test_what_is_wrong_is_named(run, tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         report.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "r.html")])
-    with pytest.raises(UsageError, match="CAPTION=FILE"):
+    with pytest.raises(UsageError, match="takes NAME=VALUE"):
         report.main([str(run), "--out", str(tmp_path / "r.html"), "--picture", "x"])
     with pytest.raises(DataError, match="cannot be read"):
         report.main([str(run), "--out", str(tmp_path / "r.html"), "--picture", "x=none.png"])
@@ -286,22 +142,6 @@ def test_what_is_wrong_is_named(run, tmp_path):
     with pytest.raises(DataError, match="not valid JSON"):
         report.write_report([run], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()  # nothing half written
-
-
-def test_build_page_takes_any_sections():
-    text = build_page(
-        HOSTILE, HOSTILE, [Section(HOSTILE, page.table(["a"], [[Bar(2.0)], [Bar(-1.0, 0.1)]]))]
-    )
-    assert Reader(text).text.count(HOSTILE) == 5  # title, h1, lead, link, heading
-    assert "width:100.00%" in text
-    assert "width:0.00%" in text
-
-
-def test_running_mean_is_the_slow_one():
-    values = np.random.default_rng(0).normal(size=30)
-    values[4] = np.nan
-    slow = [np.nanmean(values[max(0, i - 3) : i + 4]) for i in range(30)]
-    np.testing.assert_allclose(plots.running_mean(values, 3), slow)
 
 
 LOOK_AT_THE_PAGE = """<script>onload = () => {

@@ -1,183 +1,276 @@
-"""Pictures of results as PNG bytes: heat maps, curves over blocks, noise and pretraining,
-confusion."""
+"""Charts of results as PNG bytes: heat maps and curves over blocks, noise levels and pretraining.
+
+Functions take arrays or records and return an encoded picture; accuracies are fractions in [0, 1],
+drawn in percent. matplotlib is imported on the first chart, without display or global state.
+"""
+
+from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from latentddae.transfer import results
+from latentddae.transfer.grids import Grid, GridCell
+from latentddae.transfer.results import Values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 INK = "#1f2933"
 ACCENT = "#d1495b"
+DPI = 160
+NAMED_CLASSES = 25  # a confusion of more classes has no names on its axes
+NAME_LENGTH = 14
+WRITTEN_CELLS = 400  # a heat map of more cells shows colours only
+
+Place = Literal["outside lower left", "outside right upper"]
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure of width x height inches that no display and no global state takes part
-    in."""
+@dataclass(frozen=True)
+class Series:
+    """Accuracy over images seen in pretraining; `sd` is 0 where it is unknown. All are (N,)."""
+
+    label: str
+    images: np.ndarray
+    accuracy: np.ndarray
+    sd: np.ndarray
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Training loss over images seen, both (N,); a skipped step is NaN."""
+
+    label: str
+    images: np.ndarray
+    loss: np.ndarray
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of width x height inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(picture)
-    return picture
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(canvas)
+    return canvas
 
 
-def png(picture: Any, dpi: int = 160) -> bytes:
+def png(canvas: Figure, dpi: int = DPI) -> bytes:
+    """The figure as a PNG file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    canvas.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def heat_map(grid: dict[str, Any], pool: str) -> bytes:
-    """Held-out accuracy over blocks (up) and noise levels (right) for one pooling; the best cell
-    is framed."""
-    levels, blocks = grid["levels"], grid["blocks"]
-    table = np.full((len(blocks), len(levels)), np.nan)
-    for cell in grid["cells"]:
-        if cell["pool"] == pool:
-            table[blocks.index(cell["block"]), levels.index(cell["level"])] = 100 * cell["accuracy"]
-    picture = figure(1.5 + 0.54 * len(levels), 1.1 + 0.36 * len(blocks))
-    axes = picture.subplots()
-    image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
-    axes.set_yticks(range(len(blocks)), [str(block) for block in blocks])
-    axes.set_xlabel("noise level s")
-    axes.set_ylabel("block")
-    if table.size <= 400:
-        _write_values(axes, table)
-    best = grid["chosen_by_pool"][pool]
-    for cell in grid["cells"]:
-        if cell["pool"] == pool and "probe_accuracy" in cell:
-            _frame(axes, levels.index(cell["level"]), blocks.index(cell["block"]), 1.0, INK)
-    _frame(axes, levels.index(best["level"]), blocks.index(best["block"]), 3.0, ACCENT)
-    chosen = " (chosen)" if grid["chosen"]["pool"] == pool else ""
-    axes.set_title(f"pool {pool}{chosen}: held-out accuracy, %", fontsize=10, color=INK)
-    picture.colorbar(image, ax=axes, pad=0.02)
-    return png(picture)
+def level_text(level: float) -> str:
+    """A noise level with at most three significant digits."""
+    return f"{level:.3g}"
 
 
-def _write_values(axes: Any, table: np.ndarray) -> None:
-    low, high = np.nanmin(table), np.nanmax(table)
-    for row, column in np.ndindex(table.shape):
-        value = table[row, column]
-        bright = value > low + 0.6 * (high - low)
-        axes.text(
-            column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
-            color=INK if bright else "white",
-        )  # fmt: skip
+def heat_map(grid: Grid, pool: str) -> bytes:
+    """Held-out accuracy over blocks (rows, first at the bottom) and noise levels (columns) of one
+    pooling. Thin frames: cells judged again by the full probe; thick frame: the chosen cell."""
+    percent = 100 * grid.accuracies(pool)
+    rows, columns = percent.shape
+    canvas = figure(1.5 + 0.54 * columns, 1.1 + 0.36 * rows)
+    axes = canvas.subplots()
+    image = axes.imshow(percent, origin="lower", aspect="auto", cmap="viridis")
+    axes.set_xticks(range(columns), [level_text(level) for level in grid.levels])
+    axes.set_yticks(range(rows), [str(block) for block in grid.blocks])
+    if percent.size <= WRITTEN_CELLS:
+        _write_values(axes, percent)
+    for cell in grid.of_pool(pool):
+        if cell.probe_accuracy is not None:
+            _frame(axes, grid, cell, 1.0, INK)
+    _frame(axes, grid, grid.chosen_by_pool[pool], 3.0, ACCENT)
+    mark = " (chosen)" if grid.chosen.pool == pool else ""
+    _label(axes, f"pool {pool}{mark}: held-out accuracy, %", "noise level", "block")
+    canvas.colorbar(image, ax=axes, pad=0.02)
+    return png(canvas)
 
 
-def _frame(axes: Any, column: int, row: int, width: float, colour: str) -> None:
+def _write_values(axes: Axes, percent: np.ndarray) -> None:
+    """The value of each cell of a (rows, columns) map, dark on bright cells."""
+    low, high = np.nanmin(percent), np.nanmax(percent)
+    for row, column in np.argwhere(np.isfinite(percent)):
+        value = percent[row, column]
+        colour = INK if value > low + 0.6 * (high - low) else "white"
+        _write(axes, column, row, f"{value:.1f}", colour, size=8)
+
+
+def _write(axes: Axes, column: int, row: int, text: str, colour: str, size: int) -> None:
+    axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def _frame(axes: Axes, grid: Grid, cell: GridCell, width: float, colour: str) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(
-        Rectangle(
-            (column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width
-        )
-    )
+    corner = (grid.levels.index(cell.level) - 0.46, grid.blocks.index(cell.block) - 0.46)
+    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width))
 
 
-def loss_curve(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
-    """Training loss over images seen: every logged value pale, a running mean on top; one line per
-    run."""
+def profiles(grids: Sequence[tuple[str, Grid]]) -> bytes:
+    """Held-out accuracy over blocks, each at its best noise level, and over noise levels, each at
+    its best block: one line per (name, grid) and pooling."""
+    canvas = figure(9.4, 3.0)
+    over_blocks, over_levels = canvas.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(str(block) for _, grid in grids for block in grid.blocks))
+    for name, grid in grids:
+        for pool in grid.pools:
+            percent = 100 * grid.accuracies(pool)
+            rows = [names.index(str(block)) for block in grid.blocks]
+            over_blocks.plot(rows, np.nanmax(percent, axis=1), label=f"{name} {pool}".strip())
+            over_levels.plot(grid.levels, np.nanmax(percent, axis=0))
+    over_blocks.set_xticks(range(len(names)), names)
+    _style(over_blocks, "block", "held-out accuracy, %", dots=True)
+    _style(over_levels, "noise level", dots=True)
+    over_levels.xaxis.set_major_formatter(lambda value, _: level_text(value))
+    _legend(canvas, over_blocks)
+    return png(canvas)
+
+
+def accuracy_over_pretraining(curves: Sequence[Series]) -> bytes:
+    """Accuracy over images seen in pretraining, one line per series, bars of one standard
+    deviation."""
+    canvas = figure(6.4, 2.9 + 0.2 * len(curves))
+    axes = canvas.subplots()
+    for curve in curves:
+        bars = 100 * curve.sd if curve.sd.any() else None
+        line = axes.errorbar(curve.images, 100 * curve.accuracy, bars, fmt="-o", capsize=2)
+        line.lines[0].set_markersize(3)
+        line.set_label(curve.label)
+    _style(axes, "images seen in pretraining", "accuracy, %")
+    _images_axis(axes)
+    _legend(canvas, axes, below=True)
+    return png(canvas)
+
+
+def loss_curves(curves: Sequence[LossCurve]) -> bytes:
+    """Training loss over images seen: every logged value pale, a running mean on top."""
     from matplotlib import colormaps
 
-    picture = figure(6.4, 2.9)
-    axes = picture.subplots()
+    canvas = figure(6.4, 2.9)
+    axes = canvas.subplots()
     colours = colormaps["tab10"](range(10))
-    for number, (name, rows) in enumerate(runs):
-        images = np.array([row["images"] for row in rows], dtype=float)
-        loss = np.array([row["loss"] for row in rows], dtype=float)
+    for number, curve in enumerate(curves):
         colour = colours[number % len(colours)]
-        axes.plot(images, loss, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(images, running_mean(loss, max(1, len(loss) // 40)), color=colour, label=name)
-    axes.set_xlabel("images seen")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel("loss")
-    _plain(axes)
-    if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    return png(picture)
+        smooth = running_mean(curve.loss, max(1, len(curve.loss) // 40))
+        axes.plot(curve.images, curve.loss, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(curve.images, smooth, color=colour, label=curve.label)
+    _style(axes, "images seen", "loss")
+    _images_axis(axes)
+    _legend(canvas, axes)
+    return png(canvas)
 
 
-def profiles(grids: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
-    """Held-out accuracy over blocks, at each one's best level, and over noise levels, at each
-    one's best block: one line per (name, grid) and pooling."""
-    picture = figure(8.4, 3.0)
-    over_block, over_level = picture.subplots(1, 2, sharey=True)
-    for name, grid in grids:
-        for pool in grid["pools"]:
-            cells = [cell for cell in grid["cells"] if cell["pool"] == pool]
-            label = f"{name} {pool}".strip()
-            for axes, key, places in (
-                (over_block, "block", grid["blocks"]), (over_level, "level", grid["levels"])
-            ):  # fmt: skip
-                best = [100 * max(c["accuracy"] for c in cells if c[key] == p) for p in places]
-                axes.plot([str(p) for p in places], best, marker="o", markersize=3, label=label)
-    over_block.set_xlabel("block")
-    over_level.set_xlabel("noise level s")
-    over_block.set_ylabel("held-out accuracy, %")
-    for axes in (over_block, over_level):
-        _plain(axes)
-        axes.tick_params(axis="x", labelrotation=60, labelsize=8)
-    over_level.legend(frameon=False, fontsize=8)
-    return png(picture)
+def noise_curve(levels: Sequence[float], accuracy: Sequence[float], block: str) -> bytes:
+    """Test accuracy of a noise-conditional classifier on one block over noise levels, both (N,)."""
+    canvas = figure(5.2, 3.2)
+    axes = canvas.subplots()
+    axes.plot(levels, 100 * np.asarray(accuracy), color=ACCENT)
+    _style(axes, "noise level", "test accuracy, %", dots=True)
+    axes.set_title(f"one classifier for all levels, block {block}", fontsize=10, color=INK)
+    return png(canvas)
 
 
-def progress(series: Sequence[tuple[str, list[tuple[int, float, float]]]]) -> bytes:
-    """Accuracy over images seen in pretraining: (name, [(images, accuracy, sd or 0)]) per line."""
-    picture = figure(6.4, 3.1)
-    axes = picture.subplots()
-    for name, points in series:
-        images, scores, spread = (np.array(column, float) for column in zip(*points, strict=True))
-        axes.errorbar(
-            images, 100 * scores, yerr=100 * spread if spread.any() else None,
-            marker="o", markersize=3, capsize=2, label=name,
-        )  # fmt: skip
-    axes.set_xlabel("images seen in pretraining")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.tick_params(axis="x", labelrotation=20, labelsize=8)
-    axes.set_ylabel("test accuracy, %")
-    _plain(axes)
-    axes.legend(frameon=False, fontsize=8)
-    return png(picture)
+def geometry(measured: Values) -> bytes:
+    """Alignment, uniformity and effective rank over blocks, and linear CKA between them, from the
+    values of a geometry result."""
+    rows = results.rows(measured, "blocks")
+    blocks, alignment, uniformity, full, rank = (
+        [results.number(row, name) for row in rows]
+        for name in ("block", "alignment", "uniformity", "uniformity_full", "effective_rank")
+    )
+    canvas = figure(12.5, 3.1)
+    panels = canvas.subplots(1, 4)
+    curves = {"alignment": alignment, "uniformity": uniformity, "effective rank": rank}
+    for axes, (title, values) in zip(panels, curves.items(), strict=False):
+        axes.plot(blocks, values, label="mini-batch")
+        axes.set_title(title, fontsize=10, color=INK)
+    panels[1].plot(blocks, full, label="full set")
+    for axes in panels[:3]:
+        _style(axes, "block", dots=True)
+    panels[1].legend(frameon=False, fontsize=8)
+    cka = np.array(measured["cka"], dtype=np.float64)
+    _cka_map(panels[3], cka, (blocks[0] - 0.5, blocks[-1] + 0.5))
+    return png(canvas)
+
+
+def _cka_map(axes: Axes, cka: np.ndarray, edges: tuple[float, float]) -> None:
+    """Linear CKA (blocks, blocks) in [0, 1] as a map."""
+    image = axes.imshow(cka, origin="lower", extent=(*edges, *edges))
+    image.set(cmap="viridis", clim=(0, 1))
+    _label(axes, "linear CKA", "block", "")
+    axes.figure.colorbar(image, ax=axes, pad=0.02)
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
-    """How often each class (up) was read as each other (right), in % of the class."""
-    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few = len(classes) <= 25
-    side = 2.0 + (0.34 * len(classes) if few else 5.0)
-    picture = figure(side + 0.6, side)
-    axes = picture.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0)
-    axes.set_xlabel("read as")
-    axes.set_ylabel("class")
-    if few:
-        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        for row, column in np.argwhere(share >= 0.5):
-            value = share[row, column]
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                color="white" if value > 0.6 * share.max() else INK,
-            )  # fmt: skip
-    picture.colorbar(image, ax=axes, pad=0.02)
-    return png(picture)
+    """Share of each class (row) that was predicted as each class (column), in percent, from counts
+    (classes, classes)."""
+    percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    named = len(classes) <= NAMED_CLASSES
+    side = 2.0 + (0.34 * len(classes) if named else 5.0)
+    canvas = figure(side + 0.6, side)
+    axes = canvas.subplots()
+    image = axes.imshow(percent, cmap="Blues", vmin=0)
+    if named:
+        names = [_shortened(name) for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+        for row, column in np.argwhere(percent >= 0.5):
+            colour = "white" if percent[row, column] > 0.6 * percent.max() else INK
+            _write(axes, column, row, f"{percent[row, column]:.0f}", colour, size=7)
+    _label(axes, "", "predicted class", "class")
+    canvas.colorbar(image, ax=axes, pad=0.02)
+    return png(canvas)
 
 
-def _plain(axes: Any) -> None:
+def _shortened(name: str) -> str:
+    """A class name for an axis."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+
+
+def _style(axes: Axes, x: str, y: str = "", *, dots: bool = False) -> None:
+    """The look of every curve; `dots` marks its points."""
+    axes.set(xlabel=x, ylabel=y)
+    for line in axes.lines if dots else ():
+        line.set(marker="o", markersize=3)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def _images_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.tick_params(axis="x", labelrotation=20, labelsize=8)
+
+
+def _legend(canvas: Figure, axes: Axes, *, below: bool = False) -> None:
+    """One legend beside or below the axes, where there is more than one line."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        place: Place = "outside lower left" if below else "outside right upper"
+        legend = canvas.legend(handles, labels, loc=place, frameon=False, fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names with dollar signs are not formulas
+
+
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean over the 2 reach + 1 neighbours that exist; NaNs are left out."""
-    good = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(good)])
-    place = np.arange(len(values))
-    low, high = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    """Mean of each value of (N,) and its up to `reach` neighbours on either side, without NaNs."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (sums[high] - sums[low]) / (counts[high] - counts[low])

@@ -1,226 +1,418 @@
-"""The report's parts about probes: accuracy over pretraining, runs side by side, confusion, nearest
-neighbours, token colours, geometry, dense transfer. Each is HTML out of result lines; empty where there is
-nothing to say."""
+"""The sections of the report, in order: each turns what runs hold into text, charts and tables."""
 
+import itertools
+import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from latentddae.transfer import geometry, noise_classifier
-from latentddae.transfer.reporting import plots
+from latentddae import __version__
+from latentddae.core.errors import DataError
+from latentddae.transfer import results
+from latentddae.transfer.grids import Grid
+from latentddae.transfer.reporting import plots, tables
+from latentddae.transfer.reporting.collect import Found, Query, Visualization
 from latentddae.transfer.reporting.page import (
+    Card,
+    Cell,
+    Code,
+    Gallery,
+    Heading,
+    Note,
+    Part,
+    Picture,
+    Section,
     Short,
+    Strip,
+    Table,
     Thumb,
-    heading,
-    paragraph,
-    picture,
-    pictures,
-    strip,
-    table,
 )
 
-MISTAKES = 10  # of the confusion, the most frequent ones
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def probe_name(line: dict[str, Any]) -> str:
-    """A probe line's protocol in words: k-NN, linear (lbfgs), linear (ddae), 5 of each class."""
-    protocol = line["protocol"]
-    recipe = str(protocol.get("name", "")).partition("/")[0].removesuffix("-linear")
-    name = "k-NN" if line["kind"] == "knn" else f"{line['kind']} ({recipe})"
-    few = protocol.get("few_shot")
-    return name if few is None else f"{name}, {few} of each class"
-
-
-def over_pretraining(
-    named: Sequence[tuple[str, list[dict[str, Any]]]],
-) -> list[tuple[str, list[tuple[int, float, float]]]]:
-    """(name, [(images seen, accuracy, sd or 0)]) of every probe that has several checkpoints of a run."""
-    points: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
-    for run, lines in named:
-        for line in lines:
-            images = (line["checkpoint"] or {}).get("images_seen")
-            if images is not None:
-                name = f"{run}: {probe_name(line)}" if len(named) > 1 else probe_name(line)
-                points[name][images] = (line["accuracy"], line.get("accuracy_sd") or 0.0)
-    return [
-        (name, [(images, *found[images]) for images in sorted(found)])
-        for name, found in points.items()
-        if len(found) > 1
-    ]
-
-
-def progress(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Accuracy over images seen, as picture and table."""
-    series = over_pretraining(named)
-    if not series:
-        return ""
-    rows = [
-        [name, images, f"{100 * score:.2f} %", f"{100 * sd:.2f}" if sd else ""]
-        for name, found in series
-        for images, score, sd in found
-    ]
-    return picture(plots.progress(series), "test accuracy over pretraining") + table(
-        ["probe", "images seen", "test accuracy", "sd"], rows
-    )
-
-
-def side_by_side(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """One column per run, one line per probe; the latest checkpoint of each."""
-    if len(named) < 2:
-        return ""
-    best: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for run, lines in named:
-        for line in lines:
-            now = best[probe_name(line)].get(run)
-            if now is None or _images(line) >= _images(now):
-                best[probe_name(line)][run] = line
-    if not best:
-        return ""
-    rows = []
-    for name, found in best.items():
-        scores = {run: line["accuracy"] for run, line in found.items()}
-        first = next((scores[run] for run, _ in named if run in scores), 0.0)
-        cells = [
-            _score(scores.get(run), first if place else None)
-            for place, (run, _) in enumerate(named)
-        ]
-        rows.append([name, *cells])
-    note = "Test accuracy of each run's latest checkpoint; in brackets the distance to the first."
-    return paragraph(note, "note") + table(["probe", *(run for run, _ in named)], rows)
-
-
-def _images(line: dict[str, Any]) -> int:
-    return (line["checkpoint"] or {}).get("images_seen") or 0
-
-
-def _score(score: float | None, first: float | None) -> Short:
-    if score is None:
-        return Short("")
-    distance = "" if first is None else f" ({100 * (score - first):+.2f})"
-    return Short(f"{100 * score:.2f} %{distance}")
-
-
-def confusion(name: str, entry: dict[str, Any]) -> str:
-    """Heat map and most frequent mistakes of a probe."""
-    counts, classes = np.array(entry["counts"]), entry["classes"]
-    wrong = counts * (1 - np.eye(len(classes), dtype=counts.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
-    pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place]]
-    rows = [[classes[truth], classes[answer], int(wrong[truth, answer])] for truth, answer in pairs]
-    mistakes = table(["class", "read as", "test images"], rows) if rows else ""
-    shown = picture(plots.confusion(counts, classes), "% of each class")
-    return heading(name) + pictures([shown, mistakes])
-
-
-def looks(found: Iterable[dict[str, Any]]) -> tuple[str, str]:
-    """(nearest neighbours, token colours) of look.json files."""
-    near, tokens = "", ""
-    for entry in found:
-        cell = entry["cell"]
-        where = f"block {cell['block']} at s = {cell['level']:g}"
-        near += paragraph(
-            f"Test images, then the training images whose features at {where} are the most similar "
-            "by cosine; green frames: of the same class.",
-            "note",
-        )
-        near += "".join(_neighbours(query) for query in entry["queries"])
-        tokens += paragraph(
-            f"The first three principal components of all tokens at {where} as red, green and "
-            "blue: what has one colour is alike to the network.",
-            "note",
-        )
-        tokens += pictures([strip(_colours(query)) for query in entry["queries"]])
-    return near, tokens
-
-
-def _neighbours(query: dict[str, Any]) -> str:
-    thumbs = [Thumb(query["image"], query["class"], "first")]
-    for near in query["neighbours"]:
-        kind = "right" if near["right"] else "wrong"
-        thumbs.append(Thumb(near["image"], f"{near['class']} {near['similarity']:.3f}", kind))
-    return strip(thumbs)
-
-
-def _colours(query: dict[str, Any]) -> list[Thumb]:
-    return [Thumb(query["image"], query["class"]), Thumb(query["tokens"], "tokens")]
-
-
-def newest(lines: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Lines of a kind, the last one of each weights, cell and protocol: a command given again adds a line."""
-    found = {
-        repr([(line["checkpoint"] or {}).get("model_hash"), line["cell"], line["protocol"]]): line
-        for line in lines
-        if line.get("kind") == kind
+def all_sections(
+    runs: Sequence[Found], pictures: Sequence[tuple[str, Path]], commands: Sequence[str]
+) -> list[Section]:
+    """The page's sections; those with nothing to show are left out. `pictures` (caption, PNG file)
+    and `commands` are further ones that no run folder has."""
+    pictures = [*pictures, *(picture for found in runs for picture in found.pictures)]
+    parts = {
+        "Runs side by side": side_by_side(runs),
+        "Transfer results": transfer_results(runs),
+        "Which block, which noise level": grids(runs),
+        "Accuracy over pretraining": accuracy_over_pretraining(runs),
+        "One classifier for all noise levels": noise_curves(runs),
+        "Dense transfer": dense_transfer(runs),
+        "Geometry of the features": geometry(runs),
+        "Confusion": confusions(runs),
+        "Nearest neighbours": neighbours(runs),
+        "Tokens as colours": token_colours(runs),
+        "Pretraining": pretraining(runs),
+        "Generated and real images": sheets(pictures),
+        "Commands and versions": reproduction(runs, commands),
     }
-    return list(found.values())
+    return [Section(title, list(content)) for title, content in parts.items() if content]
 
 
-def _at(line: dict[str, Any]) -> str:
-    """Block and level of a line, and how long its network was trained."""
-    cell = line["cell"]
-    block = f"block {cell['block']}" if "block" in cell else ""
-    level = f"s = {cell['level']:g}" if "level" in cell else ""
-    return ", ".join(part for part in (block, level, f"{_images(line):,} images") if part)
+def headline(runs: Sequence[Found]) -> list[Card]:
+    """The few figures to see first: the network's probe, its lead over raw latents, its cell."""
+    chosen = {
+        score.result.group: score
+        for found in runs
+        for score in tables.scores(found)
+        if score.chosen and score.probe == "linear"
+    }
+    cards = []
+    if "ddae" in chosen:
+        best = chosen["ddae"]
+        cards.append(Card(tables.percent(best.accuracy, 1), "DDAE linear probe, test"))
+        if "latents" in chosen:
+            lead = 100 * (best.accuracy - chosen["latents"].accuracy)
+            cards.append(Card(f"{lead:+.1f}", "points over raw latents"))
+        cell = best.result.cell
+        assert cell is not None and cell.level is not None
+        where = f"at noise level {plots.level_text(cell.level)}, pool {cell.pool}: the chosen cell"
+        cards.append(Card(f"block {cell.block}", where))
+    seen = [log.images[-1] for found in runs for log in found.logs if len(log.images)]
+    if seen:
+        cards.append(Card(f"{max(seen):,.0f}", "training images seen"))
+    return cards
 
 
-def geometries(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Alignment, uniformity, effective rank and CKA of `latentddae geometry`, per level."""
-    shown = [
-        picture(geometry.pictures(line), f"{run}: {_at(line)}")
-        for run, lines in named
-        for line in newest(lines, "geometry")
-    ]
-    if not shown:
-        return ""
-    note = (
-        "Alignment: how far apart two noisy views of an image lie (0: no distance). Uniformity: how evenly features "
-        "cover the sphere (lower: more evenly). Effective rank: how many directions they use."
-    )
-    return paragraph(note, "note") + pictures(shown)
-
-
-def noise_curves(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Accuracy over noise of `latentddae noise-classifier`, per block."""
-    shown = [
-        picture(
-            noise_classifier.picture(line["curve"], line["cell"]["block"]), f"{run}: {_at(line)}"
-        )
-        for run, lines in named
-        for line in newest(lines, "noise_classifier")
-    ]
-    return pictures(shown) if shown else ""
-
-
-def dense(named: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """mIoU of `latentddae segment` and PCK of `latentddae correspond`."""
-    rows: list[list[Any]] = []
-    for run, lines in named:
-        for line in newest(lines, "segment"):
-            score = f"mIoU {100 * line['miou']:.2f} %, pixels {100 * line['pixel_accuracy']:.2f} %"
-            rows.append([run, "linear segmentation", Short(_at(line)), score])
-        for line in newest(lines, "correspond"):
-            scores = (
-                f"{score['alpha']:g}: {100 * score['per_point']:.2f} %" for score in line["pck"]
-            )
-            rows.append([run, "correspondence", Short(_at(line)), "PCK at " + ", ".join(scores)])
-    return table(["run", "task", "features", "test"], rows) if rows else ""
-
-
-def best_confusion(
-    run: Path, lines: Sequence[dict[str, Any]], read: Callable[[Path], Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """(name, confusion) of the most accurate probe of a run that saw all labels; empty without
-    one."""
-    paths = {path.stem.removeprefix("confusion-"): path for path in run.rglob("confusion-*.json")}
-    known = [
-        line for line in lines if line.get("id") in paths and "few_shot" not in line["protocol"]
-    ]
-    if not known:
+def side_by_side(runs: Sequence[Found]) -> list[Part]:
+    """The latest checkpoint of every run in one table, where there are several runs."""
+    scores = [s for found in runs for s in tables.scores(found) if s.is_pretrained]
+    table = tables.side_by_side([found.name for found in runs], scores)
+    if len(runs) < 2 or table is None:
         return []
-    best = max(known, key=lambda line: line["accuracy"])
-    cell = best["cell"]
-    name = f"{run.name}: {probe_name(best)}, block {cell['block']} at s = {cell['level']:g}"
-    return [(name, read(paths[best["id"]]))]
+    note = "Test accuracy of each run's latest checkpoint; in brackets the difference to the first."
+    return [Note(note), table]
+
+
+def transfer_results(runs: Sequence[Found]) -> list[Part]:
+    """The comparisons and single probes of every run."""
+    parts: list[Part] = []
+    for found in runs:
+        single = [score for score in tables.scores(found) if score.chosen is None]
+        if len(runs) > 1 and (found.comparisons or single):
+            parts.append(Heading(found.name))
+        for comparison in found.comparisons:
+            seen = comparison.rows[0].n_seen
+            note = (
+                f"All rows share their probes and their {seen['train']:,} training and "
+                f"{seen['test']:,} test samples. Block, noise level, pooling, regularisation and k "
+                f"are chosen on {seen['heldout']:,} held-out training samples; the test split is "
+                "scored once. Each network appears with every pooling; the tag marks the chosen one."
+            )
+            parts += [Note(note), tables.comparison_table(comparison)]
+            parts.append(Note("± is one standard error of a share of that many test samples."))
+        if single:
+            parts += [Heading("Single probes")] if found.comparisons else []
+            parts.append(tables.probe_table(single))
+    return parts
+
+
+def grids(runs: Sequence[Found]) -> list[Part]:
+    """Accuracy over blocks and over noise levels, all grids in one chart, and their heat maps."""
+    named = named_grids(runs)
+    parts: list[Part] = []
+    if any(len(grid.blocks) > 1 or len(grid.levels) > 1 for _, grid in named):
+        caption = "best over noise levels for each block, and over blocks for each noise level"
+        parts.append(Picture(plots.profiles(named), caption))
+    for found in runs:
+        for grid in found.grids:
+            if len(named) > 1:
+                source = tables.checkpoint_text(grid.checkpoint)
+                parts.append(Heading(f"{found.name}: {source}"))
+            parts += heat_maps(grid)
+    return parts
+
+
+def named_grids(runs: Sequence[Found]) -> list[tuple[str, Grid]]:
+    """(run, grid); runs have no name where there is only one."""
+    return [(found.name if len(runs) > 1 else "", grid) for found in runs for grid in found.grids]
+
+
+def heat_maps(grid: Grid) -> list[Part]:
+    """One heat map per pooling."""
+    best = grid.chosen
+    note = (
+        f"Held-out accuracy of a closed-form ridge probe on {grid.n_seen['fit']:,} training "
+        "samples, for each block (1 = first) and noise level (0 clean, 1 pure noise). Thin frames: "
+        "the best blocks, evaluated again by the full linear probe on held-out training samples; "
+        f"thick frame: the best of these. Chosen overall: block {best.block} at noise level "
+        f"{plots.level_text(best.level)}, pool {best.pool}."
+    )
+    maps = [
+        Picture(
+            plots.heat_map(grid, pool),
+            f"pool {pool}: {grid.chosen_by_pool[pool].width} numbers per image",
+        )
+        for pool in grid.pools
+    ]
+    return [Note(note), Gallery(maps)]
+
+
+class Origin(NamedTuple):
+    """What tells one curve over pretraining from another; empty where it is unknown."""
+
+    run: str
+    probe: str
+    cell: str
+    data: str
+    train_samples: str
+
+
+class Point(NamedTuple):
+    """Accuracy after `images` images of pretraining."""
+
+    images: int
+    accuracy: float
+    sd: float | None
+
+
+History = tuple[Origin, list[Point]]
+
+
+def histories(runs: Sequence[Found]) -> list[History]:
+    """Every probe with at least two checkpoints of a run: those that training ran on itself, and
+    results of the same probe on the same data for several checkpoints.
+
+    Of several cells of one checkpoint, the best on held-out training samples counts.
+    """
+    points: dict[Origin, dict[int, Point]] = defaultdict(dict)
+    for found in runs:
+        for log in found.logs:
+            for probe in log.probes:
+                cell = f"block {probe.block}, level {plots.level_text(probe.level)}, {probe.pool}"
+                name = f"{tables.PROBE_NAMES.get(probe.kind, probe.kind)} during training"
+                origin = Origin(found.name, name, cell, "", "")
+                points[origin][probe.images] = Point(probe.images, probe.top1, None)
+        scores = [score for score in tables.scores(found) if score.is_pretrained]
+        for score in sorted(scores, key=lambda score: score.heldout_accuracy or 0.0):
+            images = tables.images_seen(score.result.checkpoint)
+            if images is not None:
+                points[_origin(score)][images] = Point(images, score.accuracy, score.accuracy_sd)
+    return [
+        (origin, [by_images[images] for images in sorted(by_images)])
+        for origin, by_images in points.items()
+        if len(by_images) > 1
+    ]
+
+
+def _origin(score: tables.Score) -> Origin:
+    result = score.result
+    return Origin(
+        run=score.run,
+        probe=tables.probe_name(score),
+        cell="",
+        data=tables.data_text(result.data),
+        train_samples=f"{result.n_seen.get('train', 0):,} samples",
+    )
+
+
+def series(found: Sequence[History]) -> list[plots.Series]:
+    """Lines of a chart, each named by its probe and by what not all of them share."""
+    columns = zip(*(origin for origin, _ in found), strict=True)
+    differs = [len(set(values)) > 1 for values in columns]
+    differs[Origin._fields.index("probe")] = True
+    return [
+        plots.Series(
+            label=", ".join(filter(None, itertools.compress(origin, differs))),
+            images=np.array([point.images for point in points], dtype=np.float64),
+            accuracy=np.array([point.accuracy for point in points]),
+            sd=np.array([point.sd or 0.0 for point in points]),
+        )
+        for origin, points in found
+    ]
+
+
+def accuracy_over_pretraining(runs: Sequence[Found]) -> list[Part]:
+    """Accuracy over images seen, as chart and table."""
+    found = histories(runs)
+    if not found:
+        return []
+    rows: list[list[Cell]] = [
+        [
+            *map(Short, origin[:2]),
+            point.images,
+            Short(tables.percent(point.accuracy)),
+            "" if point.sd is None else f"{100 * point.sd:.2f}",
+            *map(Short, origin[2:]),
+        ]
+        for origin, points in found
+        for point in points
+    ]
+    header = ("run", "probe", "images seen", "accuracy", "sd", "cell", *tables.ORIGIN[:2])
+    chart = plots.accuracy_over_pretraining(series(found))
+    caption = "accuracy over images seen in pretraining"
+    return [Picture(chart, caption), Table(header, rows)]
+
+
+def noise_curves(runs: Sequence[Found]) -> list[Part]:
+    """Accuracy over noise levels of `latentddae noise-classifier`, per block."""
+    charts = []
+    for found in runs:
+        for result in found.newest("noise_classifier"):
+            curve = results.rows(result.values, "curve")
+            levels = [results.number(row, "level") for row in curve]
+            accuracy = [results.number(row, "accuracy") for row in curve]
+            block = result.cell.block if result.cell else ""
+            chart = plots.noise_curve(levels, accuracy, str(block))
+            charts.append(Picture(chart, _caption(found.name, result)))
+    return [Gallery(charts)] if charts else []
+
+
+def _caption(run: str, result: results.Result) -> str:
+    """Run, features, data and checkpoint of a chart."""
+    texts = (
+        tables.features_text(result.cell),
+        tables.data_text(result.data),
+        tables.checkpoint_text(result.checkpoint),
+    )
+    return f"{run}: {', '.join(text for text in texts if text)}"
+
+
+def dense_transfer(runs: Sequence[Found]) -> list[Part]:
+    """Segmentation and correspondence."""
+    table = tables.dense_table(runs)
+    return [] if table is None else [table]
+
+
+def geometry(runs: Sequence[Found]) -> list[Part]:
+    """Alignment, uniformity, effective rank and CKA of `latentddae geometry`, per noise level."""
+    charts = [
+        Picture(plots.geometry(result.values), _caption(found.name, result))
+        for found in runs
+        for result in found.newest("geometry")
+    ]
+    note = (
+        "Alignment: mean squared distance between two noisy views of an image (0: identical). "
+        "Uniformity: how evenly features cover the unit sphere (lower: more evenly). Effective "
+        "rank: how many directions they use."
+    )
+    return [Note(note), Gallery(charts)] if charts else []
+
+
+def confusions(runs: Sequence[Found]) -> list[Part]:
+    """The confusion of each run's best probe as a heat map, and its most frequent mistakes."""
+    parts: list[Part] = []
+    for found in runs:
+        if found.confusion is not None:
+            chart = plots.confusion(found.confusion.counts, found.confusion.classes)
+            mistakes = tables.mistakes_table(found.confusion)
+            shown: list[Picture | Table | Strip] = [Picture(chart, "% of each class")]
+            shown += [mistakes] if mistakes else []
+            result = found.confusion.result
+            name = f"{result.kind}, {_caption(found.name, result)}"
+            parts += [Heading(name), Gallery(shown)]
+    return parts
+
+
+def neighbours(runs: Sequence[Found]) -> list[Part]:
+    """Test images beside their nearest neighbours."""
+    parts: list[Part] = []
+    for shown in _visualizations(runs):
+        note = (
+            f"Test images, each followed by the training images with the most similar features "
+            f"(cosine) at {_where(shown)}. Green frames: same class."
+        )
+        parts += [Note(note), *map(_neighbour_strip, shown.queries)]
+    return parts
+
+
+def _visualizations(runs: Sequence[Found]) -> list[Visualization]:
+    return [shown for found in runs for shown in found.visualizations]
+
+
+def _where(shown: Visualization) -> str:
+    return f"block {shown.block}, noise level {plots.level_text(shown.level)}"
+
+
+def _neighbour_strip(query: Query) -> Strip:
+    thumbs = [Thumb(query.image, query.label, "first")]
+    for near in query.neighbours:
+        mark = "right" if near.right else "wrong"
+        thumbs.append(Thumb(near.image, f"{near.label} {near.similarity:.3f}", mark))
+    return Strip(thumbs)
+
+
+def token_colours(runs: Sequence[Found]) -> list[Part]:
+    """Test images beside the principal components of their tokens."""
+    parts: list[Part] = []
+    for shown in _visualizations(runs):
+        note = (
+            f"The first three principal components of all tokens at {_where(shown)} as red, green "
+            "and blue: regions of one colour have similar features."
+        )
+        strips = [
+            Strip([Thumb(query.image, query.label), Thumb(query.tokens, "tokens")])
+            for query in shown.queries
+        ]
+        parts += [Note(note), Gallery(strips)]
+    return parts
+
+
+def pretraining(runs: Sequence[Found]) -> list[Part]:
+    """Training loss of every run, as chart and table."""
+    logs = [
+        (found.name if len(found.logs) == 1 else f"{found.name}/{log.name}", log)
+        for found in runs
+        for log in found.logs
+        if len(log.images)
+    ]
+    if not logs:
+        return []
+    rows: list[list[Cell]] = [
+        [name, int(log.images[-1]), round(float(log.loss[-1]), 4), round(log.images_per_s or 0)]
+        for name, log in logs
+    ]
+    curves = [plots.LossCurve(name, log.images, log.loss) for name, log in logs]
+    chart = Picture(plots.loss_curves(curves), "training loss over images seen")
+    return [chart, Table(("run", "images seen", "last loss", "images/s (median)"), rows)]
+
+
+def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:
+    """Recorded pictures. DataError for a file that is missing or not a PNG."""
+    shown = []
+    for caption, path in pictures:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"picture {path} cannot be read: {error.strerror}") from error
+        if not data.startswith(PNG_SIGNATURE):
+            raise DataError(f"picture {path} is not a PNG file")
+        shown.append(Picture(data, caption, sharp=True))
+    return [Gallery(shown)] if shown else []
+
+
+def reproduction(runs: Sequence[Found], commands: Sequence[str]) -> list[Part]:
+    """Command lines as they were given, versions of code and libraries, fingerprints of data."""
+    starts = [start for found in runs for start in found.starts]
+    lines = [*commands, *(command_text(start["command"]) for start in starts if "command" in start)]
+    facts: dict[str, str] = {"latentddae": __version__}
+    for start in starts:
+        facts |= {name: str(value) for name, value in start.get("versions", {}).items()}
+        for key in ("commit", "device", "cpu_count", "world_size"):
+            if start.get(key) is not None:
+                facts[key.replace("_", " ")] = str(start[key])
+    for name, grid in named_grids(runs):
+        facts |= {f"{name} {key}".strip(): value for key, value in grid_facts(grid).items()}
+    table = Table(("what", "version"), list(facts.items()))
+    return [Code(list(dict.fromkeys(lines))), table] if lines else [table]
+
+
+def grid_facts(grid: Grid) -> Mapping[str, str]:
+    """Weights, data and seed of a grid."""
+    weights = f"{grid.checkpoint.weights} {grid.checkpoint.model_hash}"
+    data = {f"data {name}": value for name, value in grid.data.items()}
+    return {"checkpoint weights": weights, **data, "seed": str(grid.seed)}
+
+
+def command_text(command: str | Sequence[str]) -> str:
+    """A command as one line for a shell."""
+    return command if isinstance(command, str) else shlex.join(map(str, command))

@@ -1,0 +1,224 @@
+"""Find and read what the commands left in a run folder: results, grids, logs, pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import read_json, read_json_lines
+from latentddae.transfer import results
+from latentddae.transfer.grids import Grid, read_grid
+from latentddae.transfer.results import Result
+
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.jsonl"
+PICTURES = "pictures.json"
+VISUALIZATION = "visualize.json"
+PROBES = ("linear", "knn", "finetune")  # kinds of results with one accuracy each
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class InRunProbe:
+    """A probe that a training run ran on itself."""
+
+    images: int
+    kind: str
+    level: float
+    block: int | str
+    pool: str
+    top1: float
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """A metrics.jsonl: loss (N,) over images seen (N,), its median speed, and in-run probes."""
+
+    name: str
+    images: np.ndarray
+    loss: np.ndarray
+    images_per_s: float | None
+    probes: Sequence[InRunProbe]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table of `latentddae compare`: its rows, and which of them is its group's choice."""
+
+    rows: Sequence[Result]
+    chosen: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Test samples of each class (row) by prediction (column), of one result."""
+
+    result: Result
+    classes: Sequence[str]
+    counts: np.ndarray  # (classes, classes) int64
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training sample: a base64 PNG, its class, cosine similarity, and whether the class is the
+    query's."""
+
+    image: str
+    label: str
+    similarity: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Query:
+    """A test sample: its image and the colours of its tokens as base64 PNGs, its class, and its
+    nearest neighbours, best first."""
+
+    image: str
+    label: str
+    tokens: str
+    neighbours: Sequence[Neighbour]
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """A visualize.json: queries in the features of one cell."""
+
+    block: int | str
+    level: float
+    queries: Sequence[Query]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one run folder holds; sequences are empty where there is nothing."""
+
+    name: str
+    logs: Sequence[TrainingLog]
+    grids: Sequence[Grid]
+    comparisons: Sequence[Comparison]
+    results: Sequence[Result]
+    confusion: Confusion | None
+    """Of the most accurate probe that was given all labels."""
+    visualizations: Sequence[Visualization]
+    pictures: Sequence[tuple[str, Path]]
+    """(caption, PNG file)"""
+    starts: Sequence[Row]
+    """Commands and versions, one row for each start."""
+
+    @property
+    def probes(self) -> list[Result]:
+        """Results of single probes and fine-tunings."""
+        return [r for r in self.results if r.kind in PROBES and r.accuracy is not None]
+
+    def newest(self, kind: str) -> list[Result]:
+        """Results of a kind; of those that a repeated command gave, the last."""
+        return list({r.key: r for r in self.results if r.kind == kind}.values())
+
+
+def find(run: Path) -> Found:
+    """Read a run folder. ConfigError if it does not exist, DataError for a damaged file."""
+    if not run.is_dir():
+        raise ConfigError(f"run folder {run} does not exist")
+    read = [r for path in _files(run, results.RESULTS) for r in results.read(path)]
+    return Found(
+        name=run.name,
+        logs=[read_log(path) for path in _files(run, METRICS)],
+        grids=[read_grid(path) for path in _own_grids(run)],
+        comparisons=[read_comparison(path) for path in _files(run, "compare.json")],
+        results=read,
+        confusion=best_confusion(run, read),
+        visualizations=[read_visualization(path) for path in _files(run, VISUALIZATION)],
+        pictures=_pictures(run),
+        starts=[row for path in _files(run, ENVIRONMENT) for row in read_json_lines(path)],
+    )
+
+
+def _files(run: Path, name: str) -> list[Path]:
+    return sorted(run.rglob(name))
+
+
+def _own_grids(run: Path) -> Iterator[Path]:
+    """Grids of the run's own network; those below a folder `grids` belong to baselines."""
+    for path in _files(run, "grid.json"):
+        if "grids" not in path.relative_to(run).parts:
+            yield path
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a result {what}")
+    return value
+
+
+def read_log(path: Path) -> TrainingLog:
+    """A metrics.jsonl; rows without a loss or a probe are left out."""
+    rows = read_json_lines(path)
+    logged = [row for row in rows if "loss" in row and "images" in row]
+    speeds = [row["images_per_s"] for row in logged if row.get("images_per_s")]
+    names = InRunProbe.__dataclass_fields__
+    return TrainingLog(
+        name=path.parent.name,
+        images=np.array([row["images"] for row in logged], dtype=np.float64),
+        loss=np.array([row["loss"] for row in logged], dtype=np.float64),
+        images_per_s=median(speeds) if speeds else None,
+        probes=[
+            InRunProbe(**{name: row[name] for name in names})
+            for row in rows
+            if row.get("event") == "probe"
+        ],
+    )
+
+
+def read_comparison(path: Path) -> Comparison:
+    """A compare.json."""
+    rows = _mapping(path, "of `latentddae compare`")["rows"]
+    return Comparison(
+        rows=[
+            results.from_dict({k: v for k, v in row.items() if k != "chosen"}, str(path))
+            for row in rows
+        ],
+        chosen=[bool(row["chosen"]) for row in rows],
+    )
+
+
+def best_confusion(run: Path, read: Sequence[Result]) -> Confusion | None:
+    """The confusion of the most accurate probe of a run that was given all labels."""
+    paths = {path.stem.removeprefix("confusion-"): path for path in run.rglob("confusion-*.json")}
+    counted = [r for r in read if r.id in paths and "few_shot" not in r.protocol]
+    if not counted:
+        return None
+    best = max(counted, key=lambda r: r.accuracy or 0.0)
+    entry = _mapping(paths[best.id], "confusion of a probe")
+    return Confusion(best, entry["classes"], np.array(entry["counts"], dtype=np.int64))
+
+
+def read_visualization(path: Path) -> Visualization:
+    """A visualize.json."""
+    content = _mapping(path, "of `latentddae visualize`")
+    cell = content["cell"]
+    return Visualization(cell["block"], cell["level"], [_query(row) for row in content["queries"]])
+
+
+def _query(row: Mapping[str, Any]) -> Query:
+    neighbours = [
+        Neighbour(near["image"], near["class"], near["similarity"], near["right"])
+        for near in row["neighbours"]
+    ]
+    return Query(row["image"], row["class"], row["tokens"], neighbours)
+
+
+def _pictures(run: Path) -> list[tuple[str, Path]]:
+    """(caption, file) of pictures.json, else the sheets of `latentddae sample`."""
+    recorded = [
+        (str(entry["caption"]), path.parent / entry["file"])
+        for path in _files(run, PICTURES)
+        for entry in read_json(path, "list of pictures")
+    ]
+    return recorded or [("generated samples", path) for path in _files(run, "grid.png")]

@@ -1,0 +1,101 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentddae.core.errors import DataError
+from latentddae.transfer.reporting import sections
+from latentddae.transfer.reporting.collect import Found, InRunProbe, TrainingLog
+from latentddae.transfer.reporting.page import Heading, Picture, Table
+from latentddae.transfer.reporting.sections import Point
+
+from .run_folder import data, grid, probe
+
+
+def run(name: str = "demo", *, results=(), logs=(), grids=()) -> Found:
+    return Found(
+        name=name,
+        logs=logs,
+        grids=grids,
+        comparisons=(),
+        results=results,
+        confusion=None,
+        visualizations=(),
+        pictures=(),
+        starts=(),
+    )
+
+
+def log(*accuracies: float) -> TrainingLog:
+    probes = [
+        InRunProbe(images=100 * n, kind="knn", level=0.1, block=3, pool="mean", top1=accuracy)
+        for n, accuracy in enumerate(accuracies, start=1)
+    ]
+    return TrainingLog("pretrain", np.empty(0), np.empty(0), None, probes)
+
+
+def test_a_history_needs_two_checkpoints_of_the_same_probe_on_the_same_data():
+    one, two = probe("linear", 0.9, 10), probe("linear", 0.95, 20)
+    for other in (
+        probe("knn", 0.8, 20),
+        replace(two, data=data("birds")),
+        replace(two, data=data(split="val")),
+        replace(two, n_seen={**two.n_seen, "train": 5}),
+    ):
+        assert sections.histories([run(results=[one, other])]) == []
+    ((origin, points),) = sections.histories([run(results=[two, one])])
+    assert origin.probe == "linear (lbfgs)"
+    assert points == [Point(10, 0.9, None), Point(20, 0.95, None)]
+
+
+def test_of_several_cells_the_best_on_held_out_samples_counts():
+    one, two = probe("linear", 0.9, 10), probe("linear", 0.95, 20)
+    lucky = replace(two, accuracy=0.99, heldout_accuracy=0.1)
+    ((_, points),) = sections.histories([run(results=[one, two, lucky])])
+    assert points[1].accuracy == 0.95
+
+
+def test_training_probes_itself():
+    ((origin, points),) = sections.histories([run(logs=[log(0.1, 0.4)])])
+    assert origin.probe == "k-NN during training"
+    assert origin.cell == "block 3, level 0.1, mean"
+    assert points == [Point(100, 0.1, None), Point(200, 0.4, None)]
+    chart, table = sections.accuracy_over_pretraining([run(logs=[log(0.1, 0.4)])])
+    assert isinstance(chart, Picture)
+    assert isinstance(table, Table)
+    assert [row[2] for row in table.rows] == [100, 200]
+    assert sections.accuracy_over_pretraining([run(logs=[log(0.1)])]) == []
+
+
+def test_lines_are_named_by_what_tells_them_apart():
+    histories = sections.histories([run(logs=[log(0.1, 0.4)])])
+    assert [s.label for s in sections.series(histories)] == ["k-NN during training"]
+    histories = sections.histories([run("a", logs=[log(1, 1)]), run("b", logs=[log(1, 1)])])
+    labels = [s.label for s in sections.series(histories)]
+    assert labels == ["a, k-NN during training", "b, k-NN during training"]
+
+
+def test_several_grids_of_a_run_are_headed_by_their_checkpoints():
+    parts = sections.grids([run(grids=[grid(), grid()])])
+    headings = [part.text for part in parts if isinstance(part, Heading)]
+    assert headings == ["demo: demo/pretrain (ema), 64,000 images"] * 2
+
+
+def test_facts_of_several_runs_are_kept_apart():
+    (table,) = sections.reproduction([run("a", grids=[grid()]), run("b", grids=[grid()])], [])
+    names = [name for name, _ in table.rows]
+    assert {"a seed", "b seed", "a data content"} <= set(names)
+
+
+def test_empty_sections_are_left_out():
+    titles = [section.title for section in sections.all_sections([run()], [], [])]
+    assert titles == ["Commands and versions"]
+
+
+def test_pictures_must_be_png_files(tmp_path):
+    with pytest.raises(DataError, match=r"none\.png cannot be read"):
+        sections.sheets([("x", Path("none.png"))])
+    (tmp_path / "a.png").write_text("<svg>")
+    with pytest.raises(DataError, match="is not a PNG"):
+        sections.sheets([("x", tmp_path / "a.png")])
