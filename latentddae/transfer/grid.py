@@ -344,7 +344,7 @@ def write(run: GridRun, grid: Grid) -> None:
     write_json(run.out / grids.FILE, grids.to_dict(grid))
     write_atomic(run.out / "grid.csv", grids.to_csv(grid))
     for pool in grid.pools:
-        write_atomic(run.out / f"grid-{pool}.png", plots.heat_map(grids.to_dict(grid), pool))
+        write_atomic(run.out / f"grid-{pool}.png", plots.heat_map(grid, pool))
     results.append_once(run.out, result_of(run, grid))
 
 
