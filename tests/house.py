@@ -63,17 +63,27 @@ def imported_modules(path: Path, modules: set[str]) -> Iterator[str]:
 
 
 def import_graph(folder: str) -> dict[str, set[str]]:
-    """Module -> modules it imports, among the files of one folder of the package and its rooms."""
+    """Room -> rooms it imports, inside one folder of the package: a room is a file of the folder,
+    or a sub-folder with all that is in it."""
     names = {module_name(path): path for path in trees() if path.is_relative_to(PACKAGE / folder)}
     every = {module_name(path) for path in trees()}
-    return {
-        name: {m for m in imported_modules(path, every) if m in names} - {name}
-        for name, path in names.items()
-    }
+    home = f"{PACKAGE.name}.{folder.replace('/', '.')}"
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        room = room_of(name, home)
+        imported = {room_of(m, home) for m in imported_modules(path, every) if m in names}
+        graph.setdefault(room, set()).update(imported - {room})
+    return graph
+
+
+def room_of(module: str, home: str) -> str:
+    """The direct child of the package `home` that a module is, or is in."""
+    inside = module.removeprefix(home).lstrip(".")
+    return f"{home}.{inside.split('.')[0]}" if inside else home
 
 
 def levels(graph: dict[str, set[str]]) -> int:
-    """Modules on the longest chain of imports."""
+    """Rooms on the longest chain of imports."""
     depth: dict[str, int] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> int:
