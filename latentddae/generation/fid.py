@@ -8,7 +8,7 @@
 
 Images give FID, sFID, inception score, KID, precision and recall with Inception features; feature
 arrays give the Frechet distance. A named protocol fixes all that a published number depends on and
-refuses what differs. The result is one JSON line on stdout and in OUT/results.jsonl.
+refuses what differs. The result is one JSON line on stdout and in OUT/fid.jsonl.
 """
 
 import json
@@ -70,7 +70,7 @@ class FidConfig:
     reference_sha256: str | None = None
     """Hash of the reference file that this number must be made with."""
     out: Path | None = None
-    """Folder for results.jsonl; none: beside SAMPLES."""
+    """Folder for fid.jsonl; none: beside SAMPLES."""
     batch: int = 64
     """Images per network call."""
 
@@ -237,7 +237,7 @@ def plan(config: FidConfig) -> str:
 
 
 def run(config: FidConfig) -> None:
-    """Compare, print the result and append it to results.jsonl."""
+    """Compare, print the result and append it to fid.jsonl."""
     if config.save_reference is not None:
         make_reference(config, config.save_reference)
         return
@@ -248,7 +248,7 @@ def run(config: FidConfig) -> None:
         result = compare_images(config)
     result = {"command": "fid", **result, "version": __version__}
     beside = config.samples if config.samples.is_dir() else config.samples.parent
-    append_json_line((config.out or beside) / "results.jsonl", result)
+    append_json_line((config.out or beside) / "fid.jsonl", result)
     print(json.dumps(result))
 
 

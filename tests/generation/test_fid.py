@@ -74,7 +74,7 @@ def test_all_metrics_between_folders(
     assert same["fid"] < 1e-6
     assert same["sfid"] < 1e-6
     assert same["precision"] == same["recall"] == 1
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "fid.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [result, same]
 
 
@@ -290,7 +290,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, weights: Path) -> None:
     for argv, kind, message in cases:
         with pytest.raises(kind, match=message):
             fid.main([*map(str, argv), "--inception-weights", str(weights), "--batch", "2"])
-    assert not list(tmp_path.rglob("results.jsonl"))
+    assert not list(tmp_path.rglob("fid.jsonl"))
     for file, message in [
         ("absent.pth", "do not exist"),
         ("other.pth", "does not hold Inception's weights"),
