@@ -31,8 +31,8 @@ import torch.distributed as torch_dist
 
 from latentddae.core import dist, files, runlog
 from latentddae.core.errors import ConfigError, LatentddaeError, run_command
+from latentddae.core.precision import resolve_precision
 from latentddae.models import attention
-from latentddae.training.deepspeed_config import resolve_precision
 
 MEETING_S = 20.0  # two ranks on one machine need a second
 IMPORT_S = 120.0

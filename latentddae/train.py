@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the imports: they take seconds in which a s
 
     listen_early()
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,159 +23,152 @@ from torch import Tensor
 
 from latentddae.core import config as configuration
 from latentddae.core import dist, rng
+from latentddae.core.command import Command
 from latentddae.core.errors import run_command
-from latentddae.data.loader import Batch
-from latentddae.data.manifest import SplitInfo
-from latentddae.data.shards import ShardSet
+from latentddae.core.precision import DTYPES
 from latentddae.data.training_data import info_of, open_data, require_random_access
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.planning.flops import training_flops
-from latentddae.training.config import (
-    TrainConfig,
-    add_run_arguments,
-    contract,
-    resolve,
-)
-from latentddae.training.deepspeed_config import DTYPES, derive
+from latentddae.training.config import TrainConfig, contract, resolve
+from latentddae.training.deepspeed_config import derive
 from latentddae.training.export import WEIGHTS, export
-from latentddae.training.loop import Job, Loop
+from latentddae.training.job import Evaluation, Job
+from latentddae.training.loop import Loop
 from latentddae.training.process import RunContext, distributed_run
 from latentddae.training.states import State
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(prog="latentddae train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file, see configs/pretrain/")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the complete configuration"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    add_run_arguments(parser)
-    args = parser.parse_intermixed_args(argv)
-    config = configuration.load(TrainConfig, args.config, args.overrides)
-    if args.print_config:
-        print(configuration.to_yaml(config), end="")
-        return
-    if args.dry_run:
-        print(describe(config))
-        return
-    train(config, args.retry)
-
-
-def train(config: TrainConfig, retry: bool = False) -> Path:
+def train(config: TrainConfig) -> Path:
     """Run (or continue) a pretraining run; returns the folder of its portable checkpoint.
 
     Raises ConfigError for a refused configuration, DataError when numbers go bad,
     RequeueError when a signal stopped the run after a complete save.
     """
     run = Path(config.run)
-    with distributed_run(run, "train", config.hang_timeout_s, retry) as context:
-        loop = Loop(pretraining(config, context), context)
+    with distributed_run(run, "train", config.hang_timeout_s, config.retry) as context:
+        loop = Loop(Pretraining(config, context).job(), context)
         loop.run_to_end()
         context.watchdog.enter("exporting")
         state = loop.saver.newest()
         return dist.on_rank0(lambda: export(state, run / "export"))
 
 
-def describe(config: TrainConfig) -> str:
+def plan(config: TrainConfig) -> str:
     """What would be trained, after the same checks as a real start; nothing is written."""
-    info = info_of(open_data(config.data))
-    config = resolve(config, info)
+    data = info_of(open_data(config.data))
+    config = resolve(config, data)
     world = dist.world_from_environment()
     device = dist.device_for(world)
-    precision, plan, settings = derive(config.engine, config.global_batch, world.size, device)
+    precision, batch, settings = derive(config.engine, config.global_batch, world.size, device)
     with torch.device("meta"):
         model = zoo.build(config.model)
     attention.choose(model, config.engine.attention, device, DTYPES[precision])
     parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"{len(info)} samples of {info.spec.shape} from {info.root}\n"
+        f"{len(data)} samples of {data.spec.shape} from {data.root}\n"
         f"{config.model.kind} with {parameters:,} parameters, objective {config.objective.kind}\n"
         f"{config.total_images:,} images in batches of {config.global_batch} = "
-        f"{world.size} ranks x {plan.accumulation} x {plan.micro}, {precision}\n"
+        f"{world.size} ranks x {batch.accumulation} x {batch.micro}, {precision}\n"
         f"DeepSpeed: {json.dumps(settings)}"
     )
 
 
-def pretraining(config: TrainConfig, context: RunContext) -> Job:
-    """A diffusion model on latents, as the loop takes it."""
-    data = dist.on_all_ranks(lambda: open_data(config.data))
-    info = info_of(data)
-    config = resolve(config, info)
-    spec, seed, objective = info.spec, config.seed, config.objective
-    monitor = _open_monitor(config, data)
-    model = zoo.build(config.model, seed=seed).to(context.device)
+class Pretraining:
+    """What is trained and how it is scored: a diffusion model on latents."""
 
-    def tensors(batch: Batch) -> tuple[Tensor, ...]:
-        return batch.moments, batch.label, batch.position
+    def __init__(self, config: TrainConfig, context: RunContext) -> None:
+        self.context = context
+        self.samples = dist.on_all_ranks(lambda: open_data(config.data))
+        self.data = info_of(self.samples)
+        self.config = resolve(config, self.data)
+        self.monitor = self._open_monitor()
+        self.model = zoo.build(self.config.model, seed=config.seed).to(context.device)
 
-    def inputs(
-        moments: Tensor, label: Tensor, position: Tensor
+    def _open_monitor(self) -> Monitor | None:
+        """Open the monitor on rank 0 before training starts, so that a missing autoencoder fails
+        the run immediately rather than hours later."""
+        config, monitors = self.config, list[Monitor]()
+        if config.monitor.every_images:
+            shards = require_random_access(self.samples, "monitor.every_images")
+            run = self.context.run
+            dist.on_rank0(
+                lambda: monitors.append(Monitor(config.monitor, run, shards, config.seed))
+            )
+        return monitors[0] if monitors else None
+
+    def job(self) -> Job:
+        """As the loop takes it."""
+        config = self.config
+        return Job(
+            config=config,
+            contract=contract(config, self.data),
+            info={
+                "model": configuration.to_dict(config.model),
+                "objective": configuration.to_dict(config.objective),
+                "latents": self.data.spec.to_dict(),
+                "classes": list(self.data.classes),
+                "data": self.data.fingerprints,
+                "ema_config": configuration.to_dict(config.ema),
+                "conditional": config.conditional,
+            },
+            model=self.model,
+            samples=self.samples,
+            data=config.data,
+            tensors=lambda batch: (batch.moments, batch.label, batch.position),
+            loss=self.loss,
+            diagnostics=self.diagnostics,
+            evaluations=(
+                Evaluation(
+                    event="evaluation",
+                    every_images=config.monitor.every_images,
+                    score=self.score_samples,
+                    rank0_only=True,
+                ),
+            ),
+            snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),
+            flops_per_image=training_flops(self.model),
+        )
+
+    def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and noise level (N,), (N,) of stored samples (N, *stored_shape), their labels (N,)
+        and global positions (N,)."""
+        objective = self.config.objective
+        x0, t, noise, y = self._draw(moments, label, position)
+        return objective.loss(self.model, x0, y, t, noise), objective.to_level(t)
+
+    def diagnostics(self, moments: Tensor, label: Tensor, position: Tensor) -> dict[str, Tensor]:
+        """Statistics of the network's activations, name -> (depth,), on what `loss` takes."""
+        objective = self.config.objective
+        x0, t, noise, y = self._draw(moments, label, position)
+        x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
+        return self.model.diagnostics(x, network_time, y)
+
+    def _draw(
+        self, moments: Tensor, label: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x0, t, noise, labels; every draw is keyed by (seed, purpose, global position)."""
+        """x0 (N, C, H, W), t (N,), noise (N, C, H, W), labels (N,) or None.
+
+        Every draw is keyed by (seed, purpose, global position).
+        """
+        config, spec, seed = self.config, self.data.spec, self.config.seed
         x0 = spec.sample(moments, rng.normal(seed, "posterior", position, spec.shape))
-        t = objective.sample_timesteps(rng.uniform(seed, "time", position))
+        t = config.objective.sample_timesteps(rng.uniform(seed, "time", position))
         noise = rng.normal(seed, "noise", position, spec.shape)
         if not config.conditional:
             return x0, t, noise, None
         dropped = rng.uniform(seed, "label drop", position) < config.label_dropout
         return x0, t, noise, torch.where(dropped, config.model.num_classes, label)
 
-    def loss(*stored: Tensor) -> tuple[Tensor, Tensor]:
-        x0, t, noise, y = inputs(*stored)
-        return objective.loss(model, x0, y, t, noise), objective.to_level(t)
-
-    def diagnostics(*stored: Tensor) -> dict[str, Tensor]:
-        x0, t, noise, y = inputs(*stored)
-        x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
-        return model.diagnostics(x, network_time, y)
-
-    def evaluate(state: State) -> dict[str, float]:
-        """Samples and scores; rank 0 works, the others wait."""
-
-        def scores() -> dict[str, float]:
-            assert monitor is not None
-            folder = export(state, context.run / "export")
-            return monitor.evaluate(zoo.load(folder, device=context.device))
-
-        return dist.on_rank0(scores)
-
-    return Job(
-        config=config,
-        contract=contract(config, info),
-        info={
-            "model": configuration.to_dict(config.model),
-            "objective": configuration.to_dict(objective),
-            "latents": spec.to_dict(),
-            "classes": list(info.classes),
-            "data": info.fingerprints,
-            "ema_config": configuration.to_dict(config.ema),
-            "conditional": config.conditional,
-        },
-        model=model,
-        samples=data,
-        data=config.data,
-        tensors=tensors,
-        loss=loss,
-        diagnostics=diagnostics,
-        flops_per_image=training_flops(model),
-        evaluate=evaluate,
-        eval_every_images=config.monitor.every_images,
-        snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),
-    )
+    def score_samples(self, state: State) -> dict[str, float]:
+        """Draw samples with the EMA weights of a state and score them; on rank 0."""
+        assert self.monitor is not None
+        folder = export(state, self.context.run / "export")
+        return self.monitor.evaluate(zoo.load(folder, device=self.context.device))
 
 
-def _open_monitor(config: TrainConfig, data: ShardSet | SplitInfo) -> Monitor | None:
-    """On rank 0, if the configuration asks for looks; what it needs is missing now or never."""
-    opened: list[Monitor] = []
-    if config.monitor.every_images:
-        shards = require_random_access(data, "monitor.every_images")
-        run = Path(config.run)
-        dist.on_rank0(lambda: opened.append(Monitor(config.monitor, run, shards, config.seed)))
-    return opened[0] if opened else None
-
+COMMAND = Command("train", TrainConfig, run=train, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("train", main))

@@ -21,10 +21,11 @@ from latentddae.core.errors import run_command
 from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
 from latentddae.models import zoo
-from latentddae.training import states
+from latentddae.training import state_reader, states
 
 CONFIG = Path(__file__).parent / "training" / "tiny.yaml"
 STEP = 16
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 def command(run: Path, data: Path, *overrides: str) -> list[str]:
@@ -64,7 +65,7 @@ def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path
         assert ranks(action, size) == [0] * size
     expected, seen = tensors(whole, 20 * STEP), tensors(parts, 20 * STEP)
     assert expected.keys() == seen.keys()
-    assert {key.split("/")[0] for key in seen} == {*states.KINDS, "constant"}
+    assert {key.split("/")[0] for key in seen} == {*KINDS, "non_trainable"}
     for key in expected:
         assert torch.equal(expected[key], seen[key]), key
     assert losses(whole) == losses(parts) and len(losses(whole)) == 20
@@ -102,7 +103,7 @@ def test_export_is_the_state_and_loads(tiny_shards, tmp_path, ranks) -> None:
     found = zoo.load(run / "export")
     assert found.info["images_seen"] == 20 * STEP
     assert found.latents == ShardSet(tiny_shards, "train").spec
-    reader = states.StateReader(states.complete_states(run / "state")[-1])
+    reader = state_reader.StateReader(states.complete_states(run / "state")[-1])
     for name, value in reader.tensors("ema"):
         assert torch.equal(found.model.state_dict()[name], value)
     raw = load_file(run / "export" / "model.safetensors")
@@ -219,10 +220,10 @@ def test_a_folder_in_use_is_refused(tiny_shards, tmp_path, ranks, capfd) -> None
 
 def poison(monkeypatch, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The loss of these positions is not a number."""
-    honest = train.pretraining
+    honest = train.Pretraining.job
 
-    def pretraining(config, context):
-        job = honest(config, context)
+    def changed(self):
+        job = honest(self)
 
         def loss(moments, label, position):
             value, level = job.loss(moments, label, position)
@@ -230,7 +231,7 @@ def poison(monkeypatch, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
 
         return dataclasses.replace(job, loss=loss)
 
-    monkeypatch.setattr(train, "pretraining", pretraining)
+    monkeypatch.setattr(train.Pretraining, "job", changed)
 
 
 def test_a_non_finite_batch_is_skipped_by_all_ranks(
@@ -245,7 +246,7 @@ def test_a_non_finite_batch_is_skipped_by_all_ranks(
     before, after = tensors(run, 3 * STEP), tensors(run, 4 * STEP)
     assert all(torch.equal(before[key], after[key]) for key in before)  # the average too
     state = states.complete_states(run / "state")[-1]
-    assert state.info["adam_steps"] == 19
+    assert state.info["optimizer_steps"] == 19
     assert all(torch.isfinite(v).all() for v in tensors(run, 20 * STEP).values())
     events = [r for r in files.read_json_lines(run / "metrics.jsonl") if "event" in r]
     (event,) = events

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentddae.core.errors import ConfigError, LatentddaeError
 
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 DEFAULT_TIMEOUT_S = 1800.0
@@ -236,7 +237,10 @@ def all_gather_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def on_rank0(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and return its value on every rank; an error of ours is raised on every rank."""
+    """Run `action` on rank 0 and return its value on every rank.
+
+    If it raises a LatentddaeError, that is raised on every rank.
+    """
     if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
         return action()
     box: list[Any] = [None, None]
@@ -249,6 +253,16 @@ def on_rank0(action: Callable[[], Result]) -> Result:
     if box[1] is not None:
         raise box[1][0](box[1][1])
     return box[0]
+
+
+def rank0(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorator form of `on_rank0`: every rank calls the function, rank 0 runs its body."""
+
+    @functools.wraps(function)
+    def collective(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return on_rank0(lambda: function(*args, **kwargs))
+
+    return collective
 
 
 @contextlib.contextmanager
@@ -296,53 +310,63 @@ def max_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+# Flags that nobody waits for.
+#
+# The loop needs two answers per step: was the step applied (the device knows), and was any rank
+# asked to stop (the other ranks know). Asking for either at once would let the GPU's queue run
+# empty. So both answers come one step late: a step starts a copy (AsyncHostScalar) or an all-reduce
+# (AsyncAnyReduce), and the next step, whose work is queued by then, reads the result.
+
+
 class AsyncHostScalar:
-    """One number of the device (`value`, (1,) int32), copied to the host while both go on working."""
+    """A device scalar with an asynchronous host copy: `value` is (1,) int32."""
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.zeros(1, dtype=torch.int32, device=device)
         on_cuda = device.type == "cuda"
         self._copy = torch.zeros(1, dtype=torch.int32, pin_memory=True) if on_cuda else self.value
         self._result = self._copy.numpy()  # the host reads memory that the device has written
-        self._copied: Callable[[], Any] = lambda: None
+        self._wait: Callable[[], object] = lambda: None
 
     def copy(self) -> None:
-        """Send `value` as it is at this point of the device's queue."""
+        """Enqueue a copy of `value` as it is at this point of the device's queue."""
         if self.value.is_cuda:
             self._copy.copy_(self.value, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._copied = event.synchronize
+            self._wait = event.synchronize
 
     def read(self) -> int:
-        """What was sent last; waits until the device has come to that point, not for what was queued after it."""
-        self._copied()
+        """The value copied last. Waits for that copy, not for work enqueued after it."""
+        self._wait()
         return int(self._result[0])
 
 
 class AsyncAnyReduce:
-    """Whether any rank wishes for something, agreed one call later, so that no step waits for it.
+    """Asynchronous logical OR over ranks.
 
-    Every call starts a reduction of the ranks' wishes and returns the result of the call before.
+    Each call of `update` starts an all-reduce and returns the result of the one before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._alone = not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
-        self._wish = AsyncHostScalar(device)
-        self._reduced: Callable[[], Any] = lambda: None
+        self._flag = AsyncHostScalar(device)
+        self._wait: Callable[[], object] = lambda: None
 
-    def update(self, wish: bool) -> bool:
-        """True on every rank if any rank's wish was true at the call before (a collective); alone,
-        the wish itself."""
+    def update(self, flag: bool) -> bool:
+        """Whether any rank's flag was set at the call before (a collective).
+
+        A single process gets its own flag at once.
+        """
         if self._alone:
-            return wish
-        self._reduced()  # a whole step ago
-        agreed = bool(self._wish.read())
-        self._wish.value.fill_(int(wish))
-        work = torch_dist.all_reduce(self._wish.value, op=torch_dist.ReduceOp.MAX, async_op=True)
-        if self._wish.value.is_cuda:
+            return flag
+        self._wait()  # it was started a whole step ago
+        result = bool(self._flag.read())
+        self._flag.value.fill_(int(flag))
+        work = torch_dist.all_reduce(self._flag.value, op=torch_dist.ReduceOp.MAX, async_op=True)
+        if self._flag.value.is_cuda:
             work.wait()  # makes the stream wait, not the host
-            self._wish.copy()
+            self._flag.copy()
         else:
-            self._reduced = work.wait
-        return agreed
+            self._wait = work.wait
+        return result

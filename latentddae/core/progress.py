@@ -13,6 +13,6 @@ def images(total: int, desc: str, show: bool = True, initial: int = 0) -> tqdm:
         initial=initial,
         unit="img",
         unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 5,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
         disable=not show or total == 0,
     )

@@ -2,7 +2,7 @@
 
 RUN/config.yaml        the complete resolved configuration
 RUN/environment.jsonl  versions, device, command line of every start
-RUN/metrics.jsonl      one JSON object per logged window: the source of truth, cut back on resume
+RUN/metrics.jsonl      one JSON object per row: the source of truth, cut back on resume
 RUN/tensorboard/       the same numbers for TensorBoard
 RUN/wandb_id           the run of Weights & Biases that gets them too, if asked for
 """
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,15 @@ from latentddae.core import files
 from latentddae.core.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
-# Only these are recorded: the rest of an environment may hold secrets.
+# Nothing else is recorded: the rest of an environment may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
 
-# Beside a job's copy of the code (slurm/env.sh): a copy may lie in a checkout that has moved on.
-COPIED_FROM = Path(__file__).parents[2] / "COMMIT"
+# Beside a job's copy of the code (slurm/env.sh), which may be inside a checkout that has moved on.
+COMMIT_FILE = Path(__file__).parents[2] / "COMMIT"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that shape a result."""
+    """Versions of this package, Python and the libraries that influence a result."""
     out = {"latentddae": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -43,13 +44,13 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, if it is a checkout and git is there, or a job's copy of one."""
-    if COPIED_FROM.is_file():
-        return COPIED_FROM.read_text().strip() or None
-    here = Path(__file__).parents[1]
+    """The commit of the running code, if it is a git checkout or a job's copy of one."""
+    if COMMIT_FILE.is_file():
+        return COMMIT_FILE.read_text().strip() or None
+    package = Path(__file__).parents[1]
     try:
         result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            ["git", "-C", str(package), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             check=False,
@@ -59,8 +60,8 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def environment(device: str, world_size: int) -> dict[str, Any]:
-    """What a reader needs to run this again elsewhere; no variable outside the allow-list."""
+def environment(device: str, world_size: int) -> dict[str, object]:
+    """What it takes to run this again elsewhere; no variable outside the allow-list."""
     return {
         "versions": versions(),
         "commit": git_commit(),
@@ -82,12 +83,12 @@ class RunLog:
         run: Path,
         images: int,
         wandb_project: str = "",
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> None:
-        """Open for appending after `images` images; rows of a later, lost part are cut away.
+        """Open for appending after `images` images; later rows, of lost steps, are removed.
 
-        `settings` is what wandb shows as the run's configuration. Raises ConfigError where wandb is
-        asked for and not installed.
+        `settings` is what wandb shows as the run's configuration. Raises ConfigError if wandb is
+        requested and not installed.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -98,43 +99,52 @@ class RunLog:
         lost = images + 1 if images else None  # TensorBoard forgets the points from there on
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         """Append one row. JSON has no NaN and no infinity: they become null."""
         row = {key: _finite(value) for key, value in row.items()}
         files.append_json_line(self.path, row)
-        numbers = scalars(row)
+        numbers, images = scalars(row), row["images"]
         for key, value in numbers.items():
-            self._board.add_scalar(key, value, row["images"])
+            self._board.add_scalar(key, value, images)
         if self._wandb is not None:
-            self._wandb.log({**numbers, "images": row["images"]})
+            self._wandb.log({**numbers, "images": images})
 
     def close(self) -> None:
+        """Close the files."""
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row but its clock; the n-th number of a list is called `name/n`."""
+def scalars(row: Mapping[str, object]) -> dict[str, float]:
+    """The numbers of a row except its clock; the n-th number of a list is called `name/n`.
+
+    Those of an event are called `event/name`.
+    """
+    prefix = f"{row['event']}/" if "event" in row else ""
     out: dict[str, float] = {}
     for key, value in row.items():
-        several = isinstance(value, list)
-        for number, item in enumerate(value if several else [value], start=1):
+        items = (
+            {f"/{n}": item for n, item in enumerate(value, 1)}
+            if isinstance(value, list)
+            else {"": value}
+        )
+        for suffix, item in items.items():
             if isinstance(item, int | float) and key not in ("images", "step"):
-                out[f"{key}/{number}" if several else key] = item
+                out[f"{prefix}{key}{suffix}"] = item
     return out
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _open_wandb(run: Path, project: str, settings: dict[str, Any] | None) -> Any:
-    """A run of Weights & Biases; after a restart the same one, by the id kept in the run folder.
+def _open_wandb(run: Path, project: str, settings: Mapping[str, object] | None) -> Any:
+    """A run of Weights & Biases; after a restart the same one, by the id stored in the run folder.
 
-    WANDB_MODE=offline keeps it on this machine; keys are wandb's own affair and never read here.
+    WANDB_MODE=offline keeps it on this machine. API keys are read by wandb alone.
     """
     try:
         import wandb
@@ -150,7 +160,7 @@ def _open_wandb(run: Path, project: str, settings: dict[str, Any] | None) -> Any
         dir=run,
         id=id_file.read_text().strip() if id_file.exists() else None,
         resume="allow",
-        config=settings,
+        config=None if settings is None else dict(settings),
         settings=wandb.Settings(console="off"),
     )
     files.write_atomic(id_file, opened.id + "\n")

@@ -1,10 +1,11 @@
-"""What a run depends on, and which of it must stay the same while the run is continued."""
+"""The settings of a run, and which of them must stay the same while it is continued."""
 
 import argparse
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latentddae.core import config as configuration
+from latentddae.core.config import require, transient
 from latentddae.core.errors import ConfigError
 from latentddae.data.manifest import SplitInfo
 from latentddae.data.subsets import SampleSet
@@ -16,32 +17,34 @@ from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
 from latentddae.training.optimizers import OptimConfig
 from latentddae.training.saver import SaveConfig
+from latentddae.training.step_hooks import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """How often to look, and at what. Off unless `every_images` is set."""
+    """Samples and scores while a run trains. Off unless `every_images` is set."""
 
     every_images: int = 0
+    """How often, in images seen; 0: never."""
     images: int = 64
-    """On the sheet."""
+    """Samples on the sheet."""
     steps: int = 25
+    """Sampling steps."""
     frechet_images: int = 0
-    """Samples for the Frechet score of latents; 0: none."""
+    """Samples for the Frechet distance between latents; 0: none."""
     heldout_split: str = ""
     """Split of the data whose loss is logged; empty: none."""
     heldout_images: int = 1000
+    """Its samples that are used."""
 
     def __post_init__(self) -> None:
-        if self.every_images < 0:
-            raise ValueError(f"every_images must be 0 (off) or more, got {self.every_images}")
-        for name in ("images", "steps", "heldout_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.frechet_images < 0 or self.frechet_images == 1:
-            raise ValueError(
-                f"frechet_images must be 0 (off) or at least 2, got {self.frechet_images}"
-            )
+        require(
+            self,
+            positive=("images", "steps", "heldout_images"),
+            non_negative=("every_images", "frechet_images"),
+        )
+        if self.frechet_images == 1:
+            raise ValueError("frechet_images must be 0 (off) or at least 2, got 1")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,55 +60,73 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run of the training loop is told, whatever it trains."""
+    """The settings of every run of the training loop, whatever it trains."""
 
     run: str
-    """The run folder; giving the same command again continues what is in it."""
+    """Run folder. The same command again continues the run in it."""
+    retry: bool = transient(False)
+    """Start even though the last three starts made no progress."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     total_images: int
+    """Length of the run in images seen."""
     global_batch: int = 256
+    """Images per optimizer step, over all ranks and micro-batches."""
     seed: int = 0
     log_every_images: int = 10_000
-    """Lines of metrics.jsonl end at its multiples, and at every save."""
+    """A row of metrics.jsonl is written at its multiples, and at every save."""
     diagnostics_images: int = 4
-    """Samples of each rank on which the largest activation and attention logit are looked at for a line; 0: none."""
+    """Samples of each rank on which the largest activation and attention logit are measured for a
+    row; 0: none."""
     wandb: str = ""
-    """Project of Weights & Biases that gets the numbers too (WANDB_MODE=offline: kept here); empty: none."""
+    """Project of Weights & Biases that also gets the numbers (WANDB_MODE=offline: in the run folder
+    only); empty: none."""
     max_bad_steps: int = 10
     """Non-finite steps in a row after which the run stops (exit status 65)."""
     hang_timeout_s: float = 1800.0
-    """A step, a save or a wait for data that takes longer is reported and ends the run (exit status 75)."""
+    """A step, a save or a wait for data that takes longer ends the run with a report (exit status
+    75)."""
+    gc_every_steps: int = 0
+    """Switch Python's automatic garbage collection off and collect after every N-th step, on all
+    ranks at the same one; 0: leave it to Python."""
 
     def __post_init__(self) -> None:
-        for name in ("total_images", "global_batch", "log_every_images", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.diagnostics_images < 0:
-            raise ValueError(
-                f"diagnostics_images must be 0 (none) or more, got {self.diagnostics_images}"
-            )
-        if self.hang_timeout_s <= 0:
-            raise ValueError(f"hang_timeout_s must be positive, got {self.hang_timeout_s}")
+        require(
+            self,
+            positive=(
+                "total_images",
+                "global_batch",
+                "log_every_images",
+                "max_bad_steps",
+                "hang_timeout_s",
+            ),
+            non_negative=("diagnostics_images", "gc_every_steps"),
+        )
         if not self.run:
             raise ValueError("run must name a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """Everything a pretraining run depends on."""
+    """Pretrain a diffusion model on latent shards, on one CPU or on many GPUs.
+
+    The same command again continues the run from its newest intact state.
+    """
 
     data: DataConfig
     model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
-    """A name of the zoo and fields to override; input size, channels and classes come from
-    the data."""
+    """A name of the zoo, and fields to override; input size, channels and classes come from the
+    data."""
     objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
+    """A diffusion objective by name, and fields to override."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     conditional: bool = False
-    """Train with labels (one in ten dropped); without them features are better."""
+    """Train with labels, `label_dropout` of them dropped; features are better without labels."""
     label_dropout: float = 0.1
+    """Fraction of labels replaced by the null label."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,12 +134,11 @@ class TrainConfig(RunConfig):
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
 
 
-# Fields that may change between two starts of one run: they alter neither samples, draws nor the
-# update rule.
-SAFE_TO_CHANGE = (
+SAFE_TO_CHANGE = {
     "run",
     "data.path",
-    "data.cache_",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.workers",
     "data.access",
     "total_images",
@@ -127,7 +147,9 @@ SAFE_TO_CHANGE = (
     "wandb",
     "max_bad_steps",
     "hang_timeout_s",
-    "save.",
+    "gc_every_steps",
+    "profile",
+    "save",
     "monitor",
     "engine.micro_batch",
     "engine.zero_stage",
@@ -135,19 +157,31 @@ SAFE_TO_CHANGE = (
     "engine.compile",
     "engine.attention",
     "engine.deepspeed",
-)
+}
+"""Settings, or groups of them, that may change between two starts of one run: they alter neither
+samples nor draws nor the update rule."""
 
 
-def contract(config: RunConfig, data: SampleSet | SplitInfo) -> dict[str, Any]:
-    """What must not change while a run is continued (see SAFE_TO_CHANGE)."""
-    fixed = {**configuration.to_dict(config), "data_fingerprints": data.fingerprints}
+def is_safe_to_change(key: str) -> bool:
+    """Whether a setting, by its dotted name, is one of SAFE_TO_CHANGE or below one."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in SAFE_TO_CHANGE for n in range(1, len(parts) + 1))
+
+
+def contract(config: RunConfig, data: SampleSet | SplitInfo) -> dict[str, object]:
+    """What must not change while a run is continued (see `is_safe_to_change`)."""
+    fixed: dict[str, object] = configuration.to_dict(config)
+    fixed["data_fingerprints"] = data.fingerprints
     if config.optim.schedule == "cosine":  # a longer run would have had other learning rates
         fixed["schedule_end"] = config.total_images
     return fixed
 
 
 def resolve(config: TrainConfig, data: SplitInfo) -> TrainConfig:
-    """The configuration with everything filled in that follows from the data."""
+    """The configuration with the model's input and output sizes taken from data and objective.
+
+    Raises ConfigError if no such model exists, DataError if the latents' scale is wrong.
+    """
     data.check_scale()
     try:
         model = config.model.for_data(
@@ -156,6 +190,6 @@ def resolve(config: TrainConfig, data: SplitInfo) -> TrainConfig:
             num_classes=len(data.classes) if config.conditional else 0,
             learn_sigma=config.objective.learn_sigma,
         )
-        return replace(config, model=model)
     except ValueError as error:
         raise ConfigError(f"model does not fit the data {data.root}: {error}") from error
+    return replace(config, model=model)

@@ -1,8 +1,8 @@
-"""How often a run was started without getting anywhere: a crash loop ends instead of burning a cluster.
+"""Counts starts without progress, so that a crash loop ends instead of burning a cluster.
 
-`RUN/starts.jsonl` has a line for every start, with the images seen so far, for the first state that a start
-saved, and for every end in good order. Three starts in a row that began at the same point and neither saved
-nor ended well are enough.
+`RUN/starts.jsonl` records every start with the images seen so far, the first state that a start
+saved, and every orderly end. After three starts in a row at the same number of images that neither
+saved nor ended orderly, the next one is refused.
 """
 
 import json
@@ -14,11 +14,15 @@ from latentddae.core import files
 from latentddae.core.errors import ConfigError
 
 FILE = "starts.jsonl"
-LIMIT = 3  # starts without progress, as in NVIDIA's resiliency extension
+LIMIT = 3
+"""Starts without progress, as in NVIDIA's resiliency extension."""
 
 
 def record_start(run: Path, images: int, retry: bool = False) -> None:
-    """Note a start at `images`; raises ConfigError after LIMIT of them without progress, unless `retry`."""
+    """Record a start at `images`.
+
+    Raises ConfigError after LIMIT starts without progress, unless `retry`.
+    """
     failed = 0
     for row in reversed(files.read_json_lines(run / FILE)):
         if row["event"] != "start" or row["images"] != images:
@@ -36,18 +40,18 @@ def record_start(run: Path, images: int, retry: bool = False) -> None:
 
 
 def record_event(run: Path, event: str) -> None:
-    """The last start has saved, was stopped on request, or has finished."""
+    """Record that the last start has "saved", was "stopped" on request, or has "finished"."""
     files.append_json_line(run / FILE, {"event": event})
 
 
 def has_never_saved(run: Path) -> bool:
-    """Whether the run was started and no start of it came as far as a state."""
+    """Whether the run was started and no start of it saved a state."""
     rows = files.read_json_lines(run / FILE)
     return bool(rows) and not any(r["event"] == "saved" or r.get("images") for r in rows)
 
 
 def withdraw_start(run: Path) -> None:
-    """Take the last start back: it was refused, nothing was tried."""
+    """Remove the last start: it was refused and does not count as an attempt."""
     rows = files.read_json_lines(run / FILE)[:-1]
     if rows:
         files.write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,6 @@
-"""How the step is computed: our settings, and the DeepSpeed dictionary that follows from them.
+"""How a step is computed: our settings, and the DeepSpeed dictionary derived from them.
 
-Everything here is a pure function, so that a configuration is refused before anything starts.
+All functions are pure, so that a configuration is refused before anything starts.
 """
 
 import copy
@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Precision -> dtype of the weights the model computes with."""
+from latentddae.core.precision import Precision, resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,53 +21,44 @@ class EngineConfig:
     """How the step is computed; none of it changes which samples are seen."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is cut over the ranks: 0 only the weight average; 1 also masters and moments; 2 also gradients; 3 also
-    the weights."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """What is sharded over the ranks: 0 the EMA only; 1 also masters and optimizer state; 2 also
+    gradients; 3 also weights."""
+    precision: Precision = "auto"
     """auto is bf16 where the hardware computes in it, else fp32. Master weights are always fp32."""
     micro_batch: int | None = None
-    """Samples per rank and backward pass; None takes a rank's whole share at once."""
+    """Samples per rank and backward pass; null takes a rank's whole share of the batch."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     checkpoint_blocks: int = 0
-    """Blocks whose activations are computed again in the backward pass: 0 none, 1 every block, n every n-th."""
+    """Recompute the activations of every n-th block in the backward pass; 0: of none, 1: of all."""
     compile: bool = False
     """torch.compile each block."""
     attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
     """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed settings laid over the derived ones, as far as these leave them open (see ALLOWED_OVERRIDES)."""
+    """Raw DeepSpeed settings over the derived ones: buffers, overlap and reports only."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be positive, got {self.micro_batch}")
-        if self.clip_grad_norm < 0:
-            raise ValueError(f"clip_grad_norm must not be negative, got {self.clip_grad_norm}")
-        if self.checkpoint_blocks < 0:
-            raise ValueError(f"checkpoint_blocks must be 0 or more, got {self.checkpoint_blocks}")
+        require(
+            self,
+            positive=("micro_batch",),
+            non_negative=("clip_grad_norm", "checkpoint_blocks"),
+        )
         if self.zero_stage == 3 and self.compile:
             raise ValueError(
-                "compile: ZeRO-3 fetches weights between the operations of a block, which breaks its graph; "
-                "nearest: zero_stage=2 with compile=true, or zero_stage=3 with compile=false"
+                "compile: ZeRO-3 fetches weights between the operations of a block, which breaks "
+                "its graph; nearest: zero_stage=2 with compile=true, or zero_stage=3 with "
+                "compile=false"
             )
 
 
-def resolve_precision(precision: str, device: torch.device, zero_stage: int = 1) -> str:
-    """`auto` becomes bf16 where the device computes in it, else fp32; an impossible bf16 is refused."""
-    if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" and device.type == "cuda" and not capable:
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"engine.precision=bf16: {name} has no bfloat16; use fp32 or auto")
-    resolved = ("bf16" if capable else "fp32") if precision == "auto" else precision
-    if resolved == "bf16" and zero_stage == 0:
+def check_precision(precision: str, zero_stage: int) -> None:
+    """Raises ConfigError for bf16 without ZeRO."""
+    if precision == "bf16" and zero_stage == 0:
         raise ConfigError(
-            f"engine.zero_stage=0 with engine.precision={precision} (bf16 here): DeepSpeed keeps no fp32 "
-            "master weights and sums gradients in bf16 there; nearest: engine.zero_stage=1, or engine.precision=fp32"
+            "engine.zero_stage=0 with bf16: DeepSpeed keeps no fp32 master weights and sums "
+            "gradients in bf16 there; nearest: engine.zero_stage=1, or engine.precision=fp32"
         )
-    return resolved
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,8 @@ def _divisor(number: int, near: float) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-ALLOWED_OVERRIDES = (  # what `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic
+# What `engine.deepspeed` may set: buffers, overlap and reports, never the arithmetic.
+ALLOWED_OVERRIDES = (
     "comms_logger",
     "dump_state",
     "flops_profiler",
@@ -121,7 +112,8 @@ ALLOWED_OVERRIDES = (  # what `engine.deepspeed` may set: buffers, overlap and r
     "zero_optimization.use_multi_rank_bucket_allreduce",
 )
 
-DERIVED_KEYS = {  # what follows from a setting of ours -> what to do instead
+# Keys that follow from a setting of ours -> what to do instead.
+DERIVED_KEYS = {
     "train_batch_size": "set global_batch",
     "train_micro_batch_size_per_gpu": "set engine.micro_batch",
     "gradient_accumulation_steps": "set engine.micro_batch",
@@ -156,7 +148,7 @@ def deepspeed_config(
         "train_batch_size": plan.micro * plan.accumulation * world_size,
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
-        # Without ZeRO the engine clips, see Engine.step.
+        # Without ZeRO our engine clips, see Engine.step.
         "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -177,9 +169,12 @@ def deepspeed_config(
 def derive(
     config: EngineConfig, global_batch: int, world_size: int, device: torch.device
 ) -> tuple[str, BatchPlan, dict[str, Any]]:
-    """All that follows from the settings on this device and number of ranks: precision, cut of the batch, DeepSpeed
-    dictionary. Raises ConfigError for what is refused."""
-    precision = resolve_precision(config.precision, device, config.zero_stage)
+    """Precision, cut of the batch and DeepSpeed dictionary on this device and number of ranks.
+
+    Raises ConfigError for settings that are refused.
+    """
+    precision = resolve_precision(config.precision, device)
+    check_precision(precision, config.zero_stage)
     plan = plan_batch(global_batch, config.micro_batch, world_size)
     return precision, plan, deepspeed_config(config, precision, plan, world_size)
 
@@ -223,7 +218,7 @@ def _within(path: str, paths: Iterable[str]) -> str:
 
 
 def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
-    """One line: what was asked for, what holds, and the nearest valid setting."""
+    """The error message: the refused setting, what holds instead, the nearest valid setting."""
     start = f"engine.deepspeed.{path}={value}"
     owner = _within(path, DERIVED_KEYS)
     if not owner or (owner == "zero_optimization" and path != owner):
@@ -233,21 +228,22 @@ def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(ALLOWED_OVERRIDES)}"
         return f"{start} is not a setting that may be given here; {hint}"
     holds = f"{ours}, which follows from our settings" if ours else "our settings"
-    return f"{start} conflicts with {holds}; {_nearest(path, value, plan, world_size) or DERIVED_KEYS[owner]}"
+    nearest = _nearest(path, value, plan, world_size) or DERIVED_KEYS[owner]
+    return f"{start} conflicts with {holds}; {nearest}"
 
 
 def _nearest(path: str, value: Any, plan: BatchPlan, world_size: int) -> str:
-    """The valid setting of ours that comes closest to a refused value; empty if it cannot be named."""
+    """Our valid setting that is closest to a refused value; empty if there is none."""
     share = plan.micro * plan.accumulation
     if path == "bf16.enabled":
         return f"nearest: engine.precision={'bf16' if value else 'fp32'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         return ""
-    found = {
+    setting = {
         "train_batch_size": f"global_batch={max(1, round(value / world_size)) * world_size}",
         "train_micro_batch_size_per_gpu": f"engine.micro_batch={_divisor(share, value)}",
         "gradient_accumulation_steps": f"engine.micro_batch={share // _divisor(share, value)}",
         "gradient_clipping": f"engine.clip_grad_norm={value:g}",
         "zero_optimization.stage": f"engine.zero_stage={min(3, int(value))}",
     }.get(path)
-    return f"nearest: {found}" if found else ""
+    return f"nearest: {setting}" if setting else ""

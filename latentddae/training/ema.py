@@ -1,8 +1,8 @@
-"""Exponential moving average of the weights, in fp32, on each rank's own piece of the master weights.
+"""Exponential moving average (EMA) of the weights, in fp32, on each rank's shard of the masters.
 
-An average lives in the same flat layout as the masters: one fused update per step, no communication, memory
+An average has the same flat layout as the masters: one fused update per step, no communication, memory
 divided by the number of ranks. Averaging the bf16 weights instead would lose every small update.
-Several half-lives can be kept at once: which is best is known only at the end of a run.
+Several half-lives can be kept at once, because which one is best is known only at the end of a run.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """How fast the average forgets; the clock is images seen."""
+    """How fast the EMA forgets; the clock is images seen."""
 
     halflife_images: int = 1_774_000
     """Images after which an old weight counts half. The default is DiT's 0.9999 at a batch of 256."""
     extra_halflives_images: tuple[int, ...] | None = None
-    """Half-lives of further averages kept beside it."""
+    """Half-lives of further averages."""
     rampup: float | None = 0.05
-    """The half-life never exceeds this fraction of the images seen, so that a young average is not all start
-    (Karras et al. 2022, EDM); None for a constant half-life."""
+    """The half-life never exceeds this fraction of the images seen, so that an early EMA is not
+    dominated by the initial weights (Karras et al. 2022, EDM); null for a constant half-life."""
 
     def __post_init__(self) -> None:
         halflives = list(self.halflives().values())
@@ -33,7 +33,7 @@ class EmaConfig:
             raise ValueError(f"rampup must be positive or null, got {self.rampup}")
 
     def halflives(self) -> dict[str, int]:
-        """The averages by name: `ema` is the one that is exported, `ema-N` those of N images beside it."""
+        """Half-lives by name of the average: `ema` is exported by default, `ema-N` has N images."""
         extra = self.extra_halflives_images or ()
         return {"ema": self.halflife_images, **{f"ema-{images}": images for images in extra}}
 
@@ -46,15 +46,15 @@ class EmaConfig:
 
 
 class Ema:
-    """The averages of a list of flat fp32 tensors."""
+    """The averages of a list of flat (n,) fp32 tensors."""
 
     def __init__(self, config: EmaConfig, masters: list[Tensor]) -> None:
         self.config = config
         self.averages = {name: [m.detach().clone() for m in masters] for name in config.halflives()}
-        """By name, see `EmaConfig.halflives`; each in the masters' layout."""
+        """By name, see `EmaConfig.halflives`; each in the masters' layout: flat (n,) tensors."""
 
     @torch.no_grad()
     def update(self, masters: list[Tensor], images: int, batch: int) -> None:
-        """Move towards the masters after a step that was applied."""
+        """Move towards the masters, flat (n,), after the step that ended at `images` images."""
         for name, average in self.averages.items():
             torch._foreach_lerp_(average, masters, 1 - self.config.decay(images, batch, name))

@@ -4,10 +4,10 @@
     for micro_batch in ...:
         engine.backward(loss)
     grad_norm = engine.step(learning_rate)
-    if engine.applied(): ...  # best asked when the next step is on its way
+    if engine.applied(): ...  # ask when the next step's work is queued
 
 The surface is the same under every ZeRO stage: `fragments`, `masters` and `moments` are what this rank keeps
-(training/fragments.py), `broadcast_masters` tells the other ranks.
+(training/partitions.py), `broadcast_masters` publishes it to the other ranks.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,20 @@ from torch import Tensor, nn
 from latentddae.core import dist
 from latentddae.core.dist import World
 from latentddae.core.errors import ConfigError
+from latentddae.core.precision import DTYPES
 from latentddae.models import attention
-from latentddae.training.deepspeed_config import DTYPES, BatchPlan, EngineConfig, derive
-from latentddae.training.optimizers import OptimConfig, OptionsOf, parameter_groups
-from latentddae.training.partitions import MOMENTS, Fragment, layout_of
+from latentddae.training.deepspeed_config import BatchPlan, EngineConfig, derive
+from latentddae.training.optimizers import OPTIMIZERS, OptimConfig, parameter_groups
+from latentddae.training.partitions import Fragment, layout_of
 
 
 @dataclass
 class Engine:
-    """A model under ZeRO: fp32 masters, AdamW, gradient accumulation and clipping.
+    """A model under ZeRO: fp32 masters, optimizer, gradient accumulation and clipping.
 
-    Any module will do. Parameters that need no gradient and persistent buffers are kept as they are, in full
-    precision (`constants`). Blocks to compile or to recompute are the members of lists named `blocks`.
+    Any module will do. Parameters that need no gradient and persistent buffers stay as they are, in
+    full precision (`non_trainable_state`). Blocks to compile or to recompute are the members of
+    lists named `blocks`.
     """
 
     model: nn.Module
@@ -45,14 +47,16 @@ class Engine:
     world: World
     device: torch.device
     global_batch: int
-    options_of: OptionsOf | None = None
-    """Learning-rate factor and weight decay by parameter name; None: the same for all."""
+    lr_scale: Callable[[str], float] | None = None
+    """Factor on the learning rate of a parameter, by its name; None: 1 for all."""
     precision: str = field(init=False)
     plan: BatchPlan = field(init=False)
     shapes: dict[str, list[int]] = field(init=False)
-    """Of the trainable parameters, in the model's order; ZeRO-3 leaves the parameters themselves empty."""
+    """Of the trainable parameters, in the model's order; ZeRO-3 leaves the parameters empty."""
+    state_names: tuple[str, ...] = field(init=False)
+    """The optimizer's states that are shaped like the parameters."""
     masters: list[Tensor] = field(init=False)
-    """This rank's fp32 master weights, flat; the trained weights themselves where those are fp32."""
+    """This rank's fp32 master weights, flat (n,); in fp32 training the weights themselves."""
 
     def __post_init__(self) -> None:
         self.precision, self.plan, settings = derive(
@@ -66,29 +70,38 @@ class Engine:
             initial = {name: p.detach().clone().flatten() for name, p in trainable.items()}
         self._keep_non_trainable_state()
         self._prepare_blocks()
-        groups = parameter_groups(trainable.items(), self.optim, self.options_of)
-        betas = (self.optim.betas[0], self.optim.betas[1])
-        self._adam = torch.optim.AdamW(groups, lr=self.optim.lr, betas=betas, fused=True)
+        groups = parameter_groups(trainable.items(), self.optim, self.lr_scale)
+        kind = OPTIMIZERS[self.optim.name]
+        self.state_names, self._optimizer = kind.state_names, kind.build(groups, self.optim)
         with _quiet():
             self._engine, _, _, _ = deepspeed.initialize(
-                model=self.model, optimizer=self._adam, config=settings, dist_init_required=False
+                model=self.model,
+                optimizer=self._optimizer,
+                config=settings,
+                dist_init_required=False,
             )
         names = {parameter: name for name, parameter in trainable.items()}
         if self.config.zero_stage == 0 and self.world.size == 1:
-            # Nobody to sum with: it would flatten and copy every gradient (7 % of a DiT-S/2 step on a CPU).
+            # Single process: skip DeepSpeed's all-reduce, which would flatten and copy every gradient
+            # (7 % of a DiT-S/2 step on a CPU).
             self._engine.enable_backward_allreduce = False
         self._layout = layout_of(
-            self.config.zero_stage, self._engine.optimizer, self._adam, names, self.world
+            self.config.zero_stage,
+            self._engine.optimizer,
+            self._optimizer,
+            self.state_names,
+            names,
+            self.world,
         )
         self.masters = [part.of(part.owner) for part in self._layout.partitions]
-        self._start_moments(list(trainable.values()))
+        self._start_optimizer_state(list(trainable.values()))
         self._finite, self._zero_applied = dist.AsyncHostScalar(self.device), False
         for fragment in self.fragments if initial else ():
             piece = initial[fragment.name].narrow(0, fragment.start, fragment.numel)
             fragment.of(self.masters).copy_(piece)
 
     def _keep_non_trainable_state(self) -> None:
-        """Note what no optimizer moves, before DeepSpeed casts and cuts it; one copy, on rank 0."""
+        """Copy frozen parameters to rank 0 before DeepSpeed casts and cuts them; note the buffers."""
         parameters = dict(self.model.named_parameters())
         stored = self.model.state_dict().keys() - parameters.keys()
         self._buffers = [n for n, _ in self.model.named_buffers() if n in stored]
@@ -99,31 +112,30 @@ class Engine:
         }
 
     def non_trainable_state(self) -> dict[str, Tensor]:
-        """Frozen parameters as given and persistent buffers as they are: whole on rank 0, {} elsewhere."""
+        """Frozen parameters as given and persistent buffers, by name: rank 0 has all, the others {}."""
         if not self.world.is_main:
             return {}
         return self._frozen | {name: self.model.get_buffer(name) for name in self._buffers}
 
     @torch.no_grad()
     def load_non_trainable_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from saved constants: buffers take their values, frozen parameters must have them already
-        (a collective).
+        """Copy saved values into the buffers (a collective).
 
-        Raises ConfigError on every rank if a frozen parameter is another one.
+        Raises ConfigError on every rank if a frozen parameter differs from the saved one.
         """
-
-        def check() -> None:
-            for name, value in self._frozen.items():
-                if name not in saved or not torch.equal(value, saved[name].to(value.dtype)):
-                    raise ConfigError(
-                        f"frozen parameter {name} is not the one of the saved state: "
-                        "the run was started from other weights"
-                    )
-
-        dist.on_rank0(check)
+        self._check_frozen(saved)
         for name in self._buffers:
             if name in saved:
                 self.model.get_buffer(name).copy_(saved[name])
+
+    @dist.rank0
+    def _check_frozen(self, saved: Mapping[str, Tensor]) -> None:
+        for name, value in self._frozen.items():
+            if name not in saved or not torch.equal(value, saved[name].to(value.dtype)):
+                raise ConfigError(
+                    f"frozen parameter {name} is not the one of the saved state: "
+                    "the run was started from other weights"
+                )
 
     def _prepare_blocks(self) -> None:
         """Attention, recomputation and compilation, set before DeepSpeed hooks anything."""
@@ -137,32 +149,33 @@ class Engine:
                 for block in blocks:
                     block.compile(dynamic=False)  # in place: the names of the weights stay
 
-    def _start_moments(self, trainable: list[nn.Parameter]) -> None:
-        """Make Adam's state now: torch would make it at the first step, too late to load into."""
-        cut = [part.owner for part in self._layout.partitions]
-        for owner in cut if self.config.zero_stage else trainable:
-            self._adam.state[owner] = {
+    def _start_optimizer_state(self, trainable: list[nn.Parameter]) -> None:
+        """Make the optimizer's state now: torch makes it at the first step, too late to load into."""
+        owners = [part.owner for part in self._layout.partitions]
+        for owner in owners if self.config.zero_stage else trainable:
+            self._optimizer.state[owner] = {
                 "step": torch.zeros((), dtype=torch.float32, device=owner.device),
-                **{kind: torch.zeros_like(owner.detach()) for kind in MOMENTS},
+                **{name: torch.zeros_like(owner.detach()) for name in self.state_names},
             }
 
     @property
     def fragments(self) -> list[Fragment]:
-        """What this rank keeps, saves and loads; the ranks' fragments tile every parameter once."""
+        """What this rank stores, saves and loads; the ranks' fragments tile every parameter once."""
         return self._layout.fragments
 
-    def moments(self, kind: Literal["exp_avg", "exp_avg_sq"]) -> list[Tensor]:
-        """Adam's first or second moments, laid out like the masters."""
-        return [part.of(self._adam.state[part.owner][kind]) for part in self._layout.partitions]
+    def optimizer_state(self, name: str) -> list[Tensor]:
+        """One of `state_names`, laid out like the masters: flat (n,) float32."""
+        state = self._optimizer.state
+        return [part.of(state[part.owner][name]) for part in self._layout.partitions]
 
     @property
-    def adam_steps(self) -> int:
+    def optimizer_steps(self) -> int:
         """Updates applied so far; Adam's bias correction depends on it."""
-        return int(next(iter(self._adam.state.values()))["step"].item())
+        return int(next(iter(self._optimizer.state.values()))["step"].item())
 
-    @adam_steps.setter
-    def adam_steps(self, steps: int) -> None:
-        for state in self._adam.state.values():
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._optimizer.state.values():
             state["step"].fill_(steps)
 
     def broadcast_masters(self) -> None:
@@ -170,13 +183,13 @@ class Engine:
         self._layout.publish()
 
     def micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """A rank's share cut into micro-batches."""
+        """A rank's share cut into micro-batches: tensors (N, ...) -> tuples of (micro, ...)."""
         yield from zip(*(t.split(self.plan.micro) for t in tensors), strict=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss."""
-        # DeepSpeed opens a micro-batch when the network is called through it; ours is called by its own name.
-        # Left out, ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
+        """Accumulate the gradient of one micro-batch's mean loss ()."""
+        # DeepSpeed opens a micro-batch when its engine calls the network; we call the network itself.
+        # Without these two lines ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
         if self.config.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
         loss.register_hook(lambda _: self._engine._backward_prologue())
@@ -189,7 +202,7 @@ class Engine:
 
         Returns the gradient's norm before clipping: () on the device, not read back.
         """
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.config.zero_stage == 0:
             return self._step_replicated()
@@ -200,21 +213,25 @@ class Engine:
     def applied(self) -> bool:
         """Whether the last step was applied.
 
-        ZeRO knows at once. Without it the device decides, and the answer waits until it has: ask when more work
-        is queued behind the step.
+        ZeRO knows at once. Without it the device decides, and this call waits for it: ask when the
+        next step's work is queued, as the loop does.
         """
         if self.config.zero_stage == 0:
             return bool(self._finite.read())
         return self._zero_applied
 
     def _step_replicated(self) -> Tensor:
-        """Without ZeRO DeepSpeed clips, but would apply a non-finite gradient: AdamW itself passes over it."""
-        parameters = [p for group in self._adam.param_groups for p in group["params"]]
+        """Clip and update without ZeRO, where DeepSpeed itself would apply a non-finite gradient.
+
+        The gradient's norm () says on the device whether the optimizer skips the update.
+        """
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._finite.value.copy_(norm.isfinite())
         self._finite.copy()
         skip = 1.0 - self._finite.value[0].float()
-        self._adam.found_inf = skip  # type: ignore[attr-defined]  # torch reads it on the device
+        # torch's fused optimizers read it on the device
+        self._optimizer.found_inf = skip  # type: ignore[attr-defined]
         if self.config.clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
         self._engine.step()
@@ -222,7 +239,7 @@ class Engine:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for this device, without the C++ extension it would compile for CPU collectives."""
+    """Import DeepSpeed for this device, without compiling its C++ extension for CPU collectives."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with _quiet():
@@ -231,7 +248,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         # By its full name: the attribute deepspeed.comm.torch is torch itself.
         backend: Any = importlib.import_module("deepspeed.comm.torch")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Its shared-memory all-reduce is built with a compiler at first use (a minute, and many nodes have none).
+        # Its shared-memory all-reduce is compiled at first use: a minute, and many nodes lack a compiler.
         backend.build_shm_op = lambda: None
         # ZeRO-3 calls an old name of a collective at every step.
         warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
@@ -243,7 +260,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its progress at import and start; a user's terminal is for our own lines."""
+    """Silence DeepSpeed, which prints its progress at import and start."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,23 +1,26 @@
-"""Portable weights out of a run's resume state: one CPU process, no DeepSpeed, any number of ranks and ZeRO stage.
+"""Portable weights out of a run's resume state, whatever its number of ranks and ZeRO stage.
 
-    latentddae export RUN [--out DIR] [--weights ema|model|both] [--dtype fp32|bf16] [--state images-...]
-                          [--halflife IMAGES]
+    latentddae export RUN [--out DIR] [--weights ema] [--dtype bf16] [--state images-...]
 
 The tensors are read, converted and written one at a time. The file holds exactly the tensors of the
 model; anything else is refused.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentddae.core import config as configuration
+from latentddae.core.command import Command
+from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.precision import DTYPES
 from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
@@ -25,32 +28,55 @@ from latentddae.models import zoo
 from latentddae.models.network import NetworkConfig
 from latentddae.training import states
 from latentddae.training.ema import EmaConfig
-from latentddae.training.states import State, StateReader
+from latentddae.training.state_reader import StateReader
+from latentddae.training.states import State
 
 WEIGHTS = {"ema": ("ema",), "model": ("model",), "both": ("model", "ema")}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, export, and say where the checkpoint is."""
-    parser = argparse.ArgumentParser(prog="latentddae export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
-    parser.add_argument("--weights", choices=WEIGHTS, default="both", help="default: both")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
-    parser.add_argument("--state", metavar="images-N", help="default: the newest intact one")
-    parser.add_argument("--halflife", type=int, metavar="IMAGES", help="which of several averages")
-    args = parser.parse_args(argv)
-    if not (args.run / "state").is_dir():
-        raise ConfigError(f"{args.run} is not a run folder: it has no state/")
-    state = states.find(args.run / "state", _images(args.state))
-    out = args.out or args.run / "export"
-    folder = export(state, out, WEIGHTS[args.weights], DTYPES[args.dtype], args.halflife)
-    print(f"{args.weights} weights after {state.images:,} images: {folder}")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write portable weights out of a run's resume state: one CPU process, no DeepSpeed."""
+
+    run: Path = positional()
+    """The run folder."""
+    out: Path | None = None
+    """Folder of the checkpoint; none: RUN/export."""
+    weights: Literal["ema", "model", "both"] = "both"
+    """Which weights to write: the average, the trained ones, or both."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the trained weights; buffers and frozen weights keep theirs."""
+    state: str | None = None
+    """images-N, or N; none: the newest intact state."""
+    halflife: int | None = None
+    """Half-life in images that picks one of several averages; none: the first one."""
+
+
+def run_export(config: ExportConfig) -> None:
+    """Export a state of a run and say where the checkpoint is."""
+    state = _find_state(config)
+    out = config.out or config.run / "export"
+    dtype = DTYPES[config.dtype]
+    folder = export(state, out, WEIGHTS[config.weights], dtype, config.halflife)
+    print(f"{config.weights} weights after {state.images:,} images: {folder}")
+
+
+def plan(config: ExportConfig) -> str:
+    """What would be exported, after checking the state; nothing is written."""
+    state = _find_state(config)
+    _average(configuration.build(EmaConfig, state.info["ema_config"]), config.halflife)
+    out = config.out or config.run / "export"
+    return f"{config.weights} weights after {state.images:,} images in {config.dtype} to {out}"
+
+
+def _find_state(config: ExportConfig) -> State:
+    if not (config.run / "state").is_dir():
+        raise ConfigError(f"{config.run} is not a run folder: it has no state/")
+    return states.find(config.run / "state", _images(config.state))
 
 
 def _images(name: str | None) -> int | None:
-    """images-000000012800, or the number alone."""
+    """Images seen by a state called "images-000000012800", or by its number alone."""
     if name is None:
         return None
     try:
@@ -96,30 +122,28 @@ def export(
 
 
 def _average(ema: EmaConfig, halflife: int | None) -> str:
-    """The kind of the average with this half-life; None: of the first."""
+    """The kind of the average with this half-life; None: the first one."""
     for kind, images in ema.halflives().items():
         if halflife in (None, images):
             return kind
-    known = ", ".join(map(str, ema.halflives().values()))
+    halflives = ", ".join(map(str, ema.halflives().values()))
     raise ConfigError(
-        f"there is no average with a half-life of {halflife} images; there are: {known}"
+        f"there is no average with a half-life of {halflife} images; there are: {halflives}"
     )
 
 
 def _entries(
     reader: StateReader, kind: str, model_config: NetworkConfig, dtype: torch.dtype
 ) -> dict[str, Entry]:
-    """The tensors of a model in the order of its state dict, to be read when their turn comes.
+    """The tensors of a model in the order of its state dict, each read when it is written.
 
-    Trained weights are converted to `dtype`; frozen ones and buffers stay as they were.
+    Trained weights are converted to `dtype`; frozen ones and buffers keep theirs.
     """
     with torch.device("meta"):
-        wanted = zoo.build(model_config).state_dict()
-    constants, shapes = reader.non_trainable_state(), reader.shapes
-    if not constants:  # states of the first versions left out what the configuration fixes
-        constants = dict(zoo.build(model_config).named_buffers())
-    stored = {**shapes, **{name: tuple(value.shape) for name, value in constants.items()}}
-    _compare(reader.state, stored, {name: tuple(value.shape) for name, value in wanted.items()})
+        expected = zoo.build(model_config).state_dict()
+    fixed, shapes = reader.non_trainable_state(), reader.shapes
+    stored = {**shapes, **{name: tuple(value.shape) for name, value in fixed.items()}}
+    _compare(reader.state, stored, {name: tuple(value.shape) for name, value in expected.items()})
 
     def read(name: str) -> Tensor:
         return reader.whole(kind, name).to(dtype)
@@ -127,25 +151,28 @@ def _entries(
     return {
         name: Entry(dtype, shapes[name], partial(read, name))
         if name in shapes
-        else Entry(constants[name].dtype, stored[name], partial(constants.__getitem__, name))
-        for name in wanted
+        else Entry(fixed[name].dtype, stored[name], partial(fixed.__getitem__, name))
+        for name in expected
     }
 
 
 def _compare(
-    state: State, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+    state: State, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    other = [name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name]]
-    for names, fault in (
-        (missing, "lacks"),
-        (extra, "holds what the model has not:"),
-        (other, "holds another shape of"),
-    ):
+    both = stored.keys() & expected.keys()
+    faults = {
+        "lacks": sorted(expected.keys() - stored.keys()),
+        "holds what the model has not:": sorted(stored.keys() - expected.keys()),
+        "holds another shape of": sorted(n for n in both if stored[n] != expected[n]),
+    }
+    for fault, names in faults.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise DataError(f"{state.path} {fault} {', '.join(names[:3])}{more}")
 
+
+COMMAND = Command("export", ExportConfig, run=run_export, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("export", main))

@@ -1,42 +1,48 @@
-"""AdamW's settings: the learning rate as a function of images seen, and the parameter groups."""
+"""Optimizers by name, the learning rate as a function of images seen, and the parameter groups."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple, TypedDict
 
+import torch
 from torch import nn
+
+from latentddae.core.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate; the clock is images seen."""
+    """The optimizer and its learning rate; the clock is images seen."""
 
+    name: Literal["adamw"] = "adamw"
     lr: float = 1e-4
+    """Peak learning rate, for the whole global batch."""
     betas: tuple[float, ...] = (0.9, 0.999)
+    """Decay of the first and of the second moment, per step."""
     weight_decay: float = 0.0
-    """Applied to matrices only, never to biases or embeddings of one dimension."""
+    """Decoupled weight decay, of matrices only: never of biases, scales and other vectors."""
     warmup_images: int = 0
+    """Images over which the learning rate rises linearly to `lr`."""
     schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
-    """cosine falls to zero at the last image of the run; inverse_sqrt falls as the inverse square root of the
-    images seen after decay_images of them (Karras et al. 2024, EDM2)."""
+    """cosine falls to zero at the last image of the run; inverse_sqrt falls as the inverse square
+    root of the images seen after `decay_images` of them (Karras et al. 2024, EDM2)."""
     decay_images: int | None = None
-    """Where inverse_sqrt begins to fall; it needs no end of the run."""
+    """Where inverse_sqrt begins to fall; it does not depend on the length of the run."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        require(
+            self,
+            positive=("lr", "decay_images"),
+            non_negative=("weight_decay", "warmup_images"),
+        )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
-        if self.weight_decay < 0 or self.warmup_images < 0:
-            raise ValueError("weight_decay and warmup_images must not be negative")
         if (self.schedule == "inverse_sqrt") != (self.decay_images is not None):
             raise ValueError(
                 f"decay_images belongs to schedule=inverse_sqrt and to no other, got "
                 f"schedule={self.schedule}, decay_images={self.decay_images}"
             )
-        if self.decay_images is not None and self.decay_images < 1:
-            raise ValueError(f"decay_images must be positive, got {self.decay_images}")
 
 
 def lr_at(config: OptimConfig, images: int, total_images: int) -> float:
@@ -51,36 +57,52 @@ def lr_at(config: OptimConfig, images: int, total_images: int) -> float:
     return lr
 
 
-@dataclass(frozen=True)
-class ParameterOptions:
-    """What one parameter asks for: fine-tuning slows early layers down and frees some from decay."""
+class ParameterGroup(TypedDict):
+    """Parameters with the same learning-rate factor and weight decay, as torch takes them."""
 
-    lr_scale: float = 1.0
+    params: list[nn.Parameter]
+    lr_scale: float
     """Factor on the schedule's learning rate."""
-    weight_decay: float | None = None
-    """None: the rule of OptimConfig (matrices decay, vectors do not)."""
-
-
-OptionsOf = Callable[[str], ParameterOptions]
-"""A parameter's name -> its options."""
+    weight_decay: float
 
 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
-    options_of: OptionsOf | None = None,
-) -> list[dict[str, Any]]:
-    """Groups of trainable parameters with the same (lr_scale, weight_decay), in the order given."""
+    lr_scale: Callable[[str], float] | None = None,
+) -> list[ParameterGroup]:
+    """Trainable parameters grouped by (`lr_scale` of their name, weight decay), in the order given."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        options = ParameterOptions() if options_of is None else options_of(name)
-        decay = options.weight_decay
-        if decay is None:
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((options.lr_scale, decay), []).append(parameter)
+        scale = 1.0 if lr_scale is None else lr_scale(name)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
     return [
-        {"params": members, "lr_scale": scale, "weight_decay": decay}
+        ParameterGroup(params=members, lr_scale=scale, weight_decay=decay)
         for (scale, decay), members in groups.items()
     ]
+
+
+def _adamw(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(
+        [dict(group) for group in groups], lr=config.lr, betas=betas, fused=True
+    )
+
+
+class OptimizerKind(NamedTuple):
+    """How an optimizer is made, and what it keeps."""
+
+    build: Callable[[Sequence[ParameterGroup], OptimConfig], torch.optim.Optimizer]
+    state_names: tuple[str, ...]
+    """Its states shaped like the parameters: saved, cut over the ranks and counted under these
+    names."""
+
+
+# ZeRO cuts parameters into flat pieces, so an optimizer here must work element by element and keep
+# its step count in state["step"].
+OPTIMIZERS: Mapping[str, OptimizerKind] = {
+    "adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq")),
+}

@@ -1,11 +1,11 @@
-"""Which piece of which parameter this rank keeps, under every ZeRO stage.
+"""Which piece of which parameter this rank stores, under every ZeRO stage.
 
-The fp32 masters a rank keeps lie in flat *partitions*; a `Fragment` says which piece of which parameter lies
-where in them. The weight average and the resume state share that layout, so neither ever gathers a
-parameter, and neither knows the stage. How DeepSpeed names its own tensors is known here and nowhere else.
+A rank stores its fp32 masters in flat *partitions*; a `Fragment` says which piece of which parameter
+is where in them. The EMA and the resume state share that layout, so neither ever gathers a parameter
+and neither depends on the stage. Only this file knows how DeepSpeed names its own tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from latentddae.core import dist
 from latentddae.core.dist import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous piece of one parameter, and where it lies in this rank's flat partitions."""
+    """A contiguous piece of one parameter, and where it is in this rank's flat partitions."""
 
     name: str
     start: int
@@ -39,18 +37,18 @@ class Partition:
     """A flat range of a tensor that the optimizer updates."""
 
     owner: Tensor
-    """The key of Adam's state."""
+    """Any shape. The key of the optimizer's state."""
     start: int
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The range in a tensor shaped like the owner: (numel,)."""
+        """This range of a tensor shaped like the owner: (numel,)."""
         return tensor.detach().view(-1).narrow(0, self.start, self.numel)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything this rank keeps, and how the others learn of it."""
+    """Everything this rank stores, and how it reaches the other ranks."""
 
     fragments: list[Fragment]
     partitions: list[Partition]
@@ -61,23 +59,28 @@ class Layout:
 def layout_of(
     zero_stage: int,
     zero: Any,
-    adam: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
+    state_names: Sequence[str],
     names: Mapping[nn.Parameter, str],
     world: World,
 ) -> Layout:
-    """The layout of a started engine. `zero` is DeepSpeed's optimizer, `adam` the one inside (stage 0: the same)."""
+    """The layout of a started engine. `zero` is DeepSpeed's optimizer, `optimizer` the one inside
+    it (the same at stage 0), `state_names` what that one keeps."""
     if zero_stage == 0:
-        return _replicated(adam, names, world)
+        return _replicated(optimizer, state_names, names, world)
     if zero_stage == 3:
         return _weights_cut(zero, names, world)
     return _masters_cut(zero, names)
 
 
 def _replicated(
-    adam: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], world: World
+    optimizer: torch.optim.Optimizer,
+    state_names: Sequence[str],
+    names: Mapping[nn.Parameter, str],
+    world: World,
 ) -> Layout:
-    """No ZeRO: every rank holds all, and takes an equal share of it to average and to save."""
-    parameters = [p for group in adam.param_groups for p in group["params"]]
+    """No ZeRO: every rank holds everything and takes an equal share of it to average and to save."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = sum(p.numel() for p in parameters)
     low, high = (total * r // world.size for r in (world.rank, world.rank + 1))
     fragments: list[Fragment] = []
@@ -92,14 +95,14 @@ def _replicated(
         offset += parameter.numel()
 
     def publish() -> None:
-        mine = {id(part.owner): part for part in partitions}
+        partition_of = {id(part.owner): part for part in partitions}
         for parameter in parameters:
-            state = adam.state[parameter]
-            for tensor in (parameter.data, *(state[kind] for kind in MOMENTS)):
+            state = optimizer.state[parameter]
+            for tensor in (parameter.data, *(state[name] for name in state_names)):
                 box = torch.zeros_like(tensor)
-                if part := mine.get(id(parameter)):
+                if part := partition_of.get(id(parameter)):
                     part.of(box).copy_(part.of(tensor))
-                # Bits and nothing: as integers, because a float sum would turn -0 into 0.
+                # Sum as int32 so that bit patterns, including -0.0, survive.
                 dist.sum_tensor(box.view(torch.int32))
                 tensor.copy_(box)
 
@@ -125,7 +128,8 @@ def _masters_cut(zero: Any, names: Mapping[nn.Parameter, str]) -> Layout:
 
 
 def _weights_cut(zero: Any, names: Mapping[nn.Parameter, str], world: World) -> Layout:
-    """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank's pieces lie end to end."""
+    """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank stores its pieces
+    end to end."""
     fragments = []
     for index, group in enumerate(zero.fp16_groups):
         offset = 0
@@ -143,7 +147,7 @@ def _weights_cut(zero: Any, names: Mapping[nn.Parameter, str], world: World) -> 
         zero._partition_all_parameters()
         for index in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
-        small = zero.persistent_parameters  # kept whole on every rank besides
+        small = zero.persistent_parameters  # those are also whole on every rank
         if small:
             small[0].all_gather(small)
 

@@ -1,12 +1,12 @@
-"""Signals that ask a run to stop: remembered here, acted on between steps.
+"""Signals that ask a run to stop: remembered when they arrive, acted on between steps.
 
-SIGUSR1 (Slurm's warning), SIGTERM (preemption) and Ctrl-C only set a flag. All ranks then agree at the end
-of a step, save once and leave with exit status 75. More signals change nothing, while saving or later;
-only a second Ctrl-C stops at once.
+SIGUSR1 (Slurm's warning), SIGTERM (preemption) and Ctrl-C only set a flag. All ranks then agree at the
+end of a step, save once and leave with exit status 75. Further signals change nothing, not even while
+saving; only a second Ctrl-C stops immediately.
 
-A file named STOP in the run folder does the same. It is a request to the process that runs now: one that
-is there at the start was meant for an earlier one, and one that was obeyed is removed, so that a requeued
-job does not stop again.
+A file named STOP in the run folder does the same. It is a request to the running process: one that
+exists at the start was meant for an earlier process, and one that was obeyed is removed, so that a
+requeued job does not stop again.
 """
 
 import contextlib
@@ -19,26 +19,26 @@ from types import FrameType
 from latentddae.core.errors import RequeueError
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-POLL_S = 1.0  # the STOP file is looked for at most so often: folders are shared by many ranks
+POLL_S = 1.0  # shortest time between two checks for the STOP file
 
 _early: list[str] = []  # signals that came before a run could listen
 
 
 def listen_early() -> None:
-    """Remember signals from now on: imports take seconds, and a signal would kill with its own status."""
+    """Remember signals from now on: during the imports, which take seconds, one would kill."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda n, _: _early.append(signal.Signals(n).name))
 
 
 class StopRequest:
-    """Becomes true once a signal has come or, on the rank that watches it, the STOP file is there."""
+    """True once a signal has arrived or, on the rank that checks for it, the STOP file exists."""
 
     def __init__(self, run: Path) -> None:
         self.file = run / "STOP"
         self.reason: str | None = _early[0] if _early else None
         self.obeyed = False
         self._saved = ""
-        self._next_look = 0.0
+        self._next_check = 0.0
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -52,16 +52,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.reason is not None
 
-    def look_for_file(self) -> None:
-        """Notice the STOP file; for one rank, the others learn of it from that one."""
+    def check_file(self) -> None:
+        """Check for the STOP file; one rank does, and tells the others."""
         now = time.monotonic()
-        if self.reason is None and now >= self._next_look:
-            self._next_look = now + POLL_S
+        if self.reason is None and now >= self._next_check:
+            self._next_check = now + POLL_S
             if self.file.exists():
                 self.reason = f"file {self.file.name}"
 
     def remove_file(self) -> bool:
-        """Whether there was a STOP file; now there is none."""
+        """Remove the STOP file; whether there was one."""
         try:
             self.file.unlink()
         except OSError:
@@ -69,7 +69,7 @@ class StopRequest:
         return True
 
     def error(self, where: str) -> RequeueError:
-        """What a run raises that obeys; `where` says how far it is and what is kept."""
+        """The error with which a run obeys; `where` says how far it is and what is kept."""
         self.obeyed = True
         return RequeueError(
             f"stopped by {self.reason or 'another rank'} {where}, "
@@ -78,7 +78,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def raising(self, where: str) -> Iterator[None]:
-        """For work after which nothing would have to be saved: a signal ends it with `error(where)`."""
+        """For work that needs no save afterwards: a signal ends it immediately with `error(where)`."""
         if self.reason is not None:
             raise self.error(where)
         self._saved = where
@@ -88,7 +88,7 @@ class StopRequest:
             self._saved = ""
 
     def restore(self) -> None:
-        """Put the previous handlers back; after a request, further signals must not kill a leaving process."""
+        """Restore the previous handlers; after a request, ignore signals while the process leaves."""
         for number, handler in self._previous.items():
             if self.reason is None:
                 signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""This process in a run: it joins the other ranks, holds the run folder, and leaves in good order.
+"""This process in a run: it joins the other ranks, locks the run folder, and leaves in order.
 
 with distributed_run(Path("runs/demo"), "train", hang_timeout_s=1800) as context:
     ...
@@ -30,16 +30,16 @@ class RunContext:
     stop: StopRequest
     watchdog: Watchdog
     retry: bool = False
-    """Start even if the starts before got nowhere."""
+    """Start even if the last starts made no progress."""
 
     def wants_to_stop(self) -> bool:
         """Whether this rank was asked to stop; one rank looks for the STOP file."""
         if self.world.is_main:
-            self.stop.look_for_file()
+            self.stop.check_file()
         return bool(self.stop)
 
     def say(self, text: str) -> None:
-        """A line on stderr, from rank 0 alone."""
+        """Print a line to stderr, on rank 0 only."""
         if self.world.is_main:
             tqdm.write(text, file=sys.stderr)
 
@@ -48,15 +48,15 @@ class RunContext:
 def distributed_run(
     run: Path, purpose: str, hang_timeout_s: float, retry: bool = False
 ) -> Iterator[RunContext]:
-    """Join the other ranks and hold the run folder; leaves everything in order, whatever happens.
+    """Join the other ranks and lock the run folder; both are released whatever happens.
 
-    Raises ConfigError where another process holds the folder, RequeueError when a rank is lost.
+    Raises ConfigError if another process holds the folder, RequeueError if a rank is lost.
     """
     stop = StopRequest(run)
     world = dist.world_from_environment()
     watchdog = Watchdog(hang_timeout_s, world)
     try:
-        dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog speaks first
+        dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog reports first
         watchdog.meet(dist.clone_store())
         with contextlib.ExitStack() as stack:
             dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
@@ -66,7 +66,7 @@ def distributed_run(
             try:
                 yield context
             except RequeueError:
-                if world.is_main and stop.obeyed:  # the next start is not one more attempt
+                if world.is_main and stop.obeyed:  # a requested stop is not a failed attempt
                     stop.remove_file()
                     crash_loops.record_event(run, "stopped")
                 raise

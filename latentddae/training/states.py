@@ -1,20 +1,23 @@
 """The resume state of a run: complete or invisible, checked to the bit, readable at any world size.
 
 `RUN/state/images-000000012800/` holds one safetensors file per rank with named pieces of the master
-weights, Adam's moments and the weight average, and `state.json`, written last, with their hashes.
-The folder is renamed from a temporary name by rank 0 after every rank has finished, so a folder under
-its final name is complete. A piece is stored as `KIND/START/NAME`: elements from START on of the
-flattened parameter NAME; what no optimizer moves lies whole in rank 0's file as `constant/0/NAME`.
+weights, the optimizer's state and the EMA, and `state.json`, written last, with their hashes. Rank 0
+renames the folder from a temporary name after every rank has finished, so a folder under its final
+name is complete. A piece is stored as `KIND/START/NAME`: elements from START on of the flattened
+parameter NAME. Frozen parameters and buffers are whole in rank 0's file as `non_trainable/0/NAME`.
 
-`state.json` also holds a checksum of every parameter that does not depend on how it was cut; it is
-compared after the values are back in the engine, at any world size and ZeRO stage.
+`state.json` also holds a checksum of every parameter that does not depend on how it was cut. It is
+compared once the values are back in the engine, at any world size and ZeRO stage.
+
+Why not torch's or DeepSpeed's checkpoints: a state of any world size and stage continues under any
+other one with the EMA, without a conversion step, and every value is verified on the way.
 """
 
 import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +28,20 @@ from torch import Tensor
 
 from latentddae.core import dist, files, safetensors_stream
 from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.training.checksums import checksums, named_sums
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
 from latentddae.training.partitions import Fragment
 
 FORMAT = 2
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")  # and one more for each further average
-CONSTANT = "constant"
+NON_TRAINABLE = "non_trainable"
 PREFIX = "images-"
 PARTIAL = ".partial-"
 DAMAGED = "damaged-"
 MANIFEST = "state.json"
-CHUNK = 1 << 20  # elements of a checksum at a time: its temporaries stay small
 
 Partitions = dict[str, list[Tensor]]
+"""Kind ("master", "exp_avg", "ema", ...) -> flat (n,) tensors in the masters' layout."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,20 @@ class State:
 
 
 def folder_name(images: int) -> str:
-    """Sorts by images seen."""
+    """Name of a state's folder; names sort by images seen."""
     return f"{PREFIX}{images:012d}"
 
 
 def partitions(engine: Engine, ema: Ema) -> Partitions:
-    """Everything of this rank that a resume needs, by kind, in the masters' flat layout."""
+    """Everything of this rank that a resume needs, by kind: flat (n,) tensors each."""
     return {
         "master": engine.masters,
-        "exp_avg": engine.moments("exp_avg"),
-        "exp_avg_sq": engine.moments("exp_avg_sq"),
+        **{name: engine.optimizer_state(name) for name in engine.state_names},
         **ema.averages,
     }
 
 
-# Writing: `begin` and `commit` are collectives, `write_part` is not and may run in a thread.
+# Writing: `prepare_folder` and `commit` are collectives; `write_rank_file` is not, a thread may run it.
 
 
 @dataclass(frozen=True)
@@ -77,144 +79,105 @@ class RankState:
 
     world: dist.World
     names: list[str]
-    """Of all parameters."""
+    """All trainable parameters."""
     fragments: list[Fragment]
     values: Partitions
-    constants: Mapping[str, Tensor]
+    non_trainable: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """What one rank has written."""
+    """The file that one rank has written."""
 
     name: str
     sha256: str
     bytes: int
     kinds: list[str]
     sums: Tensor
-    """See `checksums`: a row per kind."""
+    """(kinds, names) int64, see `checksums`."""
 
 
-def begin(folder: Path, images: int, bytes_needed: int) -> Path:
+@dist.rank0
+def prepare_folder(folder: Path, images: int, bytes_needed: int) -> Path:
     """A fresh temporary folder for a state (a collective); raises WriteError without the space."""
     hidden = folder / f"{PARTIAL}{folder_name(images)}"
-
-    def prepare() -> None:
-        shutil.rmtree(hidden, ignore_errors=True)
-        try:
-            hidden.mkdir(parents=True)
-        except OSError as error:
-            raise WriteError(f"cannot make {hidden}: {error.strerror}") from error
-        files.check_space(folder, bytes_needed, "the next state")
-
-    dist.on_rank0(prepare)
+    shutil.rmtree(hidden, ignore_errors=True)
+    with files.write_errors(hidden):
+        hidden.mkdir(parents=True)
+    files.check_space(folder, bytes_needed, "the next state")
     return hidden
 
 
-def write_part(hidden: Path, images: int, mine: RankState) -> RankFile:
+def write_rank_file(hidden: Path, images: int, content: RankState) -> RankFile:
     """Write and fsync this rank's file. Raises OSError."""
-    world = mine.world
+    world = content.world
     name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
     entries = {
         f"{kind}/{f.start}/{f.name}": safetensors_stream.entry(f.of(flat))
-        for kind, flat in mine.values.items()
-        for f in mine.fragments
+        for kind, flat in content.values.items()
+        for f in content.fragments
     }
-    entries |= {f"{CONSTANT}/0/{n}": safetensors_stream.entry(v) for n, v in mine.constants.items()}
-    digest = safetensors_stream.write(
-        hidden / name, entries, _labels(world.rank, world.size, images)
-    )
-    sums = checksums(mine.names, mine.fragments, mine.values)
-    return RankFile(name, digest, (hidden / name).stat().st_size, list(mine.values), sums)
+    entries |= {
+        f"{NON_TRAINABLE}/0/{name}": safetensors_stream.entry(value)
+        for name, value in content.non_trainable.items()
+    }
+    labels = _labels(world.rank, world.size, images)
+    digest = safetensors_stream.write(hidden / name, entries, labels)
+    sums = checksums(content.names, content.fragments, content.values)
+    return RankFile(name, digest, (hidden / name).stat().st_size, list(content.values), sums)
 
 
 def _labels(rank: int, world_size: int, images: int) -> dict[str, str]:
-    """In the header of every file: files of other ranks, runs and times cannot take its place."""
+    """The header of a rank's file: no file of another rank, run or step can take its place."""
     return {"rank": str(rank), "world": str(world_size), "images": str(images)}
 
 
-def commit(hidden: Path, part: RankFile | None, problem: str, info: Mapping[str, Any]) -> State:
+def commit(
+    hidden: Path, rank_file: RankFile | None, problem: str, info: Mapping[str, Any]
+) -> State:
     """Make a state visible once every rank has written (a collective).
 
     Raises WriteError on every rank, with the older states untouched, if one rank could not write
-    (`problem` says why, `part` is None).
+    (`problem` says why, `rank_file` is None).
     """
-    final = hidden.with_name(hidden.name.removeprefix(PARTIAL))
-    results = dist.gather_objects((part, problem))
+    results = dist.gather_objects((rank_file, problem))
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+    return _publish(hidden, [file for file, _ in results], problems, info)
+
+
+@dist.rank0
+def _publish(
+    hidden: Path, rank_files: list[RankFile], problems: list[str], info: Mapping[str, Any]
+) -> State:
+    final = hidden.with_name(hidden.name.removeprefix(PARTIAL))
     if problems:
-        dist.on_rank0(lambda: shutil.rmtree(hidden, ignore_errors=True))
+        shutil.rmtree(hidden, ignore_errors=True)
         raise WriteError(f"state {final} could not be written: {problems[0]}")
-    parts: list[RankFile] = [p for p, _ in results]
-
-    def publish() -> State:
-        manifest = {
-            "format": FORMAT,
-            **info,
-            "world_size": len(parts),
-            "files": {p.name: {"sha256": p.sha256, "bytes": p.bytes} for p in parts},
-            "checksums": named_sums(parts[0].kinds, list(info["shapes"]), [p.sums for p in parts]),
-        }
-        try:
-            files.write_json(hidden / MANIFEST, {**manifest, "check": files.text_hash(manifest)})
-            files.sync_folder(hidden)
-            hidden.rename(final)
-            files.sync_folder(final.parent)
-        except (OSError, WriteError) as error:
-            shutil.rmtree(hidden, ignore_errors=True)
-            raise WriteError(f"state {final} could not be written: {error}") from error
-        return State(final, manifest)
-
-    return dist.on_rank0(publish)
+    sums = [file.sums for file in rank_files]
+    manifest = {
+        "format": FORMAT,
+        **info,
+        "world_size": len(rank_files),
+        "files": {f.name: {"sha256": f.sha256, "bytes": f.bytes} for f in rank_files},
+        "checksums": named_sums(rank_files[0].kinds, list(info["shapes"]), sums),
+    }
+    try:
+        files.write_json(hidden / MANIFEST, {**manifest, "check": files.text_hash(manifest)})
+        files.sync_folder(hidden)
+        hidden.rename(final)
+        files.sync_folder(final.parent)
+    except (OSError, WriteError) as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise WriteError(f"state {final} could not be written: {error}") from error
+    return State(final, manifest)
 
 
-def bytes_of_state(
-    shapes: Mapping[str, Sequence[int]], world_size: int, kinds: int = len(KINDS)
-) -> int:
-    """Size on disk of a state of these parameters, all ranks together: a little more than it will be."""
+def bytes_of_state(shapes: Mapping[str, Sequence[int]], world_size: int, kinds: int) -> int:
+    """Upper bound of a state's size on disk, all ranks together, with `kinds` values per weight."""
     entry = 200  # bytes of a piece in a file's header and of a parameter in state.json
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     per_kind = 4 * elements + entry * (len(shapes) + world_size)
     return kinds * per_kind + (1 << 14) * (world_size + 1)
-
-
-# Checksums
-
-
-def checksum(values: Tensor, start: int) -> Tensor:
-    """Sum over elements i >= `start` of a parameter of (its 32 bits) x (2i + 1), modulo 2^64: () int64.
-
-    The sums of a parameter's pieces add up to the same number however it is cut. A changed element
-    always changes the sum (odd factors are invertible), exchanged ones almost always do.
-    """
-    bits = values.detach().reshape(-1).view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for low in range(0, len(bits), CHUNK):
-        chunk = bits[low : low + CHUNK].to(torch.int64)
-        first, end = start + low, start + low + len(chunk)
-        odd = torch.arange(2 * first + 1, 2 * end, 2, dtype=torch.int64, device=chunk.device)
-        total += (chunk * odd).sum()
-    return total
-
-
-def checksums(names: list[str], fragments: list[Fragment], values: Partitions) -> Tensor:
-    """Of one rank's pieces: (kinds, names) int64."""
-    place = {name: i for i, name in enumerate(names)}
-    table = torch.zeros(len(values), len(names), dtype=torch.int64)
-    for row, flat in zip(table, values.values(), strict=True):
-        for fragment in fragments:
-            row[place[fragment.name]] += checksum(fragment.of(flat), fragment.start).cpu()
-    return table
-
-
-def named_sums(
-    kinds: list[str], names: list[str], tables: list[Tensor]
-) -> dict[str, dict[str, int]]:
-    """The ranks' checksums added up: by kind, then by parameter."""
-    total = torch.stack(tables).sum(dim=0).tolist()
-    return {
-        kind: dict(zip(names, row, strict=True)) for kind, row in zip(kinds, total, strict=True)
-    }
 
 
 # Finding
@@ -222,11 +185,11 @@ def named_sums(
 
 def complete_states(folder: Path) -> list[State]:
     """All complete states whose `state.json` can be read, oldest first."""
-    found = []
+    states = []
     for path in sorted(folder.glob(f"{PREFIX}*")):
         with contextlib.suppress(DataError):
-            found.append(read_manifest(path))
-    return found
+            states.append(read_manifest(path))
+    return states
 
 
 def read_manifest(path: Path) -> State:
@@ -235,7 +198,7 @@ def read_manifest(path: Path) -> State:
     try:
         manifest = json.loads(file.read_text())
         check = manifest.pop("check", None)
-        if check not in (None, files.text_hash(manifest)):
+        if check != files.text_hash(manifest):
             raise DataError(f"{file} is damaged: its hash is not the recorded one")
         if manifest["format"] != FORMAT:
             raise DataError(f"{file} has format {manifest['format']}, this version reads {FORMAT}")
@@ -248,46 +211,50 @@ def read_manifest(path: Path) -> State:
     return State(path, manifest)
 
 
-def verify(state: State, share: int = 0, shares: int = 1) -> None:
-    """Raises DataError naming the file that is not what was written; `share` of `shares` are read."""
-    world = int(state.info["world_size"])
-    for rank, (name, recorded) in enumerate(sorted(state.info["files"].items())):
-        path = state.path / name
-        if path.name != name:
+def verify(state: State, world: dist.World | None = None) -> None:
+    """Compare a state's files with what was recorded; each rank of `world` reads its share.
+
+    Raises DataError naming the file that is damaged.
+    """
+    world = world or dist.World()
+    for number, (name, recorded) in enumerate(sorted(state.info["files"].items())):
+        if Path(name).name != name:
             raise DataError(f"{state.path}: {name!r} is not a file of a state")
-        if rank % shares != share:
-            continue
-        # States of the first versions recorded the hash alone.
-        facts = recorded if isinstance(recorded, dict) else {"sha256": recorded}
-        try:
-            if path.stat().st_size != facts.get("bytes", path.stat().st_size):
-                raise DataError(f"{path} is damaged: it has another size than recorded")
-            if files.sha256(path) != facts["sha256"]:
-                raise DataError(f"{path} is damaged: its sha256 is not the recorded one")
-            with safe_open(path, "pt") as file:
-                found = file.metadata() or {}
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        for label, wanted in _labels(rank, world, state.images).items():
-            if found.get(label, wanted) != wanted:
-                raise DataError(f"{path} belongs to {label} {found[label]}, not to {wanted}")
+        if number % world.size == world.rank:
+            labels = _labels(number, int(state.info["world_size"]), state.images)
+            _verify_file(state.path / name, recorded, labels)
+
+
+def _verify_file(path: Path, recorded: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+    try:
+        if path.stat().st_size != recorded["bytes"]:
+            raise DataError(f"{path} is damaged: it has another size than recorded")
+        if files.sha256(path) != recorded["sha256"]:
+            raise DataError(f"{path} is damaged: its sha256 is not the recorded one")
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    for label, expected in labels.items():
+        if header.get(label) != expected:
+            raise DataError(f"{path} belongs to {label} {header.get(label)}, not to {expected}")
 
 
 def newest_intact(
     folder: Path, world: dist.World | None = None
 ) -> tuple[State | None, dict[Path, str]]:
-    """The newest state that is what was written, and a line about each newer one passed over.
+    """The newest state whose files are intact, and what is wrong with each newer one.
 
-    With a world it is a collective and the ranks share the reading.
+    With a world it is a collective, and the ranks share the reading.
     """
     world = world or dist.World()
     faults: dict[Path, str] = {}
     for path in dist.on_rank0(lambda: sorted(folder.glob(f"{PREFIX}*"), reverse=True)):
         try:
             state = dist.on_rank0(functools.partial(read_manifest, path))
-            dist.on_all_ranks(functools.partial(verify, state, world.rank, world.size))
+            dist.on_all_ranks(functools.partial(verify, state, world))
         except DataError as error:
             faults[path] = str(error)
             continue
@@ -296,11 +263,9 @@ def newest_intact(
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged state: the run will write one at the same place, and somebody may want to look."""
+    """Rename a damaged state and keep it for inspection: the run will write another in its place."""
     aside = path.with_name(f"{DAMAGED}{path.name}")
-    with contextlib.suppress(
-        OSError
-    ):  # a folder that cannot be written is found out at the next save
+    with contextlib.suppress(OSError):  # the next save reports a folder that cannot be written
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 
@@ -310,98 +275,13 @@ def find(folder: Path, images: int | None = None) -> State:
     if images is None:
         state, faults = newest_intact(folder)
         if state is None:
-            seen = f": {next(iter(faults.values()))}" if faults else ""
-            raise ConfigError(f"{folder} holds no intact state{seen}")
+            reason = f": {next(iter(faults.values()))}" if faults else ""
+            raise ConfigError(f"{folder} holds no intact state{reason}")
         return state
     path = folder / folder_name(images)
     if not path.is_dir():
-        known = ", ".join(p.name for p in sorted(folder.glob(f"{PREFIX}*"))) or "none"
-        raise ConfigError(f"{path} does not exist; there are: {known}")
+        names = ", ".join(p.name for p in sorted(folder.glob(f"{PREFIX}*"))) or "none"
+        raise ConfigError(f"{path} does not exist; there are: {names}")
     state = read_manifest(path)
     verify(state)
     return state
-
-
-# Reading
-
-
-class StateReader:
-    """Reads any range of any parameter out of a state, whatever ranks wrote it."""
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self._files = [safe_open(state.path / name, "pt") for name in state.info["files"]]
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        self._constants: dict[str, Any] = {}
-        for handle in self._files:
-            for key in handle.keys():
-                kind, start, name = key.split("/", 2)
-                if kind == CONSTANT:
-                    self._constants[name] = (handle, key)
-                    continue
-                length = handle.get_slice(key).get_shape()[0]
-                piece = (int(start), int(start) + length, handle, key)
-                self._pieces.setdefault((kind, name), []).append(piece)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, in the model's order."""
-        return {name: tuple(shape) for name, shape in self.state.info["shapes"].items()}
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
-        out = torch.empty(numel)
-        filled = 0
-        for low, high, handle, key in self._pieces.get((kind, name), []):
-            a, b = max(low, start), min(high, start + numel)
-            if a < b:
-                out[a - start : b - start] = handle.get_slice(key)[a - low : b - low]
-                filled += b - a
-        if filled != numel:
-            raise DataError(
-                f"{self.state.path}: {kind} of {name} has {filled} of {numel} elements from {start} on"
-            )
-        return out
-
-    def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter in its shape, float32."""
-        shape = self.shapes[name]
-        return self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape)
-
-    def non_trainable_state(self) -> dict[str, Tensor]:
-        """Frozen parameters and persistent buffers, in their own shape and dtype."""
-        return {name: file.get_tensor(key) for name, (file, key) in self._constants.items()}
-
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of one kind, whole, in the model's order."""
-        for name in self.shapes:
-            yield name, self.whole(kind, name)
-
-
-@torch.no_grad()
-def load(state: State, engine: Engine, ema: Ema) -> None:
-    """Fill the engine's masters and moments and the average from a state of any world size.
-
-    A collective. Raises DataError naming the parameter whose checksum is not the stored one.
-    """
-    reader, values = StateReader(state), partitions(engine, ema)
-    for kind, flat in values.items():
-        for fragment in engine.fragments:
-            piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
-            fragment.of(flat).copy_(piece)
-    engine.adam_steps = int(state.info["adam_steps"])
-    engine.load_non_trainable_state(reader.non_trainable_state())
-    _compare_checksums(state, engine, values)
-    engine.broadcast_masters()
-
-
-def _compare_checksums(state: State, engine: Engine, values: Partitions) -> None:
-    names = list(engine.shapes)
-    tables = dist.gather_objects(checksums(names, engine.fragments, values))
-    stored = state.info.get("checksums")
-    if stored is None:  # written by the first versions
-        return
-    for kind, sums in named_sums(list(values), names, tables).items():
-        for name, value in sums.items():
-            if stored[kind].get(name) != value:
-                raise DataError(f"{state.path}: {kind} of {name} is not what was saved")

@@ -1,16 +1,20 @@
-"""A rank that hangs says where, and ends: nobody waits days for a collective that will never come.
+"""A rank that hangs reports where and exits, so that no job waits for days in a dead collective.
 
-A thread per rank. Every part of the loop announces itself with `enter`; a part that lasts longer than the
-limit is reported (rank, part, shards, keys, what the other ranks do, stacks of all threads) and the process
-leaves with status 75. The ranks that wait for it hang in their own part and leave the same way.
+Every rank has a watchdog thread. The loop announces each of its parts with `enter`. A part that takes
+longer than the limit is reported (rank, part, shards, keys, what the other ranks do, stacks of all
+threads), and the process exits with status 75. The ranks that wait for it time out and exit likewise.
 
-A rank that cannot report itself (stopped, dead, its interpreter locked) is named by the others: whoever
-finds a hang asks all ranks through the group's store, and each one's second thread answers with its part.
-Who does not answer is silent, and killed if it is on the same machine, for it cannot leave itself. The stacks
-of a locked interpreter are printed by faulthandler's own thread, which needs none.
+A rank that cannot report itself (stopped, dead, its interpreter locked) is named by the others: the
+rank that finds a hang asks all ranks through the rendezvous store, and a second thread on each answers
+with its part. A rank that does not answer is reported as silent; if it runs on this host it is killed,
+because it cannot exit on its own. The stacks of a locked interpreter are printed by faulthandler's own
+thread, which does not need the interpreter.
 
-A job that was suspended as a whole (Slurm can, and Ctrl-Z) has not hung: time in which the watching thread
-did not run does not count.
+A job that was suspended as a whole (by Slurm, or Ctrl-Z) has not hung: time in which the watchdog
+thread did not run does not count.
+
+NCCL's flight recorder and torch's monitored barrier report hangs of their own collectives; this one
+also covers gloo, reading, saving, and ranks that do not run under torchrun.
 """
 
 import contextlib
@@ -31,15 +35,15 @@ from latentddae.core.errors import RequeueError
 
 POLL_S = 0.5
 NAMED_RANKS = 8
-ANSWER_S = 2.0  # so long the answers of others are waited for
-DETAIL_S = 1.0  # and so long a description, which may itself touch what hangs
+ANSWER_S = 2.0  # waiting time for the answers of other ranks
+DETAIL_S = 1.0  # waiting time for a description, which may itself touch what hangs
 STDERR = 2
-LOCKED_S = 1.0  # so long after the limit the stacks of a locked interpreter are printed
-SUSPENDED_S = 5.0  # a longer gap between two polls is no hang
+LOCKED_S = 1.0  # after the limit, until the stacks of a locked interpreter are printed
+SUSPENDED_S = 5.0  # a longer gap between two polls means that the process was suspended
 
 
 class Watchdog:
-    """Ends this process when one part of the loop takes longer than `limit_s` seconds."""
+    """Ends this process when a part of the loop takes longer than `limit_s` seconds."""
 
     def __init__(self, limit_s: float, world: World) -> None:
         self.limit_s, self.world = limit_s, world
@@ -52,41 +56,41 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, part: str, detail: Callable[[], str] = str) -> None:
-        """A part begins; `detail` is asked only if the part hangs."""
+        """A part begins; `detail` is called only if the part hangs."""
         self._part, self._detail, self._since = part, detail, time.monotonic()
 
     def meet(self, store: torch_dist.Store | None) -> None:
-        """The other ranks can be asked from now on, through a connection to the group's store that nobody else
-        uses; None: there are no others."""
+        """Enable peer queries over a private connection to the rendezvous store. `None` for
+        single-process runs."""
         if store is not None:
             self._peers = Peers(self.world, store, lambda: self._part)
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()  # it must not wind up the clock once more
+        self._thread.join()  # otherwise it could re-arm the timer
         faulthandler.cancel_dump_traceback_later()
         if self._peers is not None:
             self._peers.stop()
 
     def others(self) -> str:
-        """What the other ranks say they do, for a message; ranks that say nothing are named."""
+        """What the other ranks are doing, and which do not answer, for an error message."""
         return "" if self._peers is None else self._peers.described()
 
     def _watch(self) -> None:
         poll, seen = min(POLL_S, self.limit_s / 10), time.monotonic()
-        self._wind_up()
+        self._arm()
         while not self._stopped.wait(poll):
             gap, seen = time.monotonic() - seen, time.monotonic()
             if gap > poll + SUSPENDED_S:
                 self._since += gap
-            self._wind_up()
+            self._arm()
             if seen - self._since > self.limit_s:
                 faulthandler.cancel_dump_traceback_later()
                 self._report()
                 os._exit(RequeueError.exit_code)
 
-    def _wind_up(self) -> None:
-        """A clock that counts on without the interpreter, from the last moment it was seen to run."""
+    def _arm(self) -> None:
+        """Restart the timer that prints all stacks even if the interpreter is locked by then."""
         faulthandler.dump_traceback_later(self.limit_s + LOCKED_S, file=STDERR)
 
     def _report(self) -> None:
@@ -105,32 +109,32 @@ class Watchdog:
 
 def _described(detail: Callable[[], str]) -> str:
     """The detail in brackets, or nothing if asking for it hangs as well."""
-    found = _within(DETAIL_S, detail)
-    return f" ({found})" if found else ""
+    text = _within(DETAIL_S, detail)
+    return f" ({text})" if text else ""
 
 
 def _within(seconds: float, action: Callable[[], str]) -> str:
     """The action's result, or "" if it takes longer or fails."""
-    found: list[str] = []
+    results: list[str] = []
 
     def act() -> None:
         with contextlib.suppress(Exception):  # a report must not end in another error
-            found.append(action())
+            results.append(action())
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else ""
+    return results[0] if results else ""
 
 
 class Peers:
-    """The other ranks, asked through the group's store; each rank answers in a thread of its own."""
+    """Asks the other ranks through the rendezvous store; each rank answers in a second thread."""
 
     def __init__(self, world: World, store: torch_dist.Store, part: Callable[[], str]) -> None:
         self.world, self.store, self.part = world, store, part
         self._stopped = threading.Event()
         store.set(f"process/{world.rank}", _process())
-        # Rank 0 keeps the store: when it is stopped there is nobody left to ask for its number.
+        # Rank 0 hosts the store: once it has stopped, its process number cannot be asked for.
         self._silent = [store.get("process/0").decode()] if world.rank else []
         threading.Thread(target=self._answer, name="peers", daemon=True).start()
 
@@ -138,8 +142,8 @@ class Peers:
         self._stopped.set()
 
     def _answer(self) -> None:
-        """Wait for a question, answer it once."""
-        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that keeps it
+        """Wait for a question and answer it once."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that hosts it
             while not self._stopped.wait(POLL_S):
                 if self.store.check(["asked"]):
                     self.store.set(f"part/{self.world.rank}", self.part())
@@ -162,14 +166,15 @@ class Peers:
                     answers[rank] = store.get(f"part/{rank}").decode()
             time.sleep(0.05)
         silent = others - answers.keys()
-        known = [f"process/{rank}" for rank in silent if store.check([f"process/{rank}"])]
-        self._silent = [store.get(key).decode() for key in known]
+        keys = [f"process/{rank}" for rank in silent if store.check([f"process/{rank}"])]
+        self._silent = [store.get(key).decode() for key in keys]
         return _listed({"is silent": silent}) + _listed(
             {part: {r for r in answers if answers[r] == part} for part in answers.values()}
         )
 
     def kill_silent(self) -> None:
-        """End the silent ranks of this machine: a stopped process outlives its launcher and holds its GPU."""
+        """Kill the silent ranks of this host: a stopped process outlives its launcher and keeps its
+        GPU."""
         for process in self._silent:
             host, pid, _ = process.split()
             if host == socket.gethostname() and _process(int(pid)) == process:
@@ -178,7 +183,7 @@ class Peers:
 
 
 def _listed(parts: dict[str, set[int]]) -> str:
-    """ "; rank 1 saving; rank 2, 3, 5 in a step", of many ranks the first few."""
+    """Ranks by what they do, the first few of each: "; rank 1 saving; rank 2, 3, 5 in a step"."""
     lines = []
     for part, ranks in parts.items():
         first = ", ".join(map(str, sorted(ranks)[:NAMED_RANKS]))
@@ -188,7 +193,7 @@ def _listed(parts: dict[str, set[int]]) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, or "?"s where there is no such file."""
+    """The fields of /proc/PID/stat after the name, or "?" for each if there is no such file."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -196,6 +201,6 @@ def _stat(pid: int) -> list[str]:
 
 
 def _process(pid: int | None = None) -> str:
-    """Host, process id and start time: no later process is mistaken for this one."""
+    """Host, process id and start time, which together no other process has."""
     pid = pid or os.getpid()
     return f"{socket.gethostname()} {pid} {_stat(pid)[19]}"

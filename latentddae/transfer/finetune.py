@@ -24,16 +24,18 @@ from torch import Tensor
 from latentddae.core import config as configuration
 from latentddae.core import dist, files, rng
 from latentddae.core.errors import ConfigError, run_command
+from latentddae.core.precision import DTYPES, resolve_precision
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.data.training_data import DataConfig
 from latentddae.models import zoo
 from latentddae.training.config import RunConfig, add_run_arguments, contract
-from latentddae.training.deepspeed_config import DTYPES, resolve_precision
-from latentddae.training.loop import Job, Loop
+from latentddae.training.job import Evaluation, Job
+from latentddae.training.loop import Loop
 from latentddae.training.process import RunContext, distributed_run
-from latentddae.training.states import State, StateReader
+from latentddae.training.state_reader import StateReader
+from latentddae.training.states import State
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise, network_input
 from latentddae.transfer.extraction.spec import check_level, describe_level
@@ -173,11 +175,16 @@ class Task:
             model=self.classifier,
             samples=part,
             data=config.data,
-            options_of=layer_decay(config.layer_decay, config.block),
+            lr_scale=layer_decay(config.layer_decay, config.block),
             tensors=with_partners(part, config, world) if config.mix.active else plain,
             loss=self.loss,
-            evaluate=self.heldout_accuracies,
-            eval_every_images=config.eval_every_images,
+            evaluations=(
+                Evaluation(
+                    event="evaluation",
+                    every_images=config.eval_every_images,
+                    score=self.heldout_accuracies,
+                ),
+            ),
         )
 
     def loss(

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from latentddae.core import rng
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_atomic, write_json
+from latentddae.core.precision import DTYPES
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models.layers import sinusoidal_embedding
 from latentddae.models.zoo import Checkpoint
-from latentddae.training.deepspeed_config import DTYPES
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise

@@ -61,9 +61,14 @@ def test_scalars_name_the_parts_of_a_list_and_leave_out_the_clock() -> None:
         "loss": 2.0,
         "each": [1.0, None, 3.0],
         "keys": ["a"],
-        "event": "x",
     }
     assert scalars(row) == {"loss": 2.0, "each/1": 1.0, "each/3": 3.0}
+
+
+def test_the_numbers_of_an_event_have_its_name() -> None:
+    """So that the loss of a spike does not stand twice in the curve of the loss."""
+    row = {"images": 5, "event": "loss spike", "loss": 2.0, "keys": ["a"]}
+    assert scalars(row) == {"loss spike/loss": 2.0}
 
 
 def test_an_environment_holds_no_variable_that_is_not_allowed(monkeypatch) -> None:

@@ -261,7 +261,7 @@ def test_the_copy_knows_its_commit(job: FakeSlurm, checkout: Path, monkeypatch) 
     assert job.run("pretrain configs/own.yaml", checkout)[0] == 0
     git("commit", "-q", "--allow-empty", "-m", "second")
     frozen = checkout / "runs" / "own" / "code" / "4711"
-    monkeypatch.setattr(runlog, "COPIED_FROM", frozen / runlog.COPIED_FROM.name)
+    monkeypatch.setattr(runlog, "COMMIT_FILE", frozen / runlog.COMMIT_FILE.name)
     assert runlog.git_commit() == first
 
 

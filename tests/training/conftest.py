@@ -16,7 +16,7 @@ from latentddae.core import dist, rng
 from latentddae.core.errors import run_command
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.untrained import randomize_gates
-from latentddae.training import states
+from latentddae.training import state_reader, states
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
@@ -75,23 +75,23 @@ class Toy:
     def save(self, folder: Path) -> states.State:
         info = {
             "images": self.images,
-            "adam_steps": self.engine.adam_steps,
+            "optimizer_steps": self.engine.optimizer_steps,
             "shapes": self.engine.shapes,
         }
-        mine = states.RankState(
+        content = states.RankState(
             self.engine.world,
             list(self.engine.shapes),
             self.engine.fragments,
             states.partitions(self.engine, self.ema),
             self.engine.non_trainable_state(),
         )
-        hidden = states.begin(folder, self.images, 0)
-        part = states.write_part(hidden, self.images, mine)
+        hidden = states.prepare_folder(folder, self.images, 0)
+        part = states.write_rank_file(hidden, self.images, content)
         return states.commit(hidden, part, "", info)
 
     def load(self, folder: Path) -> "Toy":
         state = states.find(folder)
-        states.load(state, self.engine, self.ema)
+        state_reader.load(state, self.engine, self.ema)
         self.images = state.images
         return self
 
@@ -150,13 +150,15 @@ def content() -> Callable[[Path], dict[str, torch.Tensor]]:
 
     def of(run: Path) -> dict[str, torch.Tensor]:
         state = states.find(run / "state")
-        reader = states.StateReader(state)
+        reader = state_reader.StateReader(state)
         out = {
-            f"{kind} {name}": value for kind in states.KINDS for name, value in reader.tensors(kind)
+            f"{kind} {name}": value
+            for kind in sorted(reader.kinds)
+            for name, value in reader.tensors(kind)
         }
         return out | {
             "images": torch.tensor(state.images),
-            "adam steps": torch.tensor(state.info["adam_steps"]),
+            "adam steps": torch.tensor(state.info["optimizer_steps"]),
         }
 
     return of

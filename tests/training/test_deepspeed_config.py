@@ -9,12 +9,12 @@ from latentddae.core.errors import ConfigError
 from latentddae.models import attention, zoo
 from latentddae.training.deepspeed_config import (
     EngineConfig,
+    check_precision,
     deepspeed_config,
     derive,
     plan_batch,
-    resolve_precision,
 )
-from latentddae.training.optimizers import OptimConfig, ParameterOptions, lr_at, parameter_groups
+from latentddae.training.optimizers import OptimConfig, lr_at, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -56,10 +56,11 @@ def test_learning_rate_schedule() -> None:
     assert lr_at(cosine, 1000, 1000) == pytest.approx(0.0)
 
 
-def test_auto_precision_names_what_the_hardware_has() -> None:
-    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if capable else "fp32")
+def test_bf16_without_zero_is_refused() -> None:
+    check_precision("fp32", 0)
+    check_precision("bf16", 1)
+    with pytest.raises(ConfigError, match=r"nearest: engine\.zero_stage=1"):
+        check_precision("bf16", 0)
 
 
 def test_inverse_square_root_schedule() -> None:
@@ -74,23 +75,17 @@ def test_inverse_square_root_schedule() -> None:
             OptimConfig(**wrong)
 
 
-def test_parameters_may_ask_for_their_own_rate_and_decay() -> None:
+def test_groups_follow_the_learning_rate_factor_and_the_decay_rule() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["c"].requires_grad_(False)
 
-    def options(name: str) -> ParameterOptions:
-        return ParameterOptions(0.5 if name.startswith("a") else 1.0, weight_decay=None)
+    def lr_scale(name: str) -> float:
+        return 0.5 if name.startswith("a") else 1.0
 
-    groups = parameter_groups(model.named_parameters(), OptimConfig(weight_decay=0.1), options)
+    groups = parameter_groups(model.named_parameters(), OptimConfig(weight_decay=0.1), lr_scale)
     seen = {(g["lr_scale"], g["weight_decay"]): [p.ndim for p in g["params"]] for g in groups}
     assert seen == {(0.5, 0.1): [2], (0.5, 0.0): [1], (1.0, 0.1): [2], (1.0, 0.0): [1]}
     assert len(parameter_groups(model.named_parameters(), OptimConfig())) == 1
-    bare = parameter_groups(
-        model.named_parameters(),
-        OptimConfig(weight_decay=0.1),
-        lambda name: ParameterOptions(weight_decay=0.0),
-    )
-    assert [g["weight_decay"] for g in bare] == [0.0]
 
 
 def overlaid(overlay: dict, precision: str = "bf16") -> dict:

@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 
 from latentddae.core import dist
 from latentddae.core.errors import ConfigError
-from latentddae.training import states
+from latentddae.training import state_reader, states
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
 from latentddae.training.engine import Engine
-from latentddae.training.optimizers import OptimConfig, ParameterOptions
+from latentddae.training.optimizers import OptimConfig
 
 ZERO = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16"), (1, "bf16"), (3, "fp32")]
 
@@ -67,11 +67,11 @@ def test_what_is_not_trained_survives_to_the_bit(stage, precision, in_ranks, toy
         state = toy(engine, ema, images=24).save(tmp_path)
         # Another module that was given the same frozen weights goes on from it.
         engine.model.norm.running_mean.zero_()
-        states.load(state, engine, ema)
+        state_reader.load(state, engine, ema)
         return engine.non_trainable_state(), dict(engine.model.named_buffers())
 
     results = in_ranks(2, run)
-    reader = states.StateReader(states.find(tmp_path))
+    reader = state_reader.StateReader(states.find(tmp_path))
     given = Tuned()
     saved = reader.non_trainable_state()
     model = {**dict(reader.tensors("master")), **saved}
@@ -99,7 +99,7 @@ def test_other_frozen_weights_are_not_continued(in_ranks, toy, tmp_path) -> None
         state = toy(engine, ema, images=8).save(tmp_path)
         engine._frozen = {name: value + 1 for name, value in engine._frozen.items()}
         with pytest.raises(ConfigError, match=r"trunk\.weight is not the one of the saved state"):
-            states.load(state, engine, ema)
+            state_reader.load(state, engine, ema)
         return "refused"
 
     assert in_ranks(2, run) == ["refused"] * 2  # on the rank that keeps no copy, too
@@ -107,11 +107,11 @@ def test_other_frozen_weights_are_not_continued(in_ranks, toy, tmp_path) -> None
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_parameters_own_rate_scales_its_steps(stage, in_ranks) -> None:
-    def options(name: str) -> ParameterOptions:
-        return ParameterOptions(0.25 if name == "head.bias" else 1.0)
+    def lr_scale(name: str) -> float:
+        return 0.25 if name == "head.bias" else 1.0
 
     def run() -> dict[str, torch.Tensor]:
-        engine, ema = tuned(stage, "fp32", options_of=options)
+        engine, ema = tuned(stage, "fp32", lr_scale=lr_scale)
         before = {name: torch.zeros(shape) for name, shape in engine.shapes.items()}
         start = [master.clone() for master in engine.masters]
         train(engine, ema, 1)
@@ -142,7 +142,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(stage, precision, in_ranks
             if len(applied) == 1:
                 same = all(torch.equal(a, b) for a, b in zip(before, engine.masters, strict=True))
                 engine.model.norm.reset_running_stats()
-        return applied, engine.adam_steps, same
+        return applied, engine.optimizer_steps, same
 
     assert in_ranks(2, run) == [([False, True], 2, True)] * 2
 
@@ -157,7 +157,7 @@ def test_clipping_is_to_the_global_norm(stage, in_ranks, toy) -> None:
         x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(engine.world.rank))
         engine.backward(((engine.model(x, x[:, 0, 0, 0]) - x) ** 2).mean())
         out.append(float(engine.step(1e-3)))
-        squares = sum(float((m / 0.1).square().sum()) for m in engine.moments("exp_avg"))
+        squares = sum(float((m / 0.1).square().sum()) for m in engine.optimizer_state("exp_avg"))
         out.append(float(dist.sum_tensor(torch.tensor(squares, dtype=torch.float64))) ** 0.5)
         return tuple(out)
 

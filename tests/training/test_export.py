@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from latentddae import cli
 from latentddae.core.errors import run_command
 from latentddae.models import DiTConfig, zoo
-from latentddae.training import export, states
+from latentddae.training import export, state_reader, states
 
 STEP = 16
 
@@ -82,7 +82,7 @@ def test_options(runs, tmp_path, content) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert zoo.load(tmp_path / "b").info["images_seen"] == 32
     assert run_export(run, "--out", tmp_path / "d", "--halflife", "50") == 0
-    state = states.StateReader(states.find(run / "state"))
+    state = state_reader.StateReader(states.find(run / "state"))
     faster = load_file(tmp_path / "d" / "ema.safetensors")
     assert torch.equal(
         faster["final_layer.linear.bias"], state.whole("ema-50", "final_layer.linear.bias")
@@ -140,7 +140,7 @@ def test_frozen_parameters_and_buffers_survive(toy, in_ranks, tmp_path) -> None:
         model.register_parameter("frozen", torch.nn.Parameter(frozen.clone(), requires_grad=False))
         model.register_buffer("count", torch.tensor([3, 4]))
         run = toy.start(stage=stage, precision="bf16", model=model).train(2)
-        reader = states.StateReader(run.save(tmp_path / str(stage)))
+        reader = state_reader.StateReader(run.save(tmp_path / str(stage)))
         kept = reader.non_trainable_state()
         return [
             torch.equal(kept["pos_embed"], table),
@@ -172,7 +172,7 @@ size = {n: torch.Size(s).numel() for n, s in shapes.items()}
 entries = {
     f"{kind}/0/{n}": safetensors_stream.Entry(torch.float32, (size[n],), lambda n=n: torch.zeros(size[n]))
     for kind in ("master", "ema") for n in shapes
-} | {f"constant/0/{n}": safetensors_stream.entry(torch.zeros(s)) for n, s in buffers.items()}
+} | {f"non_trainable/0/{n}": safetensors_stream.entry(torch.zeros(s)) for n, s in buffers.items()}
 path = folder / "images-000000000001"
 path.mkdir()
 safetensors_stream.write(path / "rank-00000-of-00001.safetensors", entries, {})

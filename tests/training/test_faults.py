@@ -46,7 +46,7 @@ def kill_while_saving(
     whole, run = folder / "whole", folder / "run"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
     random = np.random.default_rng(seed)
-    honest, honest_begin = safetensors_stream.write, states.begin
+    honest, honest_begin = safetensors_stream.write, states.prepare_folder
 
     def skewed(path, entries, metadata):
         if late in path.name:
@@ -142,7 +142,7 @@ def fill(disk: Path) -> None:
 
 FULL = {  # moment -> function that is about to run
     "before the check": (states, "begin"),
-    "before the files": (states, "write_part"),
+    "before the files": (states, "write_rank_file"),
     "inside a file": (safetensors_stream, "_parts"),
     "before the manifest": (states, "commit"),
     "before a log line": (Loop, "_write_line"),
@@ -228,15 +228,15 @@ def poison(source: str, bad: Callable[[int], bool], monkeypatch) -> None:
 
         monkeypatch.setattr(Loader, "batch_at", batch_at)
         return
-    honest = train.pretraining
+    honest = train.Pretraining.job
 
-    def pretraining(config, context):
-        job = honest(config, context)
-        local = config.global_batch // context.world.size
+    def changed(self):
+        job, rank = honest(self), self.context.world.rank
+        local = self.config.global_batch // self.context.world.size
         at = [0]
 
         def loss(moments, label, position):
-            at[0] = int(position[0]) - context.world.rank * local
+            at[0] = int(position[0]) - rank * local
             value, level = job.loss(moments, label, position)
             factor = torch.nan if source == "loss" and mine(1) and bad(at[0]) else 1.0
             return value * factor, level
@@ -247,7 +247,7 @@ def poison(source: str, bad: Callable[[int], bool], monkeypatch) -> None:
         next(job.model.parameters()).register_hook(gradient)
         return dataclasses.replace(job, loss=loss)
 
-    monkeypatch.setattr(train, "pretraining", pretraining)
+    monkeypatch.setattr(train.Pretraining, "job", changed)
 
 
 SPANS = {"once": range(5, 6), "three in a row": range(5, 8), "for ever": range(5, 10**6)}

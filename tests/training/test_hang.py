@@ -47,7 +47,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 PLACES = {
     "step": (Loop, "step"),
-    "save": (states, "write_part"),
+    "save": (states, "write_rank_file"),
     "barrier": (states, "commit"),
 }
 

@@ -50,10 +50,10 @@ def keys_at(data: Path, first: int, count: int) -> list[str]:
 
 def changed_loss(monkeypatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Every loss passes through change(loss, position)."""
-    honest = train.pretraining
+    honest = train.Pretraining.job
 
-    def pretraining(config, context):
-        job = honest(config, context)
+    def changed(self):
+        job = honest(self)
 
         def loss(moments, label, position):
             value, level = job.loss(moments, label, position)
@@ -61,7 +61,7 @@ def changed_loss(monkeypatch, change: Callable[[Tensor, Tensor], Tensor]) -> Non
 
         return dataclasses.replace(job, loss=loss)
 
-    monkeypatch.setattr(train, "pretraining", pretraining)
+    monkeypatch.setattr(train.Pretraining, "job", changed)
 
 
 READS = (
@@ -207,7 +207,7 @@ def test_a_loss_that_is_infinite_with_a_finite_gradient_is_skipped(
     lines = rows(run)
     assert [line["skipped"] for line in lines] == [0] * 7 + [1] + [0] * 12
     assert lines[7]["loss"] is None  # and no NaN, which is not JSON
-    assert states.complete_states(run / "state")[-1].info["adam_steps"] == 19
+    assert states.complete_states(run / "state")[-1].info["optimizer_steps"] == 19
 
 
 def test_a_spike_is_told_once_with_the_keys_of_its_batch(

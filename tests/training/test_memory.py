@@ -46,10 +46,12 @@ def count(toy, stage: int, precision: str) -> dict[str, int]:
     cut = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     averages = storages(t for average in run.ema.averages.values() for t in average)
     weights = storages([*model.parameters(), *cut])
-    moments = (engine.moments(kind) for kind in ("exp_avg", "exp_avg_sq"))
+    moments = (engine.optimizer_state(kind) for kind in ("exp_avg", "exp_avg_sq"))
     optimizer = storages([*engine.masters, *(t for flat in moments for t in flat)])
     if stage == 0:  # a rank also holds the moments of others' shares
-        optimizer = storages(t for s in engine._adam.state.values() for t in s.values() if t.ndim)
+        optimizer = storages(
+            t for s in engine._optimizer.state.values() for t in s.values() if t.ndim
+        )
     rest = now.keys() - averages.keys() - weights.keys() - optimizer.keys()
     return {
         "weights": sum(weights.values()),

@@ -65,17 +65,18 @@ def test_nan_is_outside(reference, tmp_path) -> None:
         reference_curve.losses(write_run(tmp_path / "mine", 5)), json.loads(reference.read_text())
     )
     assert reference_curve.is_inside(rows)
-    assert not reference_curve.is_inside([{**row, "distance": float("nan")} for row in rows])
+    assert not reference_curve.is_inside([row._replace(distance=float("nan")) for row in rows])
 
 
-def test_a_run_with_the_whole_loss_alone_is_compared_by_it(reference, tmp_path) -> None:
-    run = {
-        images: row[:1]
-        for images, row in reference_curve.losses(write_run(tmp_path / "r", 7)).items()
-    }
-    assert reference_curve.is_inside(
-        reference_curve.compare(run, json.loads(reference.read_text()))
+def test_a_run_whose_steps_were_all_skipped_is_outside(reference, tmp_path) -> None:
+    """Its rows have no loss at all."""
+    for step in range(1, 41):
+        row = {"images": 128 * step, "loss": None, "loss_by_level": None}
+        files.append_json_line(tmp_path / "skipped" / "metrics.jsonl", row)
+    points = reference_curve.compare(
+        reference_curve.losses(tmp_path / "skipped"), json.loads(reference.read_text())
     )
+    assert len(points) == 40 and not reference_curve.is_inside(points)
 
 
 def test_the_shipped_reference_is_of_the_shipped_recipe() -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from latentddae.core import files
 from latentddae.models import zoo
-from latentddae.training import states
+from latentddae.training import state_reader, states
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 QUICK = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
@@ -35,11 +35,11 @@ def test_resume_is_exact_on_the_same_ranks(stage, precision, in_ranks, toy, tmp_
         run.save(tmp_path)
         assert equal(before, run.whole())  # saving changes nothing
         run.train(6)
-        return run.losses[6:], run.batches[6:], run.engine.adam_steps, run.whole()
+        return run.losses[6:], run.batches[6:], run.engine.optimizer_steps, run.whole()
 
     def resumed():
         run = toy.start(stage, precision).load(tmp_path).train(6)
-        return run.losses, run.batches, run.engine.adam_steps, run.whole()
+        return run.losses, run.batches, run.engine.optimizer_steps, run.whole()
 
     for expected, found in zip(in_ranks(2, uninterrupted), in_ranks(2, resumed), strict=True):
         assert found[:3] == expected[:3]
@@ -91,9 +91,9 @@ def test_every_stage_reads_every_other(in_ranks, toy, tmp_path) -> None:
 
 def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
     """Every parameter, moment, average and constant of a state, whole."""
-    reader = states.StateReader(states.find(run / "state", images))
-    kinds = (*states.KINDS, "ema-500")
-    values = {f"{kind} {name}": v for kind in kinds for name, v in reader.tensors(kind)}
+    reader = state_reader.StateReader(states.find(run / "state", images))
+    assert reader.kinds == {"master", "exp_avg", "exp_avg_sq", "ema", "ema-500"}
+    values = {f"{kind} {name}": v for kind in reader.kinds for name, v in reader.tensors(kind)}
     return values | reader.non_trainable_state()
 
 
@@ -148,7 +148,7 @@ def test_export_has_the_models_keys_and_the_masters_values(
     engine = f"engine={{zero_stage: {stage}, precision: {precision}, compile: {compile}}}"
     run = tmp_path / "run"
     assert ranks(partial(start, run, engine, "total_images=48"), 2) == [0, 0]
-    reader = states.StateReader(states.find(run / "state"))
+    reader = state_reader.StateReader(states.find(run / "state"))
     built = zoo.load(run).model
     for name, kind in (("model", "master"), ("ema", "ema")):
         exported = load_file(run / "export" / f"{name}.safetensors")

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from latentddae import train
-from latentddae.core import dist, files, safetensors_stream
+from latentddae.core import files, safetensors_stream
 from latentddae.core.errors import ConfigError
 from latentddae.training import crash_loops, preemption, states
+from latentddae.training.job import Evaluation
 from latentddae.training.loop import Loop
+from latentddae.training.states import State
 
 STEP = 16
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -56,20 +58,20 @@ def when(condition: Callable[[], bool], number: int = signal.SIGTERM) -> None:
 
 def evaluate_slowly(monkeypatch, seconds: float) -> None:
     """The run evaluates its states for a while: rank 0 works, the others wait."""
-    honest = train.pretraining
+    honest = train.Pretraining.job
 
-    def pretraining(config, context):
-        def work() -> dict[str, float]:
-            for _ in range(int(seconds / 0.01)):
-                time.sleep(0.01)
-            return {"score": 1.0}
+    def score(state: State) -> dict[str, float]:
+        for _ in range(int(seconds / 0.01)):
+            time.sleep(0.01)
+        return {"score": 1.0}
 
-        evaluate = lambda state: dist.on_rank0(work)  # noqa: E731
-        return dataclasses.replace(
-            honest(config, context), evaluate=evaluate, eval_every_images=6 * STEP
+    def changed(self):
+        evaluation = Evaluation(
+            event="evaluation", every_images=6 * STEP, score=score, rank0_only=True
         )
+        return dataclasses.replace(honest(self), evaluations=(evaluation,))
 
-    monkeypatch.setattr(train, "pretraining", pretraining)
+    monkeypatch.setattr(train.Pretraining, "job", changed)
 
 
 def interrupt_again_and_again(

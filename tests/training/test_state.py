@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentddae.core import files, safetensors_stream
-from latentddae.training import states
+from latentddae.training import checksums, state_reader, states
 
 STEP = 16
 NEWEST, OLDER = 8 * STEP, 4 * STEP
@@ -70,46 +70,46 @@ def test_the_library_reads_what_we_write(tmp_path) -> None:
 
 def test_checksums_add_up_however_a_parameter_is_cut() -> None:
     values = torch.randn(5 * states.CHUNK // 2, generator=torch.Generator().manual_seed(0))
-    whole = states.checksum(values, 0)
+    whole = checksums.checksum(values, 0)
     bits = values.numpy().view(np.int32).astype(object)  # exact integers as the reference
     reference = int((bits * (2 * np.arange(len(bits), dtype=object) + 1)).sum())
     assert (int(whole) - reference) % 2**64 == 0
     random = np.random.default_rng(0)
     for _ in range(5):
         cuts = [0, *sorted(random.integers(0, len(values), 3).tolist()), len(values)]
-        parts = [states.checksum(values[a:b], a) for a, b in itertools.pairwise(cuts)]
+        parts = [checksums.checksum(values[a:b], a) for a, b in itertools.pairwise(cuts)]
         assert torch.equal(sum(parts[1:], parts[0]), whole)
 
 
 def test_every_changed_bit_and_every_exchange_changes_the_checksum() -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    whole = states.checksum(values, 0)
+    whole = checksums.checksum(values, 0)
     for element in range(40):
         for bit in range(32):
             changed = values.clone()
             changed.view(torch.int32)[element] ^= -(2**31) if bit == 31 else 1 << bit
-            assert states.checksum(changed, 0) != whole
+            assert checksums.checksum(changed, 0) != whole
         other = (element + 7) % 40
         swapped = values.clone()
         swapped[[element, other]] = values[[other, element]]
-        assert states.checksum(swapped, 0) != whole
+        assert checksums.checksum(swapped, 0) != whole
 
 
 def test_a_state_records_the_checksums_of_its_parameters(trained) -> None:
     state = states.find(trained / "state")
-    reader = states.StateReader(state)
-    assert state.info["checksums"].keys() == set(states.KINDS)
+    reader = state_reader.StateReader(state)
+    assert state.info["checksums"].keys() == reader.kinds
     for kind, sums in state.info["checksums"].items():
         assert sums.keys() == reader.shapes.keys()
         for name, value in reader.tensors(kind):
-            assert int(states.checksum(value, 0)) == sums[name], (kind, name)
+            assert int(checksums.checksum(value, 0)) == sums[name], (kind, name)
 
 
 def test_a_value_that_changes_on_the_way_back_stops_the_start(
     run, ranks, start, monkeypatch, capfd
 ) -> None:
     """Whatever stands between file and engine: the parameter is named, on another number of ranks too."""
-    honest = states.StateReader.read
+    honest = state_reader.StateReader.read
 
     def bent(self, kind, name, start, numel):
         values = honest(self, kind, name, start, numel)
@@ -117,7 +117,7 @@ def test_a_value_that_changes_on_the_way_back_stops_the_start(
             values.view(torch.int32)[3] ^= 1
         return values
 
-    monkeypatch.setattr(states.StateReader, "read", bent)
+    monkeypatch.setattr(state_reader.StateReader, "read", bent)
     assert ranks(lambda: start(run, "total_images=160")) == [65]
     assert "exp_avg of final_layer.linear.weight is not what was saved" in capfd.readouterr().err
     assert folder(run).exists()

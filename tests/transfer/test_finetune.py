@@ -15,7 +15,7 @@ from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Subset, shard_layout
 from latentddae.models import zoo
-from latentddae.training import states as states
+from latentddae.training import state_reader, states
 from latentddae.transfer import finetune
 from latentddae.transfer.finetuning.classifier import Classifier, layer_decay, path_factors
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
@@ -126,7 +126,7 @@ def test_from_scratch_is_fresh_and_the_default_is_not(start, tmp_path, ranks, ch
     fresh = zoo.build(checkpoint.model.config, seed=0).state_dict()
     for name, source in (("trained", checkpoint.model.state_dict()), ("scratch", fresh)):
         (state,) = states.complete_states(tmp_path / name / "state")
-        for key, value in states.StateReader(state).tensors("master"):
+        for key, value in state_reader.StateReader(state).tensors("master"):
             if key.startswith("trunk."):
                 torch.testing.assert_close(
                     value, source[key.removeprefix("trunk.")], atol=1e-8, rtol=0
@@ -141,8 +141,8 @@ def test_from_scratch_is_fresh_and_the_default_is_not(start, tmp_path, ranks, ch
 def test_layer_decay_follows_the_formula(checkpoint) -> None:
     """decay^(blocks + 1 - layer): embeddings 0, block k k, head blocks + 1; the engine takes it per name."""
     model = Classifier(zoo.build(checkpoint.model.config), 2, classes=4, norm="affine")
-    options = layer_decay(0.5, 2)
-    scales = {name: options(name).lr_scale for name, _ in model.named_parameters()}
+    lr_scale = layer_decay(0.5, 2)
+    scales = {name: lr_scale(name) for name, _ in model.named_parameters()}
     assert {v for k, v in scales.items() if "embedder" in k} == {0.125}
     assert {v for k, v in scales.items() if k.startswith("trunk.blocks.0.")} == {0.25}
     assert {v for k, v in scales.items() if k.startswith("trunk.blocks.1.")} == {0.5}
@@ -167,7 +167,7 @@ def test_layer_decay_reaches_the_optimizer(start, tmp_path, ranks) -> None:
         )
         assert ranks(lambda: start(run, *options, f"total_images={total}")) == [0]  # noqa: B023
         (state,) = states.complete_states(run / "state")[-1:]
-        moved[total] = dict(states.StateReader(state).tensors("master"))
+        moved[total] = dict(state_reader.StateReader(state).tensors("master"))
     step = {k: (moved[32][k] - v).abs().max().item() for k, v in moved[16].items()}
     assert step["head.weight"] == pytest.approx(1e-3, rel=1e-2)
     assert step["trunk.blocks.1.mlp.fc2.weight"] == pytest.approx(5e-4, rel=1e-2)

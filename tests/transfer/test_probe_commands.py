@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.precision import resolve_precision
 from latentddae.data.shards import ShardSet
-from latentddae.training.deepspeed_config import resolve_precision
 from latentddae.transfer import features, knn, linear, results
 from latentddae.transfer.grid import GridSettings
 from latentddae.transfer.probes.metrics import mean_per_class, top1

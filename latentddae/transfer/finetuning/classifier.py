@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from latentddae.core import rng
 from latentddae.core.errors import ConfigError
-from latentddae.training.optimizers import OptionsOf, ParameterOptions
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks
 
@@ -113,14 +112,10 @@ def path_factors(rate: float, blocks: int, seed: int, position: Tensor) -> Tenso
     return kept / (1 - rates)
 
 
-def layer_decay(decay: float, blocks: int) -> OptionsOf:
-    """Learning-rate factors decay^(blocks + 1 - layer): embeddings are layer 0, block k is layer k,
-    the head is layer blocks + 1 (BEiT, MAE)."""
-
-    def options(name: str) -> ParameterOptions:
-        return ParameterOptions(lr_scale=decay ** (blocks + 1 - layer_of(name, blocks)))
-
-    return options
+def layer_decay(decay: float, blocks: int) -> Callable[[str], float]:
+    """Learning-rate factors decay^(blocks + 1 - layer) by parameter name: embeddings are layer 0,
+    block k is layer k, the head is layer blocks + 1 (BEiT, MAE)."""
+    return lambda name: decay ** (blocks + 1 - layer_of(name, blocks))
 
 
 def layer_of(name: str, blocks: int) -> int:

@@ -1,0 +1,47 @@
+"""Which state a run continues from, and whether this configuration may continue it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from latentddae.core import config as configuration
+from latentddae.core import dist, files
+from latentddae.core.errors import ConfigError
+from latentddae.training import crash_loops, states
+from latentddae.training.config import is_safe_to_change
+from latentddae.training.process import RunContext
+from latentddae.training.states import State
+
+
+def find_state(context: RunContext, contract: Mapping[str, object]) -> State | None:
+    """The newest intact state of the run, or None for a new run (a collective).
+
+    Raises ConfigError if the run has lost all its states, or was trained under another contract.
+    """
+    state, faults = states.newest_intact(context.run / "state", context.world)
+    for fault in faults.values():
+        context.say(f"warning: {fault}; using an older state")
+    _check(context.run, state, faults, contract)
+    return state
+
+
+@dist.rank0
+def _check(
+    run: Path, state: State | None, faults: Mapping[Path, str], contract: Mapping[str, object]
+) -> None:
+    if state is None:
+        started = files.read_json_lines(run / "metrics.jsonl")
+        if faults or (started and not crash_loops.has_never_saved(run)):
+            raise ConfigError(
+                f"{run} holds a run but no intact state in {run / 'state'}; "
+                "choose another run folder or delete this one"
+            )
+        return
+    changes = configuration.differences(state.info["contract"], contract)
+    for key, (old, new) in changes.items():
+        if not is_safe_to_change(key):
+            raise ConfigError(
+                f"{run} was trained with {key}={old!r}, now {new!r}; "
+                "use another run folder or put the old value back"
+            )
+    for path in faults:
+        states.set_aside(path)
