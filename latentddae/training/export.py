@@ -1,6 +1,6 @@
 """Portable weights out of a run's resume state, whatever its number of ranks and ZeRO stage.
 
-    latentddae export RUN [--out DIR] [--weights ema] [--dtype bf16] [--state images-...]
+    latentddae export RUN [--out DIR] [--weights ema] [--precision bf16] [--state images-...]
 
 The tensors are read, converted and written one at a time. The file holds exactly the tensors of the
 model; anything else is refused.
@@ -44,7 +44,7 @@ class ExportConfig:
     """Folder of the checkpoint; none: RUN/export."""
     weights: Literal["ema", "model", "both"] = "both"
     """Which weights to write: the average, the trained ones, or both."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the trained weights; buffers and frozen weights keep theirs."""
     state: str | None = None
     """images-N, or N; none: the newest intact state."""
@@ -56,7 +56,7 @@ def run_export(config: ExportConfig) -> None:
     """Export a state of a run and say where the checkpoint is."""
     state = _find_state(config)
     out = config.out or config.run / "export"
-    dtype = DTYPES[config.dtype]
+    dtype = DTYPES[config.precision]
     folder = export(state, out, WEIGHTS[config.weights], dtype, config.halflife)
     print(f"{config.weights} weights after {state.images:,} images: {folder}")
 
@@ -66,7 +66,7 @@ def plan(config: ExportConfig) -> str:
     state = _find_state(config)
     _average(configuration.build(EmaConfig, state.info["ema_config"]), config.halflife)
     out = config.out or config.run / "export"
-    return f"{config.weights} weights after {state.images:,} images in {config.dtype} to {out}"
+    return f"{config.weights} weights after {state.images:,} images in {config.precision} to {out}"
 
 
 def _find_state(config: ExportConfig) -> State:

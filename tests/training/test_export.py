@@ -68,7 +68,7 @@ def test_the_command_gives_what_the_run_itself_exports(runs, tmp_path) -> None:
 
 def test_options(runs, tmp_path, content) -> None:
     run = runs["1"]
-    assert run_export(run, "--out", tmp_path / "a", "--weights", "ema", "--dtype", "bf16") == 0
+    assert run_export(run, "--out", tmp_path / "a", "--weights", "ema", "--precision", "bf16") == 0
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.json", "ema.safetensors"]
     half = load_file(tmp_path / "a" / "ema.safetensors")
     for key, value in half.items():
