@@ -181,7 +181,7 @@ def host_time_per_step() -> None:
                 def free(x: Tensor, t: Tensor, y: Conditioning) -> Tensor:
                     return answer
 
-                sample(objective, free, noise, None, sampling, noise_sampler=lambda step: noise)
+                sample(objective, free, noise, None, sampling, lambda step: noise)
 
             label = f"{kind} {name}"
             variants[label] = run

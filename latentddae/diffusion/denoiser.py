@@ -9,6 +9,7 @@ from torch import Tensor
 from latentddae.diffusion.ddpm import DDPM, Posterior
 from latentddae.diffusion.guidance import Guidance, guided, map_condition
 from latentddae.diffusion.objective import Model, Objective
+from latentddae.diffusion.sampler_options import OdeCoordinates
 from latentddae.models.network import Conditioning
 
 
@@ -48,8 +49,25 @@ def node_at_level(objective: Objective, level: float) -> Node:
     return nodes_at(objective, timestep)[0]
 
 
+def predicted_noise(x: Tensor, x0: Tensor, node: Node) -> Tensor:
+    """The noise in x if x0 is right: (N, C, H, W) each."""
+    return (x - node.alpha * x0) / node.sigma
+
+
+def coordinate(node: Node, coordinates: OdeCoordinates) -> tuple[float, float]:
+    """(position, scale) of a node: s and alpha + sigma, or sigma / alpha and alpha."""
+    scale = node.alpha + node.sigma if coordinates == "linear" else node.alpha
+    return node.sigma / scale, scale
+
+
+def slope(x: Tensor, x0: Tensor, node: Node, coordinates: OdeCoordinates) -> Tensor:
+    """d(x / scale) / d(position), (N, C, H, W): the predicted noise; less x0 in linear ones."""
+    noise = predicted_noise(x, x0, node)
+    return noise - x0 if coordinates == "linear" else noise
+
+
 class Denoiser:
-    """The network as samplers see it: x (N, C, H, W) at a node -> predicted x0, guided and clipped."""
+    """The network as samplers see it: x at a node -> predicted x0, guided and clipped."""
 
     def __init__(
         self,

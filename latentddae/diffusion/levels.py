@@ -1,9 +1,9 @@
 """The noise axis all objectives share: level s = sigma / (alpha + sigma), 0 clean, 1 pure noise.
 
 A noisy latent is x_t = alpha x0 + sigma noise. Its ratio r = sigma / alpha, its log-SNR = -2 ln r
-and its level s = r / (1 + r) say the same thing; for flow matching s is the time itself. A Python
-float gives a float, a tensor a tensor of its dtype (integers give float32); the arithmetic runs in
-float64.
+and its level s = r / (1 + r) are equivalent; for flow matching s is the timestep itself. A Python
+float gives a float, a tensor a tensor of its shape and dtype (integers give float32); the
+arithmetic runs in float64.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Real = Any  # a float or a tensor; what goes in comes out
+Real = Any  # a float or a tensor; the result is of the same kind
 
 
 def in_float64(value: Real, function: Callable[[Tensor], Tensor]) -> Real:
@@ -36,25 +36,25 @@ def elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Real], Real]:
 
 @elementwise
 def ratio_of_level(s: Tensor) -> Tensor:
-    """r = sigma / alpha; infinite at s = 1."""
+    """r = sigma / alpha, infinite at s = 1; any shape."""
     return s / (1 - s)
 
 
 @elementwise
 def level_of_ratio(r: Tensor) -> Tensor:
-    """s = r / (1 + r), also for infinite r."""
+    """s = r / (1 + r), also for infinite r; any shape."""
     return 1 / (1 + 1 / r)
 
 
 @elementwise
 def log_snr_of_level(s: Tensor) -> Tensor:
-    """ln(alpha^2 / sigma^2)."""
+    """ln(alpha^2 / sigma^2); any shape."""
     return -2 * (s.log() - (-s).log1p())
 
 
 @elementwise
 def level_of_log_snr(log_snr: Tensor) -> Tensor:
-    """The inverse of `log_snr_of_level`."""
+    """The inverse of `log_snr_of_level`; any shape."""
     return torch.sigmoid(-0.5 * log_snr)
 
 

@@ -13,7 +13,7 @@ SMALLEST_PROBABILITY = 1e-12
 def gaussian_kl(
     mean: Tensor, log_variance: Tensor, model_mean: Tensor, model_log_variance: Tensor
 ) -> Tensor:
-    """KL(N(mean, variance) || N(model_mean, model_variance)), elementwise; shapes broadcast."""
+    """KL(N(mean, variance) || N(model_mean, model_variance)), elementwise: any shape."""
     return 0.5 * (
         model_log_variance
         - log_variance
@@ -26,7 +26,7 @@ def gaussian_kl(
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-probability of 8-bit levels x in [-1, 1] under a Gaussian (DDPM, equation 13).
 
-    Elementwise for broadcastable shapes.
+    Elementwise: any shape.
     """
     inverse_std = (-log_std).exp()
     upper = _approximate_cdf(inverse_std * (x - mean + PIXEL_BIN))

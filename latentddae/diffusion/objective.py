@@ -55,7 +55,7 @@ class Objective(Protocol):
         (steps,)."""
 
     def initial_latent(self, noise: Tensor) -> Tensor:
-        """The latent that sampling starts from, for standard normal noise of the same shape."""
+        """The latent that sampling starts from, for normal noise: (N, C, H, W) -> (N, C, H, W)."""
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t: (N, C, H, W), (N,), (N, C, H, W) -> (N, C, H, W)."""

@@ -11,7 +11,7 @@ fresh noise in `step`, and its own settings in `options`. SAMPLERS lists all of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -23,7 +23,16 @@ from torch import Tensor
 from latentddae.core.config import choice, require
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion.ddpm import DDPM
-from latentddae.diffusion.denoiser import CLEAN, Denoiser, Node, node_at_level, nodes_at
+from latentddae.diffusion.denoiser import (
+    CLEAN,
+    Denoiser,
+    Node,
+    coordinate,
+    node_at_level,
+    nodes_at,
+    predicted_noise,
+    slope,
+)
 from latentddae.diffusion.guidance import Guidance
 from latentddae.diffusion.levels import level_of_ratio
 from latentddae.diffusion.objective import Model, Objective
@@ -33,7 +42,6 @@ from latentddae.diffusion.sampler_options import (
     EulerMaruyamaOptions,
     EulerOptions,
     HeunOptions,
-    OdeCoordinates,
     OdeOptions,
     Options,
 )
@@ -41,8 +49,6 @@ from latentddae.models.network import Conditioning
 
 NoiseSampler = Callable[[int], Tensor]
 """Step number -> standard normal noise (N, C, H, W): the caller decides what it is keyed by."""
-Callback = Callable[[int, Tensor, Tensor], None]
-"""Called after each step with its number, the predicted x0 and the new x, (N, C, H, W) each."""
 
 MAX_CHURN = math.sqrt(2) - 1  # EDM, algorithm 2
 ODE_LAST_LEVEL = 1e-4  # the velocity (x - x0) / s loses all digits at s = 0
@@ -77,22 +83,35 @@ class Sampling:
         require(self, positive=("steps",))
 
 
-@torch.no_grad()
 def sample(
     objective: Objective,
     model: Model,
     noise: Tensor,
     condition: Conditioning = None,
     sampling: Sampling | None = None,
-    *,
     noise_sampler: NoiseSampler | None = None,
-    callback: Callback | None = None,
 ) -> Tensor:
     """Clean latents x0 for standard normal noise: (N, C, H, W) -> (N, C, H, W), dtype kept.
 
     Stochastic samplers take the fresh noise of step i from `noise_sampler(i)`. Raises ConfigError
     if they have none, and for a sampler that the objective does not support.
     """
+    steps = sampling_steps(objective, model, noise, condition, sampling, noise_sampler)
+    for _, next_x in steps:
+        x = next_x
+    return x
+
+
+@torch.no_grad()
+def sampling_steps(
+    objective: Objective,
+    model: Model,
+    noise: Tensor,
+    condition: Conditioning = None,
+    sampling: Sampling | None = None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, step by step: yields (predicted x0, x) after each step, (N, C, H, W) both."""
     sampling = sampling or Sampling()
     options, sampler = sampling.sampler, SAMPLERS[sampling.sampler.kind]
     denoise = Denoiser(objective, model, condition, sampling.guidance, sampling.clip)
@@ -100,9 +119,7 @@ def sample(
     for index, (start, end) in enumerate(pairwise(nodes)):
         fresh_noise = partial(_fresh_noise, noise_sampler, index, options.kind)
         x, x0 = sampler.step(denoise, x, Step(len(nodes) - 1, start, end, fresh_noise), options)
-        if callback is not None:
-            callback(index, x0, x)
-    return x
+        yield x0, x
 
 
 def _fresh_noise(noise_sampler: NoiseSampler | None, index: int, name: str) -> Tensor:
@@ -147,7 +164,10 @@ def level_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
 def ddim(
     denoise: Denoiser, x: Tensor, step: Step, options: EulerOptions | DdimOptions
 ) -> tuple[Tensor, Tensor]:
-    """Hold the predicted x0 and noise fixed; replace a part of the noise by fresh noise."""
+    """Hold the predicted x0 and noise fixed; replace a part of the noise by fresh noise.
+
+    (N, C, H, W) -> next x and predicted x0 of that shape.
+    """
     start, end = step.start, step.end
     x0 = denoise(x, start)
     beta = 1 - (start.alpha * end.sigma / (end.alpha * start.sigma)) ** 2
@@ -158,7 +178,10 @@ def ddim(
 
 
 def heun(denoise: Denoiser, x: Tensor, step: Step, options: HeunOptions) -> tuple[Tensor, Tensor]:
-    """An Euler step, repeated with the mean of the slopes at its two ends."""
+    """An Euler step, repeated with the mean of the slopes at its two ends.
+
+    (N, C, H, W) -> next x and predicted x0 of that shape.
+    """
     coordinates = options.ode_coordinates or denoise.objective.ode_coordinates
     start, end = step.start, step.end
     if coordinates == "ve" and start.alpha == 0:
@@ -194,7 +217,10 @@ def _add_churn(
 def ancestral(
     denoise: Denoiser, x: Tensor, step: Step, options: AncestralOptions
 ) -> tuple[Tensor, Tensor]:
-    """Sample p(x_end | x_start); the last step takes the mean."""
+    """Sample p(x_end | x_start); the last step takes the mean.
+
+    (N, C, H, W) -> next x and predicted x0 of that shape.
+    """
     mean, variance, x0 = denoise.posterior(x, step.start, step.end)
     return (mean if step.end is CLEAN else mean + variance.sqrt() * step.noise()), x0
 
@@ -202,7 +228,10 @@ def ancestral(
 def euler_maruyama(
     denoise: Denoiser, x: Tensor, step: Step, options: EulerMaruyamaOptions
 ) -> tuple[Tensor, Tensor]:
-    """Drift of the reverse SDE along the level, then its noise; the last step adds none."""
+    """Drift of the reverse SDE along the level, then its noise; the last step adds none.
+
+    (N, C, H, W) -> next x and predicted x0 of that shape.
+    """
     x0 = denoise(x, step.start)
     (s, scale), (end_s, end_scale) = (coordinate(node, "linear") for node in (step.start, step.end))
     noise = predicted_noise(x, x0, step.start)
@@ -214,7 +243,10 @@ def euler_maruyama(
 
 
 def ode(denoise: Denoiser, x: Tensor, step: Step, options: OdeOptions) -> tuple[Tensor, Tensor]:
-    """Solve the probability flow from `start` to the clean end, sample by sample."""
+    """Solve the probability flow from `start` to the clean end, sample by sample.
+
+    (N, C, H, W) -> x0 of that shape, twice: as next x and as predicted x0.
+    """
     x0 = torch.cat(
         [_solve(denoise.only(k), one, step, options) for k, one in enumerate(x.split(1))]
     )
@@ -247,23 +279,6 @@ def _solve(denoise: Denoiser, x: Tensor, step: Step, options: OdeOptions) -> Ten
     )[-1]
     end = node_at_level(objective, last)
     return denoise(z * (end.alpha + end.sigma), end)
-
-
-def predicted_noise(x: Tensor, x0: Tensor, node: Node) -> Tensor:
-    """The noise in x if x0 is right: (N, C, H, W) each."""
-    return (x - node.alpha * x0) / node.sigma
-
-
-def coordinate(node: Node, coordinates: OdeCoordinates) -> tuple[float, float]:
-    """(position, scale) of a node: s and alpha + sigma, or sigma / alpha and alpha."""
-    scale = node.alpha + node.sigma if coordinates == "linear" else node.alpha
-    return node.sigma / scale, scale
-
-
-def slope(x: Tensor, x0: Tensor, node: Node, coordinates: OdeCoordinates) -> Tensor:
-    """d(x / scale) / d(position), (N, C, H, W): the predicted noise; less x0 in linear ones."""
-    noise = predicted_noise(x, x0, node)
-    return noise - x0 if coordinates == "linear" else noise
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Image folders, and the `.npz` that ADM's evaluator reads: images in `arr_0` (N, H, W, 3) uint8."""
+"""Image folders, and ADM's `.npz` of images: `arr_0` (N, H, W, 3) uint8, labels in `arr_1`."""
 
 import contextlib
 import io

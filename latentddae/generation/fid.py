@@ -15,7 +15,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -158,7 +157,7 @@ def feature_array(path: Path) -> np.ndarray:
     return array.reshape(len(array), -1)
 
 
-def compare_arrays(samples: Path, reference: Path) -> dict[str, Any]:
+def compare_arrays(samples: Path, reference: Path) -> dict[str, object]:
     """The Frechet distance of two feature arrays, with what it depends on."""
     a, b = feature_array(samples), feature_array(reference)
     return {
@@ -180,7 +179,7 @@ def open_inception(config: FidConfig) -> Inception:
     return inception
 
 
-def compare_images(config: FidConfig) -> dict[str, Any]:
+def compare_images(config: FidConfig) -> dict[str, object]:
     """All metrics of a protocol between two image sources, with what they depend on."""
     assert config.reference is not None
     protocol = config.evaluation
@@ -205,7 +204,7 @@ def compare_images(config: FidConfig) -> dict[str, Any]:
     }
 
 
-def described(stats: ImageSetStats) -> dict[str, Any]:
+def described(stats: ImageSetStats) -> dict[str, object]:
     """Source, hash and number of images, for the result line."""
     return {"source": str(stats.source), "sha256": stats.identity, "count": stats.count}
 

@@ -20,7 +20,7 @@ from latentddae.core.errors import ConfigError
 from latentddae.core.imaging import image_sheet, to_uint8
 from latentddae.core.precision import Precision
 from latentddae.data.encoding.autoencoder import Autoencoder
-from latentddae.diffusion.samplers import SAMPLERS, Callback, Sampling, sample
+from latentddae.diffusion.samplers import SAMPLERS, NoiseSampler, Sampling, sample, sampling_steps
 from latentddae.models.zoo import Checkpoint
 
 TRAJECTORY_IMAGES = 4
@@ -70,46 +70,44 @@ def generate(
     checkpoint: Checkpoint,
     indices: Sequence[int],
     settings: SampleSettings | None = None,
-    *,
     batch: int = 64,
-    callback: Callback | None = None,
 ) -> Tensor:
-    """Latents at training scale of the given images: (len(indices), C, h, w) float32 on the CPU."""
-    settings = settings or SampleSettings()
-    parts = generate_batches(checkpoint, indices, settings, batch, callback)
-    return torch.cat([x0.cpu() for _, x0 in parts])
+    """Latents (N, C, h, w) float32 at training scale of N images by their indices, on the CPU."""
+    batches = generate_batches(checkpoint, indices, settings or SampleSettings(), batch)
+    return torch.cat([x0.cpu() for _, x0 in batches])
 
 
 def generate_batches(
-    checkpoint: Checkpoint,
-    indices: Sequence[int],
-    settings: SampleSettings,
-    batch: int,
-    callback: Callback | None = None,
+    checkpoint: Checkpoint, indices: Sequence[int], settings: SampleSettings, batch: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (image indices, their x0 (n, C, h, w) float32 on the model's device) in batches."""
     if not indices:
         raise ConfigError("no image indices to sample")
-    model, seed = checkpoint.model, settings.seed
-    device = next(model.parameters()).device
-    shape = checkpoint.latent_spec.shape
     for first in range(0, len(indices), batch):
-        chosen = torch.tensor(list(indices[first : first + batch]), dtype=torch.int64)
-        labels = labels_for(settings.labels, model.config.num_classes, chosen, seed)
+        chosen = list(indices[first : first + batch])
+        noise, labels, noise_sampler = keyed_inputs(checkpoint, chosen, settings)
+        objective, model = checkpoint.objective, checkpoint.model
+        yield chosen, sample(objective, model, noise, labels, settings, noise_sampler).float()
 
-        def noise_sampler(step: int, chosen: Tensor = chosen) -> Tensor:
-            return rng.normal(seed, f"sampler step {step}", chosen, shape).to(device)
 
-        x0 = sample(
-            checkpoint.objective,
-            model,
-            rng.normal(seed, "sample noise", chosen, shape).to(device),
-            None if labels is None else labels.to(device),
-            settings,
-            noise_sampler=noise_sampler,
-            callback=callback,
-        )
-        yield chosen.tolist(), x0.float()
+def keyed_inputs(
+    checkpoint: Checkpoint, indices: Sequence[int], settings: SampleSettings
+) -> tuple[Tensor, Tensor | None, NoiseSampler]:
+    """Initial noise (N, C, h, w), labels (N,) or None, and the noise of later steps (N, C, h, w),
+    on the model's device."""
+    seed, shape = settings.seed, checkpoint.latent_spec.shape
+    device = next(checkpoint.model.parameters()).device
+    keys = torch.tensor(indices, dtype=torch.int64)
+
+    def noise_sampler(step: int) -> Tensor:
+        return rng.normal(seed, f"sampler step {step}", keys, shape).to(device)
+
+    labels = labels_for(settings.labels, checkpoint.model.config.num_classes, keys, seed)
+    return (
+        rng.normal(seed, "sample noise", keys, shape).to(device),
+        None if labels is None else labels.to(device),
+        noise_sampler,
+    )
 
 
 def decode(
@@ -124,20 +122,17 @@ def decode(
 def trajectory(
     checkpoint: Checkpoint, settings: SampleSettings, autoencoder: Autoencoder
 ) -> np.ndarray:
-    """A sheet with one row per image: the predicted clean image from the first step to the last.
+    """A sheet (H, W, 3) uint8, one row per image: predicted x0 from the first step to the last.
 
-    (rows H, columns W, 3) uint8. Raises ConfigError for an adaptive sampler.
+    Raises ConfigError for an adaptive sampler.
     """
     if SAMPLERS[settings.sampler.kind].path is None:
         raise ConfigError(f"sampler {settings.sampler.kind} chooses its own steps: no trajectory")
-    predictions: list[Tensor] = []
-    generate(
-        checkpoint,
-        range(TRAJECTORY_IMAGES),
-        settings,
-        batch=TRAJECTORY_IMAGES,
-        callback=lambda step, x0, x: predictions.append(x0.float().cpu()),
+    noise, labels, noise_sampler = keyed_inputs(checkpoint, range(TRAJECTORY_IMAGES), settings)
+    steps = sampling_steps(
+        checkpoint.objective, checkpoint.model, noise, labels, settings, noise_sampler
     )
+    predictions = [x0.float().cpu() for x0, _ in steps]
     chosen = np.linspace(0, len(predictions) - 1, min(TRAJECTORY_COLUMNS, len(predictions)))
     columns = [decode(checkpoint, predictions[int(i)], autoencoder) for i in chosen.round()]
     images = rearrange(np.stack(columns), "column row h w c -> (row column) h w c")

@@ -1,4 +1,4 @@
-"""Evaluation of a run while it trains: a sheet of samples, a small Frechet score, the held-out loss.
+"""Evaluation of a run in training: a sheet of samples, a small Frechet score, the held-out loss.
 
     RUN/samples/000000012800.png     images of the EMA weights, always of the same noise and labels
 

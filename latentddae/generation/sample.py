@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def latent_path(folder: Path, index: int) -> Path:
     return folder / "latents" / f"{index:06d}.npy"
 
 
-def provenance(checkpoint: Checkpoint, config: SampleConfig) -> dict[str, Any]:
+def provenance(checkpoint: Checkpoint, config: SampleConfig) -> dict[str, object]:
     """All that the pixels depend on, for sample.json."""
     info, spec = checkpoint.info, checkpoint.latent_spec
     settings = to_dict(config)
@@ -114,7 +113,7 @@ def check_model(checkpoint: Checkpoint, config: SampleConfig) -> None:
     SAMPLERS[config.sampler.kind].nodes(checkpoint.objective, config)
 
 
-def check_folder(config: SampleConfig, facts: dict[str, Any]) -> None:
+def check_folder(config: SampleConfig, facts: dict[str, object]) -> None:
     """Raise ConfigError if `out` holds other things, other settings or more images."""
     out, path = config.out, config.out / "sample.json"
     if not path.exists():

@@ -1,7 +1,7 @@
 """A data set whose best denoiser is known: a mixture of isotropic Gaussians, as a "network".
 
 With it every sampler must reproduce the mixture, and its error against the exact flow measures the
-order of convergence. `benchmarks/convergence.py` loads this file for the plot in docs/generation.md.
+order of convergence. `benchmarks/convergence.py` loads this file for the plot in the documentation.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def undo_network_input(objective: Objective, x_in: Tensor, time: Tensor) -> tupl
 
 
 def output_for(objective: Objective, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The network output that makes the objective predict x0 from x_t: the inverse of denoise, (N, C or 2C, H, W).
+    """The network output (N, C or 2C, H, W) that makes the objective predict x0 from x_t.
 
     Where the variance is learned, its half of the channels is 0, midway between the fixed ones.
     """

@@ -87,7 +87,7 @@ def test_the_interval_saves_passes_outside(objective: Any) -> None:
     if objective.kind == "ddpm":
         model = Counted()
         sampling = Sampling(sampler=AncestralOptions(), steps=10, guidance=guidance)
-        sample(objective, model, noise(), labels, sampling, noise_sampler=lambda step: noise())
+        sample(objective, model, noise(), labels, sampling, lambda step: noise())
         even = objective.to_level(objective.sampling_timesteps(10, spacing="even").double())
         assert model.rows == 2 * (10 + int(((even >= 0.25) & (even <= 0.75)).sum()))
 

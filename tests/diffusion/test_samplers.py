@@ -25,7 +25,7 @@ from latentddae.diffusion.sampler_options import (
     HeunOptions,
     OdeOptions,
 )
-from latentddae.diffusion.samplers import OPTIONS, SAMPLERS, Sampling, sample
+from latentddae.diffusion.samplers import OPTIONS, SAMPLERS, Sampling, sample, sampling_steps
 from latentddae.models import DiT, DiTConfig
 
 from .gaussian_mixture import Mixture, as_network
@@ -50,15 +50,8 @@ def keyed_noise(step: int) -> Tensor:
 
 def our_states(objective: Objective, network: DiT, options: Any, steps: int) -> list[Tensor]:
     """The state after every step of a sampler."""
-    states: list[Tensor] = []
-
-    def keep(step: int, x0: Tensor, x: Tensor) -> None:
-        assert step == len(states)
-        states.append(x)
-
     sampling = Sampling(sampler=options, steps=steps)
-    sample(objective, network, NOISE, LABELS, sampling, noise_sampler=keyed_noise, callback=keep)
-    return states
+    return [x for _, x in sampling_steps(objective, network, NOISE, LABELS, sampling, keyed_noise)]
 
 
 def diffusers_states(
@@ -67,7 +60,7 @@ def diffusers_states(
     x: Tensor,
     step_options: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> list[Tensor]:
-    """The state after every call of a diffusers scheduler; `output(call, x, t)` is the network's."""
+    """The state after each call of a diffusers scheduler; the network is `output(call, x, t)`."""
     states = []
     for call, t in enumerate(scheduler.timesteps):
         x = scheduler.step(output(call, x, t), t, x, **step_options(call)).prev_sample
@@ -249,7 +242,7 @@ def test_every_sampler_recovers_a_mixture(objective: Any, sampling: Sampling) ->
 
     noise = rng.normal(7, "mixture", torch.arange(count), (2, 1, 1)).double()
     model = as_network(objective, MIXTURE)
-    x = sample(objective, model, noise, None, sampling, noise_sampler=fresh_noise).flatten(1)
+    x = sample(objective, model, noise, None, sampling, fresh_noise).flatten(1)
     mean_error = (x.mean(0) - MIXTURE.mean()).abs()
     covariance = MIXTURE.covariance()
     four_standard_errors = 4 * (covariance.diagonal() / count).sqrt()
@@ -318,9 +311,7 @@ def test_batch_companions_do_not_matter(network: DiT, name: str) -> None:
     options = special.get(name) or OPTIONS[name]()
     sampling = Sampling(sampler=options, steps=4, guidance=Guidance(scale=1.5))
     whole, alone = (
-        sample(
-            objective, network, noise[rows], labels[rows], sampling, noise_sampler=noise_for(rows)
-        )
+        sample(objective, network, noise[rows], labels[rows], sampling, noise_for(rows))
         for rows in ([0, 1, 2, 3, 4], [3])
     )
     torch.testing.assert_close(whole[3:4], alone, rtol=1e-4, atol=1e-4)
@@ -328,17 +319,9 @@ def test_batch_companions_do_not_matter(network: DiT, name: str) -> None:
 
 @pytest.mark.parametrize("options", [EulerOptions(), AncestralOptions()])
 def test_clipping_keeps_the_predicted_image_in_range(network: DiT, options: Any) -> None:
-    seen = []
-    sample(
-        DDPM(),
-        network,
-        NOISE,
-        LABELS,
-        Sampling(sampler=options, steps=5, clip=True),
-        noise_sampler=keyed_noise,
-        callback=lambda step, x0, x: seen.append(x0.abs().max()),
-    )
-    assert max(seen) <= 1
+    sampling = Sampling(sampler=options, steps=5, clip=True)
+    for x0, _ in sampling_steps(DDPM(), network, NOISE, LABELS, sampling, keyed_noise):
+        assert x0.abs().max() <= 1
 
 
 @pytest.mark.parametrize(

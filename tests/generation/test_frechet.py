@@ -42,7 +42,7 @@ def test_agrees_with_the_matrix_square_root() -> None:
 
 @pytest.mark.parametrize(("count", "dim"), [(500, 20), (10, 200), (2, 64), (50, 50)])
 def test_zero_on_itself_and_never_nan_on_deficient_ranks(count: int, dim: int) -> None:
-    """USER_PAINS #6: fewer samples than dimensions give no NaN, no imaginary part, no offset."""
+    """Fewer samples than dimensions give no NaN, no imaginary part, no offset."""
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(2, count, dim))
     y[:, : dim // 2] = 3.0  # constant features have no variance at all
