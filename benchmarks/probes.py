@@ -27,7 +27,7 @@ from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.probes.recipes import RECIPES
-from latentddae.transfer.probes.sgd import INITIAL_STD, Training, epoch_order, schedule
+from latentddae.transfer.probes.sgd import INITIAL_STD, HeadTrainer, epoch_order, schedule
 from latentddae.transfer.protocol import splits
 
 DDAE = RECIPES["ddae"]
@@ -52,7 +52,7 @@ def clusters(rows: int, width: int, classes: int, seed: int) -> tuple[torch.Tens
 class OneByOne:
     """A Linear and an Adam for every head, stepped in turn: how grids are commonly trained."""
 
-    def __init__(self, start: Training) -> None:
+    def __init__(self, start: HeadTrainer) -> None:
         self.layers = []
         for weight in start.weight:
             layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
@@ -62,8 +62,8 @@ class OneByOne:
         self.optimisers = [torch.optim.Adam(layer.parameters()) for layer in self.layers]
         self.done = 0
 
-    def epoch(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x (H, N, D), y (N,): as `Training.epoch`."""
+    def train_epoch(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x (H, N, D), y (N,): as `HeadTrainer.train_epoch`."""
         order = epoch_order(0, self.done, len(y))
         for rows in order[: len(y) // DDAE.batch * DDAE.batch].split(DDAE.batch):
             for features, layer, optimiser in zip(x, self.layers, self.optimisers, strict=True):
@@ -80,18 +80,18 @@ def heads() -> None:
     x = torch.stack([clusters(rows, width, classes, seed)[0] for seed in range(count)])
     y = clusters(rows, width, classes, 0)[1]
 
-    def fresh() -> Training:
-        return Training(DDAE, [RATE] * count, width=width, classes=classes, own=True)
+    def fresh() -> HeadTrainer:
+        return HeadTrainer(DDAE, [RATE] * count, width=width, classes=classes, separate_inputs=True)
 
     ours, theirs = fresh(), OneByOne(fresh())
-    ours.epoch(x, y)
-    theirs.epoch(x, y)
+    ours.train_epoch(x, y)
+    theirs.train_epoch(x, y)
     for weight, layer in zip(ours.weight, theirs.layers, strict=True):
         torch.testing.assert_close(
             weight, layer.weight.detach(), rtol=1e-4, atol=0.01 * INITIAL_STD
         )
     steps = rows // DDAE.batch * count
-    seconds = cpu_seconds({"ours": lambda: ours.epoch(x, y), "theirs": lambda: theirs.epoch(x, y)})
+    seconds = cpu_seconds({"ours": lambda: ours.train_epoch(x, y), "theirs": lambda: theirs.train_epoch(x, y)})
     own, other = (1e6 * seconds[name] / steps for name in ("ours", "theirs"))
     record(
         "probe_heads_batched_vs_loop", own, other, "CPU us per head and step",
@@ -112,9 +112,9 @@ def closed_form() -> None:
         return max(ridge.accuracies(ridge.solve(sums), test_x, test_y))
 
     def adam() -> float:
-        head = OneByOne(Training(DDAE, [RATE], width=width, classes=classes, own=True))
+        head = OneByOne(HeadTrainer(DDAE, [RATE], width=width, classes=classes, separate_inputs=True))
         for _ in range(DDAE.epochs):
-            head.epoch(x[None], y)
+            head.train_epoch(x[None], y)
         return float((head.layers[0](test_x).argmax(dim=1) == test_y).float().mean())
 
     found = solved(), adam()
@@ -174,12 +174,12 @@ def trained_online(
         return torch.stack([torch.from_numpy(found[block, "mean"]) for block in blocks])
 
     y = torch.from_numpy(splits.labels_of(train, split.fit))
-    training = Training(
+    training = HeadTrainer(
         SMALL, [SMALL_RATE] * len(blocks), width=checkpoint.model.config.hidden_size,
-        classes=len(train.classes), own=True,
+        classes=len(train.classes), separate_inputs=True,
     )  # fmt: skip
     for epoch in range(SMALL.epochs):
-        training.epoch(features(split.fit, 1 + epoch), y)
+        training.train_epoch(features(split.fit, 1 + epoch), y)
     aside = split.train[split.heldout]
     truth = torch.from_numpy(splits.labels_of(train, aside))
     return training.heads.accuracies(features(aside, 0), truth)

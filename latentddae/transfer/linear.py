@@ -35,12 +35,12 @@ class LinearConfig(ProbeOptions):
     """Recipe: learning rates at its reference batch size; the best is chosen on held-out train."""
     weight_decay: tuple[float, ...] | None = None
     """Recipe: weight decays, each combined with every learning rate."""
-    cached_epochs: int | None = None
+    noise_samples_cached: int | None = None
     """Recipe: extract features this many times and mix them, instead of once per epoch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, positive=("cached_epochs", "epochs", "batch_size"))
+        require(self, positive=("noise_samples_cached", "epochs", "batch_size"))
         if self.recipe == LBFGS:
             return
         self.training()
@@ -49,7 +49,7 @@ class LinearConfig(ProbeOptions):
         if self.features is not None:
             raise UsageError(
                 f"--features holds one noise, which {self.recipe} would learn; use "
-                f"--cached-epochs K, or --recipe {LBFGS}"
+                f"--noise-samples-cached K, or --recipe {LBFGS}"
             )
 
     def training(self) -> Recipe:
@@ -69,7 +69,7 @@ def linear(config: LinearConfig) -> list[Result]:
     probes = session.open_session(config)
     protocol = {"name": logistic.PROTOCOL}
     if config.recipe != LBFGS:
-        return [sgd_probe.run(probes, config.recipe, config.training(), config.cached_epochs)]
+        return [sgd_probe.run(probes, config.recipe, config.training(), config.noise_samples_cached)]
     if config.few_shot:
         return session.run_few_shot(probes, "linear", protocol, few_shot_probe)
     return [session.run_probe(probes, "linear", protocol, logistic.probe)]

@@ -27,24 +27,24 @@ EpochFeatures = Callable[[int], np.ndarray]
 """Features of all training samples in an epoch, (N, D) float32 on every rank. A collective."""
 
 
-def run(session: ProbeSession, name: str, recipe: Recipe, cached_epochs: int | None) -> Result:
+def run(session: ProbeSession, name: str, recipe: Recipe, noise_samples_cached: int | None) -> Result:
     """The result of a recipe on the session's cell. A collective."""
     if dist.world_from_environment().is_main:
         print(format_rates(recipe, len(session.split.train)), file=sys.stderr)
     protocol = {
         "name": f"{name}/{VERSION}",
         **dataclasses.asdict(recipe),
-        "cached_epochs": cached_epochs,
+        "noise_samples_cached": noise_samples_cached,
     }
 
     def measure(noise_seed: int) -> list[sgd.SgdResult]:
-        return _measure(session, recipe, noise_seed, cached_epochs)
+        return _measure(session, recipe, noise_seed, noise_samples_cached)
 
     return run_once(session, "linear", protocol, measure)
 
 
 def _measure(
-    session: ProbeSession, recipe: Recipe, noise_seed: int, cached_epochs: int | None
+    session: ProbeSession, recipe: Recipe, noise_seed: int, noise_samples_cached: int | None
 ) -> list[sgd.SgdResult]:
     """Heads trained with one seed of the noise: a result on rank 0, an empty list elsewhere."""
     split, train, test = session.split, session.train, session.test
@@ -55,8 +55,8 @@ def _measure(
         heldout_x = session.features(train, rows, noise_seed, "held out")
     features = (
         online(session, noise_seed)
-        if cached_epochs is None
-        else cached(session, noise_seed, cached_epochs)
+        if noise_samples_cached is None
+        else cached(session, noise_seed, noise_samples_cached)
     )
     epochs = (features(epoch) for epoch in range(recipe.epochs))
     if not dist.world_from_environment().is_main:
@@ -143,6 +143,6 @@ def _as_float16(features: np.ndarray) -> np.ndarray:
     if not largest <= np.finfo(np.float16).max:
         raise DataError(
             f"features reach {largest:g}, too large to be cached as float16: leave out "
-            "--cached-epochs"
+            "--noise-samples-cached"
         )
     return features.astype(np.float16)
