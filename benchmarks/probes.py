@@ -91,7 +91,9 @@ def heads() -> None:
             weight, layer.weight.detach(), rtol=1e-4, atol=0.01 * INITIAL_STD
         )
     steps = rows // DDAE.batch * count
-    seconds = cpu_seconds({"ours": lambda: ours.train_epoch(x, y), "theirs": lambda: theirs.train_epoch(x, y)})
+    seconds = cpu_seconds(
+        {"ours": lambda: ours.train_epoch(x, y), "theirs": lambda: theirs.train_epoch(x, y)}
+    )
     own, other = (1e6 * seconds[name] / steps for name in ("ours", "theirs"))
     record(
         "probe_heads_batched_vs_loop", own, other, "CPU us per head and step",
@@ -112,7 +114,9 @@ def closed_form() -> None:
         return max(ridge.accuracies(ridge.solve(sums), test_x, test_y))
 
     def adam() -> float:
-        head = OneByOne(HeadTrainer(DDAE, [RATE], width=width, classes=classes, separate_inputs=True))
+        head = OneByOne(
+            HeadTrainer(DDAE, [RATE], width=width, classes=classes, separate_inputs=True)
+        )
         for _ in range(DDAE.epochs):
             head.train_epoch(x[None], y)
         return float((head.layers[0](test_x).argmax(dim=1) == test_y).float().mean())

@@ -22,6 +22,7 @@ import numpy as np
 
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import exclusive, read_json_lines, text_hash, write_json
+from latentddae.core.progress import images
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
@@ -29,7 +30,8 @@ from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import BATCH, flat_latents
+from latentddae.transfer.extraction.extract import BATCH, collect, flat_latents
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
@@ -37,8 +39,6 @@ from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
-    CellChoice,
-    cell_data,
     check_grid,
     chosen_cell,
     probe_data,
@@ -95,7 +95,7 @@ class Entry:
     train: SampleSet
     test: SampleSet
     network: Checkpoint | None = None
-    cell: CellChoice | None = None
+    cell: FeatureSpec | None = None
 
 
 def compare(
@@ -260,7 +260,15 @@ def measure(
             },
             **settings,
         },
-        "cell": dataclasses.asdict(cell) if cell else None,
+        "cell": {
+            "level": cell.level,
+            "block": cell.cell[0],
+            "pool": cell.cell[1],
+            "noise_samples": cell.noise_samples,
+            "noisy_input": cell.noisy_input,
+        }
+        if cell
+        else None,
         "precision": precision_of(entry.network) if cell and entry.network else None,
         "data": {"train": entry.train.fingerprints, "test": entry.test.fingerprints},
         "labels_from": {"train": subject.train.fingerprints, "test": subject.test.fingerprints},
@@ -292,10 +300,14 @@ def _probe_data(
 ) -> ProbeData:
     """Features of an entry in the order of the latent sets, with the latent sets' labels."""
     if entry.network is not None and entry.cell is not None:
-        return cell_data(
-            entry.network, entry.train, entry.test, split, entry.cell,
-            seed=seed, batch=batch, progress=progress,
-        )  # fmt: skip
+        spec = dataclasses.replace(entry.cell, seed=seed)
+        name = f"features of block {spec.cell[0]} at s={spec.level:g}"
+        every = np.arange(len(entry.test))
+        with images(len(split.train) + len(every), name, progress) as bar:
+            options = {"batch": batch, "progress": bar.update}
+            train_x = collect(entry.network, entry.train, split.train, spec, **options)[spec.cell]
+            test_x = collect(entry.network, entry.test, every, spec, **options)[spec.cell]
+        return probe_data(train_x, test_x, entry.train, entry.test, split)
     train_x, test_x = (
         flat_latents(own, match_keys(reference, indices, own))
         for reference, indices, own in (

@@ -28,7 +28,7 @@ from latentddae.data.subsets import Concat, SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grids, results
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
-from latentddae.transfer.extraction.inputs import TransferOptions, describe_cell, open_shards
+from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.pooling import POOLS, check_pools
 from latentddae.transfer.extraction.spec import (
     Block,
@@ -37,6 +37,7 @@ from latentddae.transfer.extraction.spec import (
     blocks_of,
     check_blocks,
     check_level,
+    describe_cell,
     describe_level,
     levels_of,
 )

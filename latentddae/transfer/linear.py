@@ -13,8 +13,6 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import UsageError, run_command
-from latentddae.transfer.probes import logistic
-from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.probes.recipes import LBFGS, RECIPES, Recipe
 from latentddae.transfer.protocol import session, sgd_probe
 from latentddae.transfer.protocol.options import ProbeOptions
@@ -65,19 +63,12 @@ class LinearConfig(ProbeOptions):
 
 
 def linear(config: LinearConfig) -> list[Result]:
-    """The results of a linear probe, one for each entry of `few_shot`. A collective."""
+    """The results of the command, one for each entry of `few_shot`. A collective."""
     probes = session.open_session(config)
-    protocol = {"name": logistic.PROTOCOL}
-    if config.recipe != LBFGS:
-        return [sgd_probe.run(probes, config.recipe, config.training(), config.noise_samples_cached)]
-    if config.few_shot:
-        return session.run_few_shot(probes, "linear", protocol, few_shot_probe)
-    return [session.run_probe(probes, "linear", protocol, logistic.probe)]
-
-
-def few_shot_probe(data: ProbeData, per_class: int) -> logistic.LinearResult:
-    """The probe of few samples, with the penalties that their number allows."""
-    return logistic.probe(data, l2_grid=logistic.few_shot_grid(per_class))
+    if config.recipe == LBFGS:
+        return session.run_probes(probes, "linear")
+    noises = config.noise_samples_cached
+    return [sgd_probe.run(probes, config.recipe, config.training(), noises)]
 
 
 def run(config: LinearConfig) -> None:

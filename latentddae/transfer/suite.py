@@ -9,7 +9,7 @@ again, so an interrupted suite continues.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +20,8 @@ from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
-from latentddae.transfer.knn import knn
-from latentddae.transfer.linear import LinearConfig, linear
-from latentddae.transfer.protocol.options import open_test, open_train
+from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
+from latentddae.transfer.protocol.session import open_session, run_probes
 from latentddae.transfer.results import Result
 
 
@@ -119,34 +118,35 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
             )
         )
     )
-    options = LinearConfig(
+    options = ProbeOptions(
         checkpoint=config.checkpoint,
         weights=config.weights,
         data=data,
-        out=out / "linear",
+        out=out,
         cell=out / "grid" / "grid.json",
         train_splits=transfer_set.train,
         test_split=transfer_set.test,
         metric=transfer_set.metric,
     )
-    (linear_result,) = linear(options)
-    (knn_result,) = knn(replace(options, out=out / "knn"))
-    return suite_row(data.name, linear_result, knn_result)
+    session = open_session(options)
+    (linear,) = run_probes(session.into(out / "linear"), "linear")
+    (knn,) = run_probes(session.into(out / "knn"), "knn")
+    return suite_row(data.name, linear, knn)
 
 
-def suite_row(name: str, linear_result: Result, knn_result: Result) -> SuiteRow:
+def suite_row(name: str, linear: Result, knn: Result) -> SuiteRow:
     """One row of the table."""
-    cell = linear_result.cell
+    cell = linear.cell
     assert cell is not None and cell.block is not None and cell.level is not None
-    assert linear_result.accuracy is not None and knn_result.accuracy is not None
+    assert linear.accuracy is not None and knn.accuracy is not None
     return SuiteRow(
         set=name,
-        metric=linear_result.metric,
-        linear=linear_result.accuracy,
-        knn=knn_result.accuracy,
+        metric=linear.metric,
+        linear=linear.accuracy,
+        knn=knn.accuracy,
         block=cell.block,
         level=cell.level,
-        n_test=linear_result.n_seen["test"],
+        n_test=linear.n_seen["test"],
     )
 
 

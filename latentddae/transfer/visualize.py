@@ -75,10 +75,10 @@ def token_maps(opened: ProbeSession, samples: np.ndarray) -> np.ndarray:
 
     A pool of as many patches as there are tokens leaves the map as it is.
     """
-    block = members_of(opened.cell.block)[-1]
+    block = members_of(opened.spec.cell[0])[-1]
     side = math.isqrt(opened.checkpoint.model.tap_shapes()[block][0])
     spec = dataclasses.replace(
-        opened.cell.spec(opened.seed),
+        opened.spec,
         blocks=(block,),
         pools=(f"grid{side}",),
     )

@@ -100,7 +100,7 @@ def test_one_pooling_of_each_group_is_chosen_on_held_out_train(finished):
 
 def test_finished_rows_are_not_computed_again(finished, subject, monkeypatch):
     out, rows = finished
-    for name in ("cell_data", "flat_latents"):
+    for name in ("collect", "flat_latents"):
         monkeypatch.setattr(comparison, name, lambda *_, **__: pytest.fail("computed again"))
     assert compare(subject, out, CONFIG, progress=False) == rows
     assert len(read_json_lines(out / "results.jsonl")) == len(rows)

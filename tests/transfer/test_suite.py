@@ -12,8 +12,8 @@ from latentddae.core.errors import UsageError
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
 from latentddae.transfer import linear, results, suite
-from latentddae.transfer.probes import logistic
 from latentddae.transfer.probes.recipes import RECIPES
+from latentddae.transfer.protocol.session import ProbeSession
 
 from ..conftest import tiny_spec
 from .conftest import CONFIG, write_checkpoint
@@ -64,7 +64,7 @@ def test_a_suite_scores_each_set_by_its_own_metric_and_splits(
     assert (line.n_seen["train"], line.metric) == (72, "mean_per_class")
     grid = json.loads((tmp_path / "out" / "pets" / "grid" / "grid.json").read_text())
     assert len(grid["levels"]) == 3
-    monkeypatch.setattr(logistic, "probe", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(ProbeSession, "probe_data", lambda *_: pytest.fail("measured again"))
     suite.main([*arguments, "--config", str(config)])  # a second run reads what is there
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["rows"] == rows
 

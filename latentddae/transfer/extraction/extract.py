@@ -30,9 +30,8 @@ from latentddae.transfer.extraction.spec import (
     check_blocks,
     members_of,
 )
-from latentddae.transfer.extraction.trunk import Trunk, device_of, timestep, trunk_at
+from latentddae.transfer.extraction.trunk import BATCH, Trunk, device_of, timestep, trunk_at
 
-BATCH = 128
 Progress = Callable[[int], object]
 """Called with the number of samples of each finished batch."""
 

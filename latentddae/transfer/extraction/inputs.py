@@ -21,10 +21,8 @@ from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction.extract import BATCH
-from latentddae.transfer.extraction.spec import FeatureSpec, describe_level
-from latentddae.transfer.extraction.trunk import precision_of
-from latentddae.transfer.results import CellInfo, CheckpointInfo, DataInfo
+from latentddae.transfer.extraction.trunk import BATCH
+from latentddae.transfer.results import CheckpointInfo, DataInfo
 
 RESULTS = "results.jsonl"
 Weights = Literal["ema", "model"]
@@ -144,19 +142,6 @@ def describe_checkpoint(
         weights=checkpoint.info.get("weights", weights),
         model_hash=state_dict_hash(checkpoint.model.state_dict())[:16],
         images_seen=checkpoint.info.get("images_seen"),
-    )
-
-
-def describe_cell(checkpoint: Checkpoint, spec: FeatureSpec) -> CellInfo:
-    """The one cell of a spec as results record it."""
-    block, pool = spec.cell
-    return CellInfo(
-        **describe_level(checkpoint.objective, spec.level),
-        block=block,
-        pool=pool,
-        noise_samples=spec.noise_samples,
-        noisy_input=spec.noisy_input,
-        precision=precision_of(checkpoint, spec.precision),
     )
 
 

@@ -9,8 +9,10 @@ from latentddae.core.errors import UsageError
 from latentddae.core.precision import Precision
 from latentddae.diffusion.levels import level_of_log_snr, level_of_ratio
 from latentddae.diffusion.objective import Objective
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.pooling import check_pools
-from latentddae.transfer.results import LevelUnits
+from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.results import CellInfo, LevelUnits
 
 Block = int | str
 """A block's number, or several concatenated: "3+4"."""
@@ -149,3 +151,16 @@ def describe_level(objective: Objective, level: float) -> LevelUnits:
         "sigma_over_alpha": level / (1 - level) if level < 1 else None,
         "log_snr": 2 * math.log((1 - level) / level) if inside else None,
     }
+
+
+def describe_cell(checkpoint: Checkpoint, spec: FeatureSpec) -> CellInfo:
+    """The one cell of a spec as results record it."""
+    block, pool = spec.cell
+    return CellInfo(
+        **describe_level(checkpoint.objective, spec.level),
+        block=block,
+        pool=pool,
+        noise_samples=spec.noise_samples,
+        noisy_input=spec.noisy_input,
+        precision=precision_of(checkpoint, spec.precision),
+    )

@@ -17,6 +17,8 @@ from latentddae.models.zoo import Checkpoint
 
 IMAGES_AT_ONCE = 128
 """Images per call of a network that does not fold."""
+BATCH = 128
+"""Default number of images that are read and noised together."""
 
 
 class Trunk(Protocol):

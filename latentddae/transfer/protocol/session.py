@@ -22,29 +22,52 @@ from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import collect
-from latentddae.transfer.extraction.inputs import describe_cell
-from latentddae.transfer.extraction.spec import level_of
+from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
 from latentddae.transfer.extraction.store import FeatureStore
 from latentddae.transfer.grids import read_grid
-from latentddae.transfer.probes import few_shot
+from latentddae.transfer.probes import few_shot, knn, logistic
 from latentddae.transfer.probes.data import ProbeData, ProbeResult
 from latentddae.transfer.probes.metrics import METRICS, confusion
 from latentddae.transfer.protocol import cells
-from latentddae.transfer.protocol.cells import CellChoice
 from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
 from latentddae.transfer.results import CellInfo, CheckpointInfo, Json, Result
 
 Kind = Literal["linear", "knn"]
-Probe = Callable[[ProbeData], ProbeResult]
-FewShotProbe = Callable[[ProbeData, int], ProbeResult]
-"""A probe of few samples, told how many the smallest class has."""
-NAMES: dict[Kind, str] = {"linear": "linear probe", "knn": "k-NN probe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardProbe:
+    """A probe without settings of its own on the command line."""
+
+    name: str
+    protocol: Mapping[str, Json]
+    """Name, version and constants, as results record them."""
+    full: Callable[[ProbeData], ProbeResult]
+    """Fitted on all of train."""
+    few_shot: Callable[[ProbeData, int], ProbeResult]
+    """Fitted on few samples; told how many the smallest class has."""
+
+
+PROBES: dict[Kind, StandardProbe] = {
+    "linear": StandardProbe(
+        name="linear probe",
+        protocol={"name": logistic.PROTOCOL},
+        full=logistic.probe,
+        few_shot=lambda data, n: logistic.probe(data, l2_grid=logistic.few_shot_grid(n)),
+    ),
+    "knn": StandardProbe(
+        name="k-NN probe",
+        protocol={"name": knn.PROTOCOL, "temperature": knn.TEMPERATURE},
+        full=knn.probe,
+        few_shot=lambda data, n: knn.probe(data, k_grid=knn.few_shot_grid(n)),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSession:
-    """A checkpoint, the data it is evaluated on, and the cell whose features are probed."""
+    """A checkpoint, the data it is evaluated on, and the features that are probed."""
 
     options: ProbeOptions
     checkpoint: Checkpoint
@@ -54,9 +77,14 @@ class ProbeSession:
     split: Split
     seed: int
     holdout: float
-    cell: CellChoice
+    spec: FeatureSpec
+    """The cell whose features are probed, with the session's seed."""
     stored: FeatureStore | None = None
     """Features on disk, read instead of running the network."""
+
+    def into(self, out: Path) -> "ProbeSession":
+        """The same session with another folder for results."""
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, out=out))
 
     @property
     def noise_seeds(self) -> tuple[int, ...]:
@@ -71,7 +99,7 @@ class ProbeSession:
     def features(self, samples: SampleSet, indices: np.ndarray, seed: int, name: str) -> np.ndarray:
         """The cell's features of samples `indices` (N,), with one seed of the noise: (N, D) float32
         on every rank, or float16 where they are read from disk. A collective."""
-        spec = self.cell.spec(seed)
+        spec = dataclasses.replace(self.spec, seed=seed)
         if self.stored is not None:
             model_hash = self.checkpoint_info.model_hash
             self.stored.check(model_hash, samples.split, samples.fingerprints, spec)
@@ -92,7 +120,7 @@ class ProbeSession:
 
     def probe_data(self, noise_seed: int) -> ProbeData:
         """The cell's features of train and test with one seed of the noise. A collective."""
-        name = f"block {self.cell.block} at s={self.cell.level:g}"
+        name = f"block {self.spec.cell[0]} at s={self.spec.level:g}"
         train_x = self.features(self.train, self.split.train, noise_seed, f"train, {name}")
         test_x = self.features(self.test, np.arange(len(self.test)), noise_seed, f"test, {name}")
         return cells.probe_data(train_x, test_x, self.train, self.test, self.split)
@@ -112,6 +140,7 @@ def open_session(options: ProbeOptions) -> ProbeSession:
     if grid:
         cells.check_grid(grid, info.model_hash, train)
     seed = options.seed if options.seed is not None else grid.seed if grid else 0
+    spec = cells.chosen_cell(grid, options.pool) if grid else cells.named_cell(options, checkpoint)
     holdout = options.holdout or (grid.holdout if grid else HOLDOUT)
     return ProbeSession(
         options=options,
@@ -122,26 +151,14 @@ def open_session(options: ProbeOptions) -> ProbeSession:
         split=split_train(train, holdout=holdout, seed=seed, limit=options.limit),
         seed=seed,
         holdout=holdout,
-        cell=cells.chosen_cell(grid, options.pool) if grid else typed_cell(options, checkpoint),
+        spec=dataclasses.replace(spec, seed=seed),
         stored=FeatureStore.open(options.features) if options.features else None,
-    )
-
-
-def typed_cell(options: ProbeOptions, checkpoint: Checkpoint) -> CellChoice:
-    """The cell that the options name by block, level and pool."""
-    assert options.block is not None and options.level is not None
-    return CellChoice(
-        level=level_of(options.level, checkpoint.objective),
-        block=options.block,
-        pool=options.pool or "mean",
-        noise_samples=options.noise_samples,
-        noisy_input=options.noisy_input,
     )
 
 
 def cell_info(session: ProbeSession) -> CellInfo:
     """The session's cell, as results describe it."""
-    info = describe_cell(session.checkpoint, session.cell.spec())
+    info = describe_cell(session.checkpoint, session.spec)
     if session.stored is None:
         return info
     return dataclasses.replace(info, precision=session.stored.meta["precision"], stored=True)
@@ -219,29 +236,27 @@ def write_confusion(out: Path, name: str, table: np.ndarray, classes: Sequence[s
     write_atomic(out / f"confusion-{name}.json", json.dumps(row) + "\n")
 
 
-def run_probe(
-    session: ProbeSession, kind: Kind, protocol: Mapping[str, Json], probe: Probe
-) -> Result:
-    """A probe fitted on all of train. A collective."""
+def run_probes(session: ProbeSession, kind: Kind) -> list[Result]:
+    """A standard probe on all of train, or a result for each entry of `few_shot`. A collective."""
+    if session.options.few_shot:
+        return run_few_shot(session, kind)
 
     def measure(noise_seed: int) -> list[ProbeResult]:
         data = session.probe_data(noise_seed)
-        return dist.on_rank0(lambda: [probe(data)])
+        return dist.on_rank0(lambda: [PROBES[kind].full(data)])
 
-    return run_once(session, kind, protocol, measure)
+    return [run_once(session, kind, PROBES[kind].protocol, measure)]
 
 
-def run_few_shot(
-    session: ProbeSession, kind: Kind, protocol: Mapping[str, Json], probe: FewShotProbe
-) -> list[Result]:
+def run_few_shot(session: ProbeSession, kind: Kind) -> list[Result]:
     """A result for each entry of `few_shot`, averaged over draws of samples. A collective."""
+    standard, draws = PROBES[kind], session.options.few_shot_draws
     positions = key_positions(session.train.keys(session.split.train))
-    draws = session.options.few_shot_draws
     whole = functools.cache(session.probe_data)
 
     def run_draw(data: ProbeData, shots: few_shot.Shots, draw: int) -> ProbeResult:
         few = few_shot.select(positions, data.train_y, shots, seed=session.seed, draw=draw)
-        return probe(data.take(few.rows, few.heldout), few.per_class)
+        return standard.few_shot(data.take(few.rows, few.heldout), few.per_class)
 
     def measure(shots: few_shot.Shots, noise_seed: int) -> list[ProbeResult]:
         data = whole(noise_seed)
@@ -249,17 +264,17 @@ def run_few_shot(
 
     outcomes = []
     for text in session.options.few_shot:
-        rules = {**protocol, "few_shot": text, "few_shot_draws": draws}
+        protocol = {**standard.protocol, "few_shot": text, "few_shot_draws": draws}
         shots = functools.partial(measure, few_shot.parse(text))
-        outcomes.append(run_once(session, kind, rules, shots))
+        outcomes.append(run_once(session, kind, protocol, shots))
     return outcomes
 
 
 def describe(session: ProbeSession, what: str) -> str:
     """What a session would do, for --dry-run."""
-    split, cell = session.split, session.cell
+    split, (block, pool) = session.split, session.spec.cell
     return (
-        f"{what} on features of block {cell.block} at s={cell.level:g}, pool {cell.pool}: "
+        f"{what} on features of block {block} at s={session.spec.level:g}, pool {pool}: "
         f"{len(split.train)} training samples of {session.train.split} "
         f"({int(split.heldout.sum())} held out), {len(session.test)} test samples of "
         f"{session.test.split}; results go to {session.options.out / results.RESULTS}"
@@ -271,7 +286,9 @@ def format_result(result: Result) -> str:
     cell, accuracy = result.cell, result.accuracy
     assert cell is not None and accuracy is not None and result.kind in ("linear", "knn")
     few = result.protocol.get("few_shot")
-    text = f"{NAMES[result.kind]}{f', {few} of each class' if few else ''}: {100 * accuracy:.2f}"
+    text = (
+        f"{PROBES[result.kind].name}{f', {few} of each class' if few else ''}: {100 * accuracy:.2f}"
+    )
     text += f" ± {100 * result.accuracy_sd:.2f} %" if result.accuracy_sd is not None else " %"
     text += "" if result.metric == "top1" else f" {result.metric.replace('_', ' ')}"
     text += (

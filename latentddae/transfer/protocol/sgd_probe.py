@@ -27,7 +27,9 @@ EpochFeatures = Callable[[int], np.ndarray]
 """Features of all training samples in an epoch, (N, D) float32 on every rank. A collective."""
 
 
-def run(session: ProbeSession, name: str, recipe: Recipe, noise_samples_cached: int | None) -> Result:
+def run(
+    session: ProbeSession, name: str, recipe: Recipe, noise_samples_cached: int | None
+) -> Result:
     """The result of a recipe on the session's cell. A collective."""
     if dist.world_from_environment().is_main:
         print(format_rates(recipe, len(session.split.train)), file=sys.stderr)

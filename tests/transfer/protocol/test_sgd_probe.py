@@ -189,6 +189,11 @@ def test_the_command_finds_the_planted_classes(
 
 
 def test_wrong_options_are_refused(checkpoint_folder, tiny_shards, tmp_path):
-    for wrong in (("--few-shot", "1"), ("--noise-samples-cached", "0"), ("--lr", "x"), ("--epochs", "0")):
+    for wrong in (
+        ("--few-shot", "1"),
+        ("--noise-samples-cached", "0"),
+        ("--lr", "x"),
+        ("--epochs", "0"),
+    ):
         with pytest.raises(LatentddaeError):
             command(checkpoint_folder, tiny_shards, tmp_path, *COMMON, "ddae", *wrong)
