@@ -95,7 +95,7 @@ def crop_all(plan: Plan, square: np.ndarray) -> None:
 
 
 def own_cost(images: int) -> None:
-    # One processor: two threads that share a core count its time twice, the decoding alone does not.
+    # One processor: two threads on one core would count its time twice, decoding alone would not.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     autoencoder = Free()
     with tempfile.TemporaryDirectory() as folder:

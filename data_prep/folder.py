@@ -2,8 +2,8 @@
 
     python data_prep/folder.py --source photos --out data/photos
 
-photos/ holds train/CLASS/... and val/CLASS/... (for test/ add --splits train,test). A folder
-without splits: `latentddae encode` with --test-share. All options of `latentddae encode` may follow.
+photos/ holds train/CLASS/... and val/CLASS/... (for test/ add --splits train,test). All options of
+`latentddae encode` may follow; for a folder without splits use its --test-share.
 """
 
 import sys

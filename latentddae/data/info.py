@@ -1,10 +1,9 @@
 """`latentddae info DIR`: the contents of a data folder on one screen, from its manifest alone."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import run_command
 from latentddae.data.latents import LatentSpec
-from latentddae.data.manifest import read_manifest
+from latentddae.data.manifest import SplitEntry, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ def describe(root: Path) -> Iterator[str]:
         yield from _describe_split(name, split, spec)
 
 
-def _describe_split(name: str, split: dict[str, Any], spec: LatentSpec) -> Iterator[str]:
+def _describe_split(name: str, split: SplitEntry, spec: LatentSpec) -> Iterator[str]:
     size = sum(shard["bytes"] for shard in split["shards"])
     per_sample = size / max(split["samples"], 1)
     yield (
@@ -58,7 +57,7 @@ def _describe_split(name: str, split: dict[str, Any], spec: LatentSpec) -> Itera
     yield f"  training latents: mean {_numbers(mean)}, std {_numbers(std)} by channel"
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 

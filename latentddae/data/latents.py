@@ -5,6 +5,7 @@ autoencoder's output unscaled; only this file shifts and scales.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,8 +63,7 @@ class LatentSpec:
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's array in a shard: (V, *stored_shape), or (3, H, W) for an image with one
-        view."""
+        """Shape of a sample in a shard: (V, *stored_shape), or (3, H, W) for one-view images."""
         plain = self.kind == "image" and len(self.views) == 1
         return self.stored_shape if plain else (len(self.views), *self.stored_shape)
 
@@ -87,8 +87,8 @@ class LatentSpec:
         return self._scale(self._raw_mean(stored))
 
     def sample(self, stored: Tensor, noise: Tensor) -> Tensor:
-        """Posterior sample at unit scale: (N, *stored_shape) and standard normal `noise` (N, C, h, w)
-        -> x0 (N, C, h, w) float32. Kinds without a posterior ignore the noise."""
+        """Posterior sample at unit scale: (N, *stored_shape), normal `noise` (N, C, h, w) -> x0
+        (N, C, h, w) float32. Kinds without a posterior ignore the noise."""
         raw = self._raw_mean(stored)
         if self.kind == "moments":
             log_variance = stored[:, self.channels :].to(torch.float32, copy=True)
@@ -117,7 +117,7 @@ class LatentSpec:
         return {**dataclasses.asdict(self), "views": list(self.views)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LatentSpec":
+    def from_dict(cls, values: Mapping[str, Any]) -> "LatentSpec":
         """Raises ConfigError for unknown, missing or refused values."""
         try:
             return cls(**{**values, "views": tuple(values.get("views", ("original",)))})

@@ -142,11 +142,11 @@ class Loader:
         return out
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """Keys of the samples at `indices` (n,)."""
+        """Keys of the samples at `indices` (n,) int64."""
         return self.samples.keys(indices)
 
     def shards_of(self, indices: np.ndarray) -> list[str]:
-        """File names of the shards that hold these samples, each once."""
+        """File names of the shards that hold the samples `indices` (n,), each once."""
         return self._layout.shards_of(indices)
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -8,10 +8,10 @@ exact samples.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -24,9 +24,6 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
 UNIT_STD = (0.7, 1.3)  # SD latents have .97, the demo's autoencoder 1.0 on CIFAR-10, 1.17 on MNIST
-
-Manifest = dict[str, Any]
-"""format, version, latents, stored, pipeline, classes, fingerprints, splits; see `new_manifest`."""
 
 
 class Sums(TypedDict):
@@ -57,6 +54,54 @@ class ShardEntry(TypedDict):
     """In the encoder's journal only."""
     bad: NotRequired[list[tuple[str, str]]]
     """Left-out images and reasons; in the encoder's journal only."""
+
+
+class EncodingFacts(TypedDict, total=False):
+    """What `latentddae encode` adds to a split: where it came from, and what was left out."""
+
+    source: str
+    device: str
+    bad: int
+    bad_images: list[list[str]]
+    """The first of them: name, reason."""
+    ignored_files: int
+    settings: dict[str, object]
+    """Everything that determines the bytes, see `plan.make_plan`."""
+
+
+class SplitEntry(EncodingFacts):
+    """What the manifest says about one split."""
+
+    samples: int
+    views: list[str]
+    fingerprint: str
+    """`content`: hash over the shards' hashes."""
+    statistics: Statistics
+    shards: list[ShardEntry]
+
+
+class StoredArray(TypedDict):
+    """One stored view of a sample."""
+
+    dtype: str
+    shape: list[int]
+
+
+class Manifest(TypedDict):
+    """The content of manifest.json."""
+
+    format: str
+    version: int
+    latents: dict[str, object]
+    """A `LatentSpec` without its views, which each split has for itself."""
+    stored: StoredArray
+    pipeline: dict[str, object]
+    """How an image became a square crop."""
+    classes: list[str]
+    """In the order of the labels."""
+    fingerprints: dict[str, str]
+    """codec, pipeline."""
+    splits: dict[str, SplitEntry]
 
 
 class ChannelStats:
@@ -92,7 +137,7 @@ def statistics(sums: Sequence[Sums]) -> Statistics:
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
 
 
-def new_manifest(spec: LatentSpec, pipeline: dict[str, Any], classes: Sequence[str]) -> Manifest:
+def new_manifest(spec: LatentSpec, pipeline: dict[str, object], classes: Sequence[str]) -> Manifest:
     """A manifest without splits. `pipeline` describes how an image became a square crop."""
     latents = spec.to_dict()
     del latents["views"]  # each split has its own
@@ -109,19 +154,28 @@ def new_manifest(spec: LatentSpec, pipeline: dict[str, Any], classes: Sequence[s
 
 
 def add_split(
-    manifest: Manifest, split: str, spec: LatentSpec, entries: Sequence[ShardEntry], **facts: Any
+    manifest: Manifest,
+    split: str,
+    spec: LatentSpec,
+    entries: Sequence[ShardEntry],
+    facts: EncodingFacts | None = None,
 ) -> Manifest:
     """The manifest with one more split, made of the shards `entries` (with their sums)."""
-    shards = [{k: v for k, v in entry.items() if k != "sums"} for entry in entries]
-    described = {
+    described: SplitEntry = {
         "samples": sum(entry["samples"] for entry in entries),
         "views": list(spec.views),
         "fingerprint": content_fingerprint(entries),
         "statistics": statistics([entry["sums"] for entry in entries]),
-        **facts,
-        "shards": shards,
+        **(facts or {}),
+        "shards": [_without_sums(entry) for entry in entries],
     }
     return {**manifest, "splits": {**manifest["splits"], split: described}}
+
+
+def _without_sums(entry: ShardEntry) -> ShardEntry:
+    entry = entry.copy()
+    entry.pop("sums", None)
+    return entry
 
 
 def content_fingerprint(shards: Sequence[ShardEntry]) -> str:
@@ -146,7 +200,7 @@ def read_manifest(root: Path) -> Manifest:
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     """The checked manifest in these bytes; `path` is for messages."""
     try:
-        manifest = json.loads(text)
+        manifest: Manifest = json.loads(text)
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ConfigError(
                 f"{path} is of format {manifest['format']} version {manifest['version']}; this "
@@ -160,7 +214,7 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     return manifest
 
 
-def _check_entries(path: Path | str, split: Mapping[str, Any]) -> None:
+def _check_entries(path: Path | str, split: SplitEntry) -> None:
     for shard in split["shards"]:
         name = shard["file"]
         if not isinstance(name, str) or not SHARD_FILE.fullmatch(name):

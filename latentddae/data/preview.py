@@ -64,7 +64,7 @@ def source_crops(
     """The source images of the samples `indices` (n,), cropped as the manifest says: (n, H, W, 3)
     uint8; gray where missing."""
     index_of = {key: i for i, key in enumerate(source.keys)}
-    crop = CROPS[shards.manifest["pipeline"].get("crop", "center")]
+    crop = CROPS[str(shards.manifest["pipeline"].get("crop", "center"))]
     crops = np.full((len(indices), resolution, resolution, 3), GRAY, np.uint8)
     for out, key in zip(crops, shards.keys(indices), strict=True):
         try:
@@ -76,11 +76,11 @@ def source_crops(
 
 def find_source(shards: ShardSet, name: str | None) -> Source | None:
     """The named source, else the manifest's; None if that is no longer available."""
-    recorded = shards.manifest["splits"][shards.split].get("source")
-    if name is None and recorded is None:
+    path = name or shards.manifest["splits"][shards.split].get("source")
+    if path is None:
         return None
     try:
-        return open_source(name or recorded, shards.split)
+        return open_source(path, shards.split)
     except LatentddaeError as error:
         if name is not None:
             raise

@@ -266,7 +266,7 @@ class ShardSet:
         return data
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """The samples' keys, read from the tar headers."""
+        """Keys of the samples at `indices` (n,) int64, read from the tar headers."""
         shards = np.searchsorted(self.shard_starts, indices, side="right") - 1
         numbers = self._first[shards] + (indices - self.shard_starts[shards]) * self._stride[shards]
         headers = numbers - len(self._npy_header) - BLOCK

@@ -1,6 +1,7 @@
 """Shards read sequentially through `webdataset`, for sets that are too large for a local disk.
 
-    loader = StreamLoader(open_stream("https://host/imagenet512", "train"), global_batch=256, seed=0)
+    split = open_stream("https://host/imagenet512", "train")
+    loader = StreamLoader(split, global_batch=256, seed=0)
     for batch in loader.batches(images_seen=0): ...
 
 The shards of an epoch are permuted and dealt to `lanes`; every global batch takes the same number
@@ -117,7 +118,7 @@ class StreamLoader:
         return out
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """Keys of samples; where their shard has not been read lately, "SHARD#ROW"."""
+        """Keys of the samples `indices` (n,); "SHARD#ROW" for shards that were not read lately."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         rows = (np.asarray(indices) - self.starts[shards]).tolist()
         return [
@@ -126,7 +127,7 @@ class StreamLoader:
         ]
 
     def shards_of(self, indices: np.ndarray) -> list[str]:
-        """File names of the shards that hold these samples, each once."""
+        """File names of the shards that hold the samples `indices` (n,), each once."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         return [self._file(shard) for shard in np.unique(shards)]
 

@@ -69,11 +69,11 @@ class Subset:
         return len(self.indices)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """See `SampleSet.gather`."""
+        """(n,) -> (n, V, *stored_shape), or (n, *stored_shape) with `views`, see `SampleSet`."""
         return self.parent.gather(self.indices[indices], views)
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """See `SampleSet.keys`."""
+        """Keys of the samples at `indices` (n,)."""
         return self.parent.keys(self.indices[indices])
 
 
@@ -102,7 +102,7 @@ class Concat:
         return len(self.labels)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """See `SampleSet.gather`."""
+        """(n,) -> (n, V, *stored_shape), or (n, *stored_shape) with `views`, see `SampleSet`."""
         indices = np.asarray(indices, np.int64)
         each = () if views is not None else (len(self.spec.views),)
         out = np.empty((len(indices), *each, *self.spec.stored_shape), self.spec.stored_dtype)
@@ -114,7 +114,7 @@ class Concat:
         return out
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """See `SampleSet.keys`."""
+        """Keys of the samples at `indices` (n,)."""
         keys = [""] * len(indices)
         for part, _, rows, local in self._by_part(np.asarray(indices, np.int64)):
             for row, key in zip(rows.tolist(), part.keys(local), strict=True):
@@ -154,11 +154,11 @@ class Reordered:
         return len(self.indices)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """See `SampleSet.gather`."""
+        """(n,) -> (n, V, *stored_shape), or (n, *stored_shape) with `views`, see `SampleSet`."""
         return self.parent.gather(self.indices[indices], views)
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """See `SampleSet.keys`."""
+        """Keys of the samples at `indices` (n,)."""
         return self.reference.keys(indices)
 
 
@@ -180,12 +180,12 @@ class SingleView:
         return len(self.parent)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """See `SampleSet.gather`; `views` can only be zeros."""
+        """(n,) -> (n, 1, *stored_shape), or (n, *stored_shape) with `views`, which must be 0."""
         stored = self.parent.gather(indices, self.views[indices])
         return stored[:, None] if views is None else stored
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """See `SampleSet.keys`."""
+        """Keys of the samples at `indices` (n,)."""
         return self.parent.keys(indices)
 
 
@@ -202,7 +202,8 @@ def match_keys(reference: SampleSet, indices: np.ndarray, other: SampleSet) -> n
     if missing:
         raise DataError(
             f"{other.root} ({other.split}) lacks {len(missing)} of the {len(keys)} samples of "
-            f"{reference.root}, first {missing[0]!r}: encode the same source with --autoencoder none"
+            f"{reference.root}, first {missing[0]!r}: encode the same source with --autoencoder "
+            f"none"
         )
     return np.array([index_of[key] for key in keys], dtype=np.int64)
 
@@ -217,7 +218,7 @@ class ShardLayout:
     """(shards + 1,) int64: index of each shard's first sample, then the number of samples."""
 
     def shards_of(self, indices: np.ndarray) -> list[str]:
-        """Names of the shards that hold these samples, each once, in order."""
+        """Names of the shards that hold the samples `indices` (n,), each once, in order."""
         numbers = np.searchsorted(self.starts, indices, side="right") - 1
         return [self.names[number] for number in np.unique(numbers)]
 

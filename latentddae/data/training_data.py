@@ -30,7 +30,7 @@ class DataConfig:
     workers: int = 1
     """Threads that gather batches in advance; 0: none."""
     group_shards: int = 0
-    """Shuffle within groups of this many shards (for slow file systems); 0: one full permutation."""
+    """Shuffle within groups of this many shards, for slow file systems; 0: fully at random."""
     access: Access = "mmap"
     """How shards are read: mmap, or pread (slower, but a file that vanishes is an error and not a
     bus error)."""

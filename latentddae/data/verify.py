@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -62,7 +61,7 @@ def find_problems(root: Path) -> Iterator[str]:
 
 def find_split_problems(root: Path, manifest: Manifest, name: str) -> Iterator[str]:
     """Every problem of one split."""
-    split: dict[str, Any] = manifest["splits"][name]
+    split = manifest["splits"][name]
     spec = LatentSpec.from_dict({**manifest["latents"], "views": split["views"]})
     if spec.codec_fingerprint != manifest["fingerprints"]["codec"]:
         yield f"{MANIFEST}: the latent spec does not match its fingerprint"
@@ -75,10 +74,13 @@ def find_split_problems(root: Path, manifest: Manifest, name: str) -> Iterator[s
         yield from check.problems()
         sums.append(check.stats.to_dict())
     measured, stated = statistics(sums), split["statistics"]
-    for what, value in (("mean", measured["mean"]), ("std", measured["std"])):
-        same_shape = len(value) == len(stated[what])
-        if not same_shape or not np.allclose(value, stated[what], rtol=TOLERANCE, atol=TOLERANCE):
-            yield f"{MANIFEST}: {what} of split {name} is {value}, not {stated[what]}"
+    for what, value, expected in (
+        ("mean", measured["mean"], stated["mean"]),
+        ("std", measured["std"], stated["std"]),
+    ):
+        same_length = len(value) == len(expected)
+        if not same_length or not np.allclose(value, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            yield f"{MANIFEST}: {what} of split {name} is {value}, not {expected}"
 
 
 class ShardCheck:

@@ -1,16 +1,22 @@
 """The order is a pure function of (seed, images seen): exact resume, any ranks, any threads."""
 
 import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from latentddae.core.errors import ConfigError
+from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader, order
-from latentddae.data.shards import ShardSet
+from latentddae.data.shards import ShardSet, write_split
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
 
@@ -110,3 +116,103 @@ def test_a_closed_loader_leaves_no_threads(make_set: MakeSet) -> None:
     next(batches)
     batches.close()
     assert threading.active_count() == before
+
+
+def write_uneven(root: Path, spec: LatentSpec, sizes: tuple[int, ...]) -> ShardSet:
+    """A set whose shards hold these numbers of samples, put together from one split per shard."""
+    n = sum(sizes)
+    rng = np.random.default_rng(0)
+    stored = rng.normal(size=(n, len(spec.views), *spec.stored_shape)).astype(np.float16)
+    start = 0
+    entries: list[dict[str, Any]] = []
+    for number, size in enumerate(sizes):
+        rows = range(start, start + size)
+        keys = [f"k{i}" for i in rows]
+        write_split(
+            root, f"part{number}", spec, stored[start : start + size], [0] * size, keys, "a"
+        )
+        entries += json.loads((root / "manifest.json").read_text())["splits"][f"part{number}"][
+            "shards"
+        ]
+        start += size
+    from latentddae.data.manifest import add_split, read_manifest
+
+    manifest = read_manifest(root)
+    zero = {"count": 0, "sum": [], "squares": []}
+    whole = add_split(manifest, "train", spec, [{**entry, "sums": zero} for entry in entries])
+    (root / "manifest.json").write_text(json.dumps(whole))
+    return ShardSet(root, "train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_uneven_shards_do_not_hang_ranks(tmp_path: Path, spec: LatentSpec, workers: int) -> None:
+    """3 shards of 7, 50 and 1 samples, two gloo ranks that meet at every step."""
+    write_uneven(tmp_path / "set", spec, (7, 50, 1))
+    child = """
+import sys, torch, itertools
+from latentddae.data.loader import Loader
+from latentddae.data.shards import ShardSet
+rank, workers, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+store = torch.distributed.FileStore(folder + "/store", 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+loader = Loader(ShardSet(folder + "/set", "train"), global_batch=8, seed=0, rank=rank,
+world=2, workers=workers)
+for batch in itertools.islice(loader.batches(), 29):
+    torch.distributed.all_reduce(torch.ones(1))
+    print(*batch.index.tolist())
+torch.distributed.destroy_process_group()
+"""
+    command = [sys.executable, "-c", child]
+    ranks = [
+        subprocess.Popen([*command, str(r), str(workers), str(tmp_path)], stdout=subprocess.PIPE)
+        for r in range(2)
+    ]
+    try:
+        printed = [rank.communicate(timeout=60)[0].decode().split("\n") for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [len(lines) for lines in printed] == [30, 30]
+    steps = [f"{a} {b}".split() for a, b in zip(*printed, strict=True)]
+    seen = [int(i) for step in steps for i in step]
+    assert len(seen) == 29 * 8 == 4 * 58
+    for epoch in range(4):
+        assert sorted(seen[58 * epoch : 58 * (epoch + 1)]) == list(range(58))
+
+
+def test_epochs_do_not_multiply(make_set: MakeSet) -> None:
+    shards = ShardSet(make_set(n=48, shard_size=9)[0], "train")
+    for world, workers in itertools.product((1, 2), (0, 1, 4)):
+        seen: Counter[int] = Counter()
+        for rank in range(world):
+            loader = Loader(
+                shards, global_batch=12, seed=0, rank=rank, world=world, workers=workers
+            )
+            for batch in itertools.islice(loader.batches(), 4):  # 4 x 12 images are an epoch
+                seen.update(batch.index.tolist())
+        assert seen == Counter(range(48)), (world, workers)
+
+
+def test_resuming_reads_nothing_again(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet(make_set(n=48, shard_size=9)[0], "train")
+    gathered: list[int] = []
+    real = ShardSet.gather
+
+    def gather(self: ShardSet, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        gathered.extend(indices.tolist())
+        return real(self, indices, views)
+
+    monkeypatch.setattr(ShardSet, "gather", gather)
+    loader = Loader(shards, global_batch=8, seed=0, workers=0)
+    first = [next(loader.batches(8 * k)).index.tolist() for k in range(12)]
+    gathered.clear()
+    resumed = [b.index.tolist() for b in itertools.islice(loader.batches(8 * 7), 5)]
+    assert resumed == first[7:]
+    assert len(gathered) == 5 * 8
+
+
+def test_every_epoch_has_its_own_order_in_every_process() -> None:
+    code = "from latentddae.data.loader import order; print(order(5, 1, 100).tolist())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert json.loads(printed) == order(5, 1, 100).tolist() != order(5, 0, 100).tolist()

@@ -16,7 +16,7 @@ import webdataset
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shard_format import invalid_key_reason, key_from_path, npy_header
-from latentddae.data.shards import ShardSet
+from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.verify import find_problems
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
@@ -167,7 +167,7 @@ def flip(data: bytes, place: int) -> bytes:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_by_verify_and_before_training(make_set: MakeSet, damage: str) -> None:
-    """RELIABILITY G5: 13 kinds of damage, two doors."""
+    """13 kinds of damage are found by `verify` and when the set is opened."""
     root, _ = make_set(n=24, shard_size=8)
     shard, other = root / "train-000001.tar", root / "train-000002.tar"
     shard.write_bytes(DAMAGES[damage](shard.read_bytes(), other.read_bytes()))
@@ -287,3 +287,51 @@ def test_files_and_maps_are_given_back(make_set: MakeSet) -> None:
         shards = ShardSet(root, "train", access=access)
         del shards
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_wrong_scales_are_refused(tmp_path: Path, spec: LatentSpec) -> None:
+    rng = np.random.default_rng(0)
+    for name, std, fine in (("good", 2.0, True), ("scaled", 0.36, False), ("raw", 9.0, False)):
+        moments = rng.normal(size=(50, 2, 8, 4, 4)) * std
+        keys = [f"k{i}" for i in range(50)]
+        root = tmp_path / name
+        write_split(root, "train", spec, moments.astype(np.float16), [0] * 50, keys, "a")
+        if fine:
+            ShardSet(root, "train").info.check_scale()
+        else:
+            with pytest.raises(
+                ConfigError, match=r"expected 0\.7 to 1\.3: is the scaling factor 0.5"
+            ):
+                ShardSet(root, "train").info.check_scale()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ('"scaling_factor": 0.5', '"scaling_factor": 0.18215', "was edited|were edited"),
+        (
+            '"views": [\n    "original",\n    "mirror"\n   ]',
+            '"views": ["original"]',
+            "its arrays are not",
+        ),
+        ('"c"\n ]', '"c", "d"\n ]', ""),
+        (
+            '"classes": [\n  "a",\n  "b",\n  "c"\n ]',
+            '"classes": ["a"]',
+            "labels outside its class list",
+        ),
+    ],
+)
+def test_edited_manifests_and_harmless_edits(
+    make_set: MakeSet, old: str, new: str, error: str
+) -> None:
+    root, _ = make_set()
+    path = root / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    if error:
+        with pytest.raises((ConfigError, DataError), match=error):
+            ShardSet(root, "train")
+    else:
+        ShardSet(root, "train")  # a class without samples is no contradiction

@@ -71,8 +71,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (N, C, h, w), see `LatentSpec.unscale` -> images (N, 3, H, W) in [-1, 1],
-        float32."""
+        """Unscaled latents (N, C, h, w) -> images (N, 3, H, W) in [-1, 1], float32."""
         latents = latents.to(self.device, torch.float32)
         out = latents if self.module is None else self._in_chunks(self._decode, latents)
         return out.clamp(-1, 1)
@@ -107,8 +106,10 @@ class Autoencoder:
                 torch.cuda.empty_cache()
 
     def spec(self, resolution: int, views: tuple[str, ...] = ("original",)) -> LatentSpec:
-        """The spec of latents of images of `resolution` pixels. ConfigError if the autoencoder cannot
-        encode that size."""
+        """The spec of latents of images of `resolution` pixels.
+
+        ConfigError if the autoencoder cannot encode that size.
+        """
         if self.module is None:
             return LatentSpec(kind="image", channels=3, size=resolution, views=views)
         probe = self.encode(torch.zeros(1, 3, PROBE_PIXELS, PROBE_PIXELS))
@@ -162,7 +163,8 @@ def open_matching(
     if has_hash and autoencoder.sha256 != spec.autoencoder_sha256:
         raise ConfigError(
             f"autoencoder {autoencoder.source} has weights {autoencoder.sha256[:12] or 'none'}, "
-            f"the latents were made with {spec.autoencoder} {spec.autoencoder_sha256[:12] or 'none'}"
+            f"the latents were made with {spec.autoencoder} "
+            f"{spec.autoencoder_sha256[:12] or 'none'}"
         )
     return autoencoder
 
@@ -191,8 +193,7 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _from_hub(source: str) -> Path:
-    """The folder of ORG/NAME[/SUBFOLDER][@REVISION] in the Hub's cache; its two files are downloaded
-    if they are not there."""
+    """The folder of ORG/NAME[/SUBFOLDER][@REVISION] in the Hub's cache; downloads its two files."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")

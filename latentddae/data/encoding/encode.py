@@ -1,7 +1,7 @@
 """Images -> latent shards, once: restartable, on any number of ranks, always the same bytes.
 
     latentddae encode --source photos/ --out data/photos --autoencoder demo --resolution 32
-    torchrun --nproc-per-node 8 -m latentddae.data.encoding.encode --config configs/encode/FILE.yaml ...
+    torchrun --nproc-per-node 8 -m latentddae.data.encoding.encode --config FILE.yaml ...
 
 The plan comes first: one seeded permutation of all images determines which image goes into which
 shard and which batch of the autoencoder. Ranks take whole shards. Complete shards are entered in a
@@ -13,7 +13,6 @@ import sys
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from latentddae.core import dist
 from latentddae.core.command import Command
@@ -25,15 +24,19 @@ from latentddae.data.encoding.journal import Journal, describe_changes
 from latentddae.data.encoding.plan import EncodeConfig, Plan, check_views, make_plan, pipeline
 from latentddae.data.encoding.shard_encoder import ShardEncoder, too_many
 from latentddae.data.info import describe
-from latentddae.data.manifest import MANIFEST, add_split, new_manifest, read_manifest
+from latentddae.data.manifest import (
+    MANIFEST,
+    EncodingFacts,
+    SplitEntry,
+    add_split,
+    new_manifest,
+    read_manifest,
+)
 from latentddae.data.sources.open import open_source
 from latentddae.data.sources.source import relabel, train_or_test_share
 
 TIMEOUT_S = 3 * 86400.0  # ranks wait for each other only at the end, hours apart
 BAD_NAMED = 1000  # bad images named in the manifest; all are counted
-
-SplitEntry = dict[str, Any]
-"""A split in the manifest, see `manifest.add_split` and `finish`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def finished_entry(plan: Plan, journal: Journal) -> SplitEntry | None:
         raise ConfigError(
             f"{out} was made with another image pipeline: {describe_changes(changed)}"
         )
-    entry: SplitEntry | None = manifest["splits"].get(split)
+    entry = manifest["splits"].get(split)
     if entry is None:
         return None
     changed = differences(entry.get("settings", {}), plan.settings)
@@ -174,18 +177,15 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         manifest = read_manifest(out)
     else:
         manifest = new_manifest(plan.spec, pipeline(config), plan.source.classes)
-    manifest = add_split(
-        manifest,
-        config.split,
-        plan.spec,
-        entries,
-        source=plan.source.name,
-        device=autoencoder.device.type,
-        bad=len(bad),
-        bad_images=[list(image) for image in bad[:BAD_NAMED]],
-        ignored_files=plan.source.ignored,
-        settings=plan.settings,
-    )
+    facts: EncodingFacts = {
+        "source": plan.source.name,
+        "device": autoencoder.device.type,
+        "bad": len(bad),
+        "bad_images": [list(image) for image in bad[:BAD_NAMED]],
+        "ignored_files": plan.source.ignored,
+        "settings": plan.settings,
+    }
+    manifest = add_split(manifest, config.split, plan.spec, entries, facts)
     write_json(out / MANIFEST, manifest)
     journal.delete()
     return manifest["splits"][config.split]

@@ -1,5 +1,8 @@
-"""The journal of an unfinished encoding, `OUT/.encode-SPLIT/`: the plan's settings, and an entry for
-each shard that is complete. It is deleted when the manifest has been written."""
+"""The journal of an unfinished encoding, `OUT/.encode-SPLIT/`.
+
+It holds the plan's settings and an entry for each complete shard, and is deleted when the manifest
+has been written.
+"""
 
 import shutil
 from pathlib import Path

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class EncodeConfig:
     autoencoder: str = DEFAULT_ID
     """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
     autoencoder_sha256: str = ""
-    """Expected hash of its weights, as `latentddae info` prints it (a prefix will do); none: any."""
+    """Expected hash of its weights, as `latentddae info` prints it, or a prefix; none: any."""
     resolution: int
     """Height and width of the crop in pixels."""
     split: str = "train"
@@ -77,7 +77,8 @@ def check_views(views: tuple[str, ...]) -> None:
     allowed = [v for v in views if v in ("original", "mirror") or copy_number(v)]
     if not views or allowed != list(views) or len(set(views)) < len(views):
         raise ValueError(
-            f"views are {','.join(views)!r}; allowed, each once: original, mirror, copy1, copy2, ..."
+            f"views are {','.join(views)!r}; allowed, each once: original, mirror, copy1, "
+            f"copy2, ..."
         )
 
 
@@ -96,7 +97,7 @@ class Plan:
     config: EncodeConfig
     order: np.ndarray
     """(n,) int64: indices into the source in the order of the data set."""
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """Everything that determines the bytes; a restart or a rerun must have the same."""
 
     @property
@@ -130,6 +131,6 @@ def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
     return Plan(source, spec, config, order(config.seed, 0, len(source)), settings)
 
 
-def pipeline(config: EncodeConfig) -> dict[str, Any]:
+def pipeline(config: EncodeConfig) -> dict[str, object]:
     """How an image becomes pixels: what the splits of one data set must have in common."""
     return {"resolution": config.resolution, **CROPS[config.crop].description}

@@ -97,8 +97,7 @@ def load_pixels(source: Source, resolution: int, limit: int) -> Tensor:
 
 
 def batches(pixels: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)); images are mirrored at random, keyed
-    by position."""
+    """Endless (images (N, 3, H, W) in [-1, 1], positions (N,)), mirrored at random by position."""
     rows = itertools.chain.from_iterable(order(seed, e, len(pixels)) for e in itertools.count())
     for seen in itertools.count(step=batch):
         positions = torch.arange(seen, seen + batch)

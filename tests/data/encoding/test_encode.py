@@ -22,8 +22,11 @@ from latentddae.core.dist import World
 from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.data.encoding.autoencoder import Autoencoder
 from latentddae.data.encoding.encode import EncodeSplitsConfig, encode, main, share
-from latentddae.data.encoding.plan import EncodeConfig
+from latentddae.data.encoding.plan import EncodeConfig, make_plan
+from latentddae.data.latents import LatentSpec
+from latentddae.data.loader import order
 from latentddae.data.shards import ShardSet
+from latentddae.data.sources.source import Source
 
 
 def settings(source: Path, out: Path, **changes: Any) -> EncodeConfig:
@@ -373,3 +376,78 @@ def test_the_manifest_says_how_it_was_made(photos: Path, tmp_path: Path) -> None
     assert split["samples"] == 30
     assert split["settings"]["seed"] == 0
     assert all(len(shard["sha256"]) == 64 for shard in split["shards"])
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_class_sorted_sources_are_mixed(groups: int) -> None:
+    classes, each = 100, 200
+    labels = np.repeat(np.arange(classes), each)
+    n = len(labels)
+    keys = tuple(f"{i:06d}" for i in range(n))
+    source = Source("sorted", tuple(map(str, range(classes))), keys, keys, labels, lambda i: b"")
+    config = EncodeConfig(source="x", out="y", autoencoder="none", resolution=8, shard_size=1000)
+    plan = make_plan(config, source, LatentSpec(kind="image", channels=3, size=8))
+    stored = labels[plan.order]
+    starts = np.arange(0, n + 1, 1000)
+    seen = stored[order(1, 0, n, starts, group_shards=groups)]
+    expected = classes * (1 - (1 - 1 / classes) ** 256)
+    for mixed in (stored, seen):
+        distinct = [len(set(mixed[i : i + 256].tolist())) for i in range(0, n - 256, 256)]
+        assert min(distinct) >= 0.9 * expected
+        centred = mixed - mixed.mean()
+        assert abs((centred[1:] * centred[:-1]).mean() / (centred**2).mean()) < 0.02
+
+
+def test_float16_is_close_enough(
+    photos: Path, tmp_path: Path, small_autoencoder: Autoencoder
+) -> None:
+    config = EncodeConfig(source=str(photos), out=str(tmp_path / "out"), resolution=32, batch=30)
+    encode(config, small_autoencoder)
+    stored = ShardSet(tmp_path / "out", "train").gather(np.arange(30))[:, 0].astype(np.float32)
+    assert np.abs(stored).max() < 6e4
+    whole = torch.zeros(30, 3, 32, 32)
+    moments = small_autoencoder.encode(whole).numpy()
+    rounded = moments.astype(np.float16).astype(np.float32)
+    assert (np.abs(rounded - moments) <= 1e-3 * np.abs(moments) + 1e-6).all()
+
+
+class Other:
+    """An autoencoder that differs in one fact from a real one."""
+
+    def __init__(self, real: Autoencoder, **facts: Any) -> None:
+        self._real, self._facts = real, facts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def spec(self, resolution: int, views: tuple[str, ...] = ("original",)) -> LatentSpec:
+        return replace(self._real.spec(resolution, views), **self._facts)
+
+
+MISMATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # facts, settings, message
+    "weights": ({"autoencoder_sha256": "ab"}, {}, "autoencoder_sha256 was 79443749.*, now ab"),
+    "class": ({"autoencoder_class": "AutoencoderDC"}, {}, "AutoencoderKL, now AutoencoderDC"),
+    "scale": ({"scaling_factor": 0.18215}, {}, "scaling_factor was 0.49.*, now 0.18215"),
+    "shift": ({"shift_factor": 0.1}, {}, "shift_factor was 0.0, now 0.1"),
+    "channels": ({"channels": 16}, {}, "channels was 4, now 16"),
+    "kind": ({"kind": "deterministic"}, {}, "kind was moments, now deterministic"),
+    "size": ({}, {"resolution": 64}, "size was 8, now 16"),
+    "crop": ({}, {"crop": "native"}, "crop was center, now native"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_shards_made_differently_are_not_mixed(
+    photos: Path, tmp_path: Path, small_autoencoder: Autoencoder, name: str
+) -> None:
+    """The error names both sides."""
+    facts, changes, message = MISMATCHES[name]
+    config = EncodeConfig(
+        source=str(photos), out=str(tmp_path / "out"), resolution=32, split="train"
+    )
+    encode(config, small_autoencoder)
+    other = Other(small_autoencoder, **facts)
+    before = sorted((tmp_path / "out").iterdir())
+    with pytest.raises(ConfigError, match=message):
+        encode(replace(config, split="val", **changes), other)  # type: ignore[arg-type]
+    assert sorted((tmp_path / "out").iterdir()) == before

@@ -35,7 +35,8 @@ def tar_bytes(members: dict[str, bytes]) -> bytes:
 def listed(source: str, split: str) -> list[tuple[str, int, bytes]]:
     found = open_source(source, split)
     assert found.classes == wnids()
-    return [(k, int(found.labels[i]), bytes(found.read(i))) for i, k in enumerate(found.keys)]  # type: ignore[arg-type]
+    labels = found.labels.tolist()
+    return [(k, labels[i], bytes(found.read(i))) for i, k in enumerate(found.keys)]  # type: ignore[arg-type]
 
 
 def test_the_canonical_order() -> None:

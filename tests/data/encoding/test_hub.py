@@ -1,5 +1,4 @@
-"""RELIABILITY G22: an autoencoder from the Hub that is cut, changed, of another revision, or out of
-reach."""
+"""An autoencoder from the Hub that is truncated, changed, of another revision, or out of reach."""
 
 import shutil
 from pathlib import Path
