@@ -124,9 +124,9 @@ def against_diffusers(model: DiT) -> None:
         return kept.pop()
 
     a, b = ours(), theirs()
-    gap = float((a - b).abs().max() / b.abs().max())
-    print(f"samples of the two differ by {gap:.1e} of their range")
-    assert gap < 1e-4, "not the same computation"
+    difference = float((a - b).abs().max() / b.abs().max())
+    print(f"samples of the two differ by {difference:.1e} of their range")
+    assert difference < 1e-4, "not the same computation"
     seconds = cpu_seconds({"ours": ours, "theirs": theirs})
     rate = {name: IMAGES * STEPS / value for name, value in seconds.items()}
     record(
@@ -144,9 +144,9 @@ def bf16_against_fp32(model: DiT) -> None:
     objective, y = OBJECTIVES["ddpm"](), torch.arange(IMAGES)
     t = torch.full((IMAGES,), 500)
     a, b = (m(noise, t, y) for m in (model, half))
-    gap = float((a - b).norm() / a.norm())
-    print(f"one bf16 evaluation differs by {gap:.1e}")
-    assert gap < 0.02
+    difference = float((a - b).norm() / a.norm())
+    print(f"one bf16 evaluation differs by {difference:.1e}")
+    assert difference < 0.02
 
     def run(network: DiT) -> Tensor:
         return sample(objective, network, noise, y, Sampling(sampler=DdimOptions(), steps=STEPS))

@@ -6,14 +6,13 @@ float gives a float, a tensor a tensor of its shape and dtype (integers give flo
 arithmetic runs in float64.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Real = Any  # a float or a tensor; the result is of the same kind
+Real = TypeVar("Real", float, Tensor)  # the result is of the same kind
 
 
 def in_float64(value: Real, function: Callable[[Tensor], Tensor]) -> Real:
@@ -24,38 +23,24 @@ def in_float64(value: Real, function: Callable[[Tensor], Tensor]) -> Real:
     return function(value.to(torch.float64)).to(dtype)
 
 
-def elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Real], Real]:
-    """Let a function of a float64 tensor take floats and tensors of any dtype."""
-
-    @functools.wraps(function)
-    def wrapped(value: Real) -> Real:
-        return in_float64(value, function)
-
-    return wrapped
-
-
-@elementwise
-def ratio_of_level(s: Tensor) -> Tensor:
+def ratio_of_level(s: Real) -> Real:
     """r = sigma / alpha, infinite at s = 1; any shape."""
-    return s / (1 - s)
+    return in_float64(s, lambda level: level / (1 - level))
 
 
-@elementwise
-def level_of_ratio(r: Tensor) -> Tensor:
+def level_of_ratio(r: Real) -> Real:
     """s = r / (1 + r), also for infinite r; any shape."""
-    return 1 / (1 + 1 / r)
+    return in_float64(r, lambda ratio: 1 / (1 + 1 / ratio))
 
 
-@elementwise
-def log_snr_of_level(s: Tensor) -> Tensor:
+def log_snr_of_level(s: Real) -> Real:
     """ln(alpha^2 / sigma^2); any shape."""
-    return -2 * (s.log() - (-s).log1p())
+    return in_float64(s, lambda level: -2 * (level.log() - (-level).log1p()))
 
 
-@elementwise
-def level_of_log_snr(log_snr: Tensor) -> Tensor:
+def level_of_log_snr(log_snr: Real) -> Real:
     """The inverse of `log_snr_of_level`; any shape."""
-    return torch.sigmoid(-0.5 * log_snr)
+    return in_float64(log_snr, lambda value: torch.sigmoid(-0.5 * value))
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

@@ -113,14 +113,14 @@ def check_model(checkpoint: Checkpoint, config: SampleConfig) -> None:
     SAMPLERS[config.sampler.kind].nodes(checkpoint.objective, config)
 
 
-def check_folder(config: SampleConfig, facts: dict[str, object]) -> None:
+def check_folder(config: SampleConfig, record: dict[str, object]) -> None:
     """Raise ConfigError if `out` holds other things, other settings or more images."""
     out, path = config.out, config.out / "sample.json"
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no sample.json; choose another folder")
         return
-    old, new = read_json(path, "settings of samples"), json.loads(json.dumps(facts))
+    old, new = read_json(path, "settings of samples"), json.loads(json.dumps(record))
     for settings in (old, new):
         settings["checkpoint"].pop("path", None)
     differing = [key for key, value in new.items() if old.get(key) != value]
@@ -234,9 +234,9 @@ def start_folder(config: SampleConfig, checkpoint: Checkpoint) -> None:
             f"warning: guidance scale {scale}: 1 means no guidance, 0 ignores the label",
             file=sys.stderr,
         )
-    facts = provenance(checkpoint, config)
-    check_folder(config, facts)
-    write_json(config.out / "sample.json", {**facts, "num": config.num})
+    record = provenance(checkpoint, config)
+    check_folder(config, record)
+    write_json(config.out / "sample.json", {**record, "num": config.num})
 
 
 COMMAND = Command("sample", SampleConfig, run=run, plan=plan)

@@ -88,9 +88,9 @@ EACH = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in 
 
 @pytest.mark.parametrize("name", EACH)
 def test_the_curve_is_the_stored_one(name: str) -> None:
-    stored, found = json.loads(CURVES.read_text())[name], curve(name)
-    assert found["loss"] == pytest.approx(stored["loss"], rel=1e-3)
-    for ours, theirs in zip(found["levels"], stored["levels"], strict=True):
+    stored, measured = json.loads(CURVES.read_text())[name], curve(name)
+    assert measured["loss"] == pytest.approx(stored["loss"], rel=1e-3)
+    for ours, theirs in zip(measured["levels"], stored["levels"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 

@@ -61,8 +61,8 @@ def test_denoise_inverts_add_noise(objective: Any) -> None:
     t = objective.sample_timesteps(u)
     x_t = objective.add_noise(x0, t, noise)
     model = exact_network(objective, x0.double())
-    found = objective.denoise(model, x_t.double(), t)
-    torch.testing.assert_close(found.float(), x0, rtol=1e-4, atol=1e-4)
+    denoised = objective.denoise(model, x_t.double(), t)
+    torch.testing.assert_close(denoised.float(), x0, rtol=1e-4, atol=1e-4)
 
 
 @each_objective
@@ -135,9 +135,9 @@ def test_cross_checks_of_the_field() -> None:
 def test_edm_grid_is_the_papers() -> None:
     """The 18 sigmas of arXiv 2206.00364, equation 5, counted from the clean end."""
     sigmas = EDM().sampling_timesteps(18).flip(0).tolist()
-    found = [sigmas[i - 1] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 18)]
+    ours = [sigmas[i - 1] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 18)]
     table = [0.002, 0.0075, 0.0229, 0.0600, 0.1395, 0.296, 0.585, 1.088, 1.92, 8.40, 80]
-    assert found == pytest.approx(table, rel=5e-3)
+    assert ours == pytest.approx(table, rel=5e-3)
     assert EDM().sampling_timesteps(1).tolist() == [80]
 
 

@@ -67,11 +67,11 @@ def test_moments_equal_numpy_in_any_batching() -> None:
     rng = np.random.default_rng(3)
     x = (1e4 + rng.normal(size=(101, 7))).astype(np.float32)
     for parts in ([x], np.array_split(x, 13), [x[:1], x[1:]]):
-        found = moments(iter(parts))
-        assert found.count == 101
-        np.testing.assert_allclose(found.mean, x.astype(float).mean(0), rtol=1e-12)
+        streamed = moments(iter(parts))
+        assert streamed.count == 101
+        np.testing.assert_allclose(streamed.mean, x.astype(float).mean(0), rtol=1e-12)
         np.testing.assert_allclose(
-            found.covariance, np.cov(x.astype(float).T), rtol=1e-7, atol=1e-9
+            streamed.covariance, np.cov(x.astype(float).T), rtol=1e-7, atol=1e-9
         )
 
 
