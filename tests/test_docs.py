@@ -68,7 +68,7 @@ def command_lines(page: Path) -> list[list[str]]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """Every complete `latentddae COMMAND ...` within the text."""
+    """Every `latentddae COMMAND ...` within the text."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     found = re.findall(r"`(latentddae [a-z][^`]*)`", text)
     return [shlex.split(line) for line in found if "..." not in line and "…" not in line]
@@ -85,18 +85,18 @@ def config_commands(path: Path) -> list[list[str]]:
     starts = ("latentddae ", "deepspeed ", "torchrun ", "sbatch ", "On a cluster: sbatch ")
     kept = [line for line in text.splitlines() if line.startswith(starts)]
     return [
-        shlex.split(line.removeprefix("On a cluster: ").removesuffix(" ..."), comments=True)
+        shlex.split(re.sub(r"\[.*?\]| \.\.\.$|^On a cluster: ", "", line), comments=True)
         for line in kept
     ]
 
 
-def check_settings(name: str, arguments: list[str]) -> None:
-    """Parse a command line through the command's own record."""
+def check_settings(name: str, arguments: list[str], complete: bool = True) -> None:
+    """Parse a command line by the command's own record; a complete one also makes the record."""
     module = importlib.import_module(cli.COMMANDS[name][0])
     if not hasattr(module, "COMMAND"):
         pytest.skip(f"{name} is not a Command yet")
     parsed = command.parse(module.COMMAND.config, arguments)
-    if not parsed.help:
+    if complete and not parsed.help:
         parsed.record(module.COMMAND.config)
 
 
@@ -119,10 +119,10 @@ def check_module(module: str, arguments: list[str]) -> None:
         assert module in ("venv", "pip", "cProfile"), module
 
 
-def check_latentddae(arguments: list[str]) -> None:
+def check_latentddae(arguments: list[str], complete: bool = True) -> None:
     assert arguments[0] in cli.COMMANDS, arguments
-    if len(arguments) > 1:  # a name alone is a mention
-        check_settings(arguments[0], arguments[1:])
+    if len(arguments) > 1:
+        check_settings(arguments[0], arguments[1:], complete)
 
 
 def check_script(path: str, arguments: list[str]) -> None:
@@ -176,7 +176,7 @@ def repository_files() -> frozenset[str]:
 
 
 def all_lines() -> list[tuple[str, list[str]]]:
-    pages = [(page, [*command_lines(page), *inline_commands(page)]) for page in PAGES]
+    pages = [(page, command_lines(page)) for page in PAGES]
     configs = [(path, config_commands(path)) for path in CONFIGS]
     return [
         (str(path.relative_to(ROOT)), words)
@@ -192,6 +192,12 @@ def test_every_command_line_parses(where: str, words: list[str], monkeypatch) ->
     """Through the real parsers and records: flags, settings, configuration files, launchers."""
     monkeypatch.chdir(ROOT)
     check_line(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mentions_of_commands_name_real_flags(page: Path) -> None:
+    for words in inline_commands(page):
+        check_latentddae(words[1:], complete=False)
 
 
 def test_a_wrong_command_line_would_be_noticed(monkeypatch) -> None:

@@ -42,7 +42,9 @@ def declared(*groups: str) -> set[str]:
 def imported(folder: str) -> dict[str, str]:
     """Third-party modules that the files of a folder import -> one of the files."""
     out: dict[str, str] = {}
-    ours = OURS | {path.stem for path in (ROOT / folder).glob("*.py")}
+    ours = set(OURS)
+    if folder != "latentddae":  # scripts and tests import what lies beside them
+        ours |= {path.stem for path in (ROOT / folder).rglob("*")}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in top_names(ast.parse(path.read_text())):
             if name not in sys.stdlib_module_names and name not in ours:
