@@ -1,88 +1,106 @@
 """`latentddae features`: pooled features of whole splits on disk, for any probe.
 
-latentddae features --checkpoint RUN --data latents --level s=0.3 --blocks 5,6,5+6 --out feats
+latentddae features --checkpoint RUN --data latents --levels s=0.3 --blocks 5,6,5+6 --out feats
 torchrun --nproc-per-node 8 -m latentddae.transfer.features --checkpoint ...
 """
 
-import argparse
 import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 from latentddae.core import dist
+from latentddae.core.command import Command
+from latentddae.core.config import require
 from latentddae.core.errors import run_command
+from latentddae.core.precision import Precision
 from latentddae.data.manifest import read_manifest
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import BATCH
-from latentddae.transfer.extraction.pooling import KNOWN_POOLS
-from latentddae.transfer.extraction.spec import LEVEL_HELP, FeatureSpec, blocks_of, levels_of
-from latentddae.transfer.extraction.store import Extraction, extract_to_disk
+from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
+from latentddae.transfer.extraction.spec import FeatureSpec, blocks_of, levels_of
+from latentddae.transfer.extraction.store import Extraction, check_out, extract_to_disk
 
 
-def open_extraction(args: argparse.Namespace) -> Extraction:
-    """The checkpoint and the splits of the command line, checked against each other."""
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    levels = levels_of(args.level, checkpoint.objective)
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(TransferOptions):
+    """Pooled features of whole splits as memory-mapped float16 files."""
+
+    levels: tuple[str, ...]
+    """Noise levels: s in [0, 1], or t=121, sigma_over_alpha=0.4, log_snr=1.5."""
+    blocks: tuple[str, ...] = ("all",)
+    """Blocks, 1 to depth; 5+6 concatenates two."""
+    pools: tuple[str, ...] = ("mean",)
+    """Poolings over tokens: mean, max, grid2, grid3, ..., cls; each with norm- before it."""
+    splits: tuple[str, ...] = ()
+    """Splits to extract. Default: all that the folder has."""
+    noise_samples: int = 1
+    """Features are averaged over this many noises."""
+    noisy_input: bool = True
+    """False: the network sees the clean latent with the timestep of the level (l-DAE)."""
+    seed: int = 0
+    """Of the noise."""
+    precision: Precision = "auto"
+    """Of matrix products; auto is bf16 where the hardware has it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, positive=("noise_samples",))
+
+
+def open_extraction(config: FeaturesConfig) -> Extraction:
+    """The checkpoint and the splits of a command, checked against each other."""
+    checkpoint = config.open_checkpoint()
+    levels = levels_of(config.levels, checkpoint.objective)
     spec = FeatureSpec(
         level=levels[0],
-        blocks=blocks_of(args.blocks, checkpoint.model.config.depth),
-        pools=inputs.numbers(args.pools, str, "--pools"),
-        noise_samples=args.noise_samples,
-        seed=args.seed,
-        noisy_input=not args.clean_input,
-        precision=args.precision,
+        blocks=blocks_of(config.blocks, checkpoint.model.config.depth),
+        pools=config.pools,
+        noise_samples=config.noise_samples,
+        seed=config.seed,
+        noisy_input=config.noisy_input,
+        precision=config.precision,
     )
-    names = inputs.numbers(args.splits, str, "--splits") if args.splits else None
+    ema = checkpoint.info.get("ema") if config.weights == "ema" else None
     return Extraction(
         checkpoint=checkpoint,
-        checkpoint_info={
-            **asdict(inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)),
-            "ema": checkpoint.info.get("ema") if args.weights == "ema" else None,
-        },
+        checkpoint_info={**asdict(config.describe(checkpoint)), "ema": ema},
         samples={
-            split: inputs.open_shards(args.data, split, checkpoint)
-            for split in names or read_manifest(args.data)["splits"]
+            split: open_shards(config.data, split, checkpoint)
+            for split in config.splits or read_manifest(config.data)["splits"]
         },
         specs=tuple(replace(spec, level=level) for level in levels),
-        batch=args.batch,
+        batch=config.batch,
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae features",
-        description="Pooled features of whole splits as memory-mapped float16 files.",
-    )
-    parser.add_argument("--checkpoint", required=True, help=inputs.CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
-    parser.add_argument("--out", required=True, type=Path, help="folder to be made")
-    parser.add_argument("--level", required=True, help=f"{LEVEL_HELP}; several with commas")
-    parser.add_argument("--blocks", default="all", help="e.g. 5,6,5+6 (5+6: side by side)")
-    parser.add_argument("--pools", default="mean", help=KNOWN_POOLS)
-    parser.add_argument("--splits", help="e.g. train,test (default: all of them)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per sample")
-    parser.add_argument(
-        "--clean-input", action="store_true", help="clean latent, timestep of the level (l-DAE)"
-    )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--batch", type=int, default=BATCH, help="does not change the features")
-    args = parser.parse_args(argv)
+def features(config: FeaturesConfig) -> None:
+    """Write the folder on all ranks and print what it holds."""
     world = dist.world_from_environment()
     if world.size > 1:
         dist.start()
-    extraction = open_extraction(args)
-    meta = extract_to_disk(extraction, args.out)
+    meta = extract_to_disk(open_extraction(config), config.out)
     if world.is_main:
         for level in meta["levels"]:
             print("noise level " + ", ".join(f"{unit}={level[unit]}" for unit in level))
         source = meta["checkpoint"]
         print(
-            f"{args.out}: {meta['n_seen']} samples, blocks {meta['blocks']}, pools "
+            f"{config.out}: {meta['n_seen']} samples, blocks {meta['blocks']}, pools "
             f"{meta['pools']}, {source['weights']} weights at {source['images_seen']} images"
         )
     dist.stop()
+
+
+def plan(config: FeaturesConfig) -> str:
+    """What `features` would write."""
+    extraction = open_extraction(config)
+    state = "finished already" if check_out(extraction, config.out) else "to be written"
+    counts = {split: len(samples) for split, samples in extraction.samples.items()}
+    spec = extraction.specs[0]
+    return (
+        f"{config.out}: {counts} samples, noise levels {extraction.levels}, blocks "
+        f"{list(spec.blocks)}, pools {list(spec.pools)}; {state}"
+    )
+
+
+COMMAND = Command("features", FeaturesConfig, run=features, plan=plan)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

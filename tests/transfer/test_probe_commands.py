@@ -213,7 +213,7 @@ def test_features_on_disk_replace_the_network(
 ):
     common = (checkpoint_folder, tiny_shards)
     folder = tmp_path / "features"
-    features.main(arguments(*common, folder, "--level", 0.3, "--blocks", 2, "--seed", 4))
+    features.main(arguments(*common, folder, "--levels", 0.3, "--blocks", 2, "--seed", 4))
     rest = (*HERE, "--seed", 4)
     (fresh,) = lines_of(COMMANDS[name], *common, tmp_path / "fresh", *rest)
     monkeypatch.setattr(session, "collect", lambda *_: pytest.fail("the network was run"))

@@ -46,6 +46,47 @@ class FeatureBatch:
     """(block, pool) -> (N, width) float32 on the CPU."""
 
 
+@dataclass(frozen=True)
+class Extractor:
+    """Features of clean latents in memory: one checkpoint, one spec."""
+
+    checkpoint: Checkpoint
+    spec: FeatureSpec
+    trunk: Trunk
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, spec: FeatureSpec) -> "Extractor":
+        """Raises UsageError for blocks that the network does not have, ConfigError for a network
+        without a null label."""
+        check_blocks(spec.blocks, checkpoint.model.config.depth)
+        checkpoint.model.eval()
+        trunk = trunk_at(checkpoint, spec.level, max(spec.members), spec.precision)
+        return cls(checkpoint, spec, trunk)
+
+    def under_noise(self, x0: Tensor, positions: Tensor, number: int) -> dict[Cell, Tensor]:
+        """Features under the `number`-th noise: clean latents (N, C, h, w), positions of the
+        samples' keys (N,) -> {(block, pool): (N, width) float32}, blocks not concatenated."""
+        spec = self.spec
+        noise = x0
+        if spec.noisy_input:
+            noise = keyed_noise(spec.seed, number, positions, x0.shape[1:])
+        x = network_input(self.checkpoint.objective, x0, noise, spec.level, spec.noisy_input)
+        return pooled_blocks(self.trunk, x, spec.members, spec.pools)
+
+    def features(self, x0: Tensor, positions: Tensor) -> dict[Cell, Tensor]:
+        """Features averaged over the noises, blocks concatenated as asked for, in ascending
+        order of the blocks."""
+        means = self.under_noise(x0, positions, 0)
+        if self.spec.noise_samples > 1:
+            for number in range(1, self.spec.noise_samples):
+                for cell, value in self.under_noise(x0, positions, number).items():
+                    means[cell] = means[cell] + value
+            means = {cell: value / self.spec.noise_samples for cell, value in means.items()}
+        blocks = check_blocks(self.spec.blocks, self.checkpoint.model.config.depth)
+        cells = [(block, pool) for block in blocks for pool in self.spec.pools]
+        return {cell: concatenated(means, *cell) for cell in cells}
+
+
 def extract(
     checkpoint: Checkpoint,
     samples: SampleSet,
@@ -57,32 +98,24 @@ def extract(
 ) -> Iterator[FeatureBatch]:
     """Features of the samples `indices` (N,), batch by batch and in that order, for blocks x pools.
 
-    Raises UsageError for blocks that the network does not have, ConfigError for a network without a
-    null label.
+    Raises as `Extractor.open`.
     """
-    blocks = check_blocks(spec.blocks, checkpoint.model.config.depth)
-    checkpoint.model.eval()
-    device = device_of(checkpoint)
-    trunk = trunk_at(checkpoint, spec.level, max(spec.members), spec.precision)
+    extractor = Extractor.open(checkpoint, spec)
     for start in range(0, len(indices), batch):
         index = indices[start : start + batch]
-        x0 = clean_latents(checkpoint.latents, samples, index).to(device)
-        positions = key_positions(samples.keys(index)).to(device)
-        sums: dict[Cell, Tensor] = {}
-        for number in range(spec.noise_samples):
-            noise = x0
-            if spec.noisy_input:
-                noise = keyed_noise(spec.seed, number, positions, x0.shape[1:])
-            x = network_input(checkpoint.objective, x0, noise, spec.level, spec.noisy_input)
-            for cell, value in pooled_blocks(trunk, x, spec.members, spec.pools).items():
-                sums[cell] = value if number == 0 else sums[cell] + value
-        means = sums
-        if spec.noise_samples > 1:
-            means = {cell: value / spec.noise_samples for cell, value in sums.items()}
-        cells = [(block, pool) for block in blocks for pool in spec.pools]
-        yield FeatureBatch(index, {cell: concatenated(means, *cell) for cell in cells})
+        yield FeatureBatch(index, extractor.features(*read_batch(checkpoint, samples, index)))
         if progress:
             progress(len(index))
+
+
+def read_batch(
+    checkpoint: Checkpoint, samples: SampleSet, index: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Clean latents (N, C, h, w) and the positions of the samples' keys (N,), on the network's
+    device."""
+    device = device_of(checkpoint)
+    x0 = clean_latents(checkpoint.latents, samples, index).to(device)
+    return x0, key_positions(samples.keys(index)).to(device)
 
 
 def collect(

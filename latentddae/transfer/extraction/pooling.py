@@ -1,10 +1,11 @@
-"""How a map of tokens becomes one vector: averages, maxima, averages over a grid of patches."""
+"""Pooling of a token map to one vector: average, maximum, averages over a grid of patches."""
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,39 +28,44 @@ def pool_grid(tokens: Tensor, cells: int) -> Tensor:
 
     A side that `cells` does not divide gives overlapping patches, as in adaptive average pooling.
     """
-    n, length, width = tokens.shape
+    length = tokens.shape[1]
     side = math.isqrt(length)
     if side * side != length or side < cells:
         raise ConfigError(
             f"a {cells}x{cells} pool needs a square map of at least that side, got {length} tokens"
         )
     if side % cells == 0:
-        patch = side // cells  # rows first: both sums then run along memory
-        rows = tokens.float().reshape(n, cells, patch, side * width).mean(dim=2)
-        return rows.view(n, cells, cells, patch, width).mean(dim=3).flatten(1)
-    map_ = tokens.float().transpose(1, 2).unflatten(2, (side, side))
-    pooled = F.adaptive_avg_pool2d(map_, cells)
-    return pooled.flatten(2).transpose(1, 2).flatten(1)
+        # Rows first: both sums then run along memory.
+        patches = rearrange(tokens.float(), "n (a p w) d -> n a p (w d)", a=cells, w=side)
+        rows = rearrange(patches.mean(dim=2), "n a (b q d) -> n a b q d", b=cells, q=side // cells)
+        return rearrange(rows.mean(dim=3), "n a b d -> n (a b d)")
+    map_ = rearrange(tokens.float(), "n (h w) d -> n d h w", h=side)
+    return rearrange(F.adaptive_avg_pool2d(map_, cells), "n d a b -> n (a b d)")
 
 
 POOLS: tuple[str, ...] = ("mean", "grid2")
-"""Those that a search looks at unless told otherwise."""
+"""The default pools of a search."""
 KNOWN_POOLS = "mean, max, grid2, grid3, ..., cls, and each with norm- before it (norm-mean)"
-NORM = "norm-"  # the block's own adaLN first
+NORM = "norm-"
+"""Prefix of a pool's name: the block's own adaLN first."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What a pool's name means."""
+    """A pooling over tokens."""
 
-    function: Callable[[Tensor], Tensor]  # (N, T, D) -> (N, width) float32
-    averages: bool  # its weights sum to one over tokens
-    normalises: bool  # tokens pass the block's own adaLN first
-    of_prefix: bool = False  # of the tokens that stand for no place
+    function: Callable[[Tensor], Tensor]
+    """(N, T, D) -> (N, width) float32."""
+    averages: bool
+    """Its weights sum to one over tokens."""
+    normalises: bool
+    """Tokens pass the block's own adaLN first."""
+    of_prefix: bool = False
+    """It reads the tokens without a position: the class token."""
 
 
 def pool_of(name: str) -> Pool:
-    """The pool of a name; UsageError if there is none."""
+    """The pool of that name. UsageError if there is none."""
     plain = name.removeprefix(NORM)
     grid = re.fullmatch(r"grid([1-9]\d?)", plain)
     if grid:
@@ -75,6 +81,6 @@ def pool_of(name: str) -> Pool:
 
 
 def check_pools(pools: Sequence[str]) -> None:
-    """Refuses a pool that `pool_of` does not know."""
+    """Raise UsageError for a pool that `pool_of` does not know."""
     for pool in pools:
         pool_of(pool)

@@ -17,12 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from latentddae import __version__
-from latentddae.core import dist
-from latentddae.core.errors import ConfigError, DataError, WriteError
-from latentddae.core.files import read_json_lines, sync_folder, write_json
+from latentddae.core import dist, progress
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import (
+    read_json,
+    read_json_lines,
+    sync_folder,
+    write_errors,
+    write_json,
+)
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
@@ -121,11 +126,14 @@ def extract_to_disk(
     pending = dist.on_rank0(lambda: pending_chunks(extraction, partial))
     rank_chunks = pending[world.rank :: world.size]
     total = sum(chunk.stop - chunk.start for chunk in rank_chunks)
-    with tqdm(
-        total=total, unit="img", unit_scale=True, disable=not (show_progress and world.is_main)
-    ) as bar:
+    with progress.images(total, "features", show_progress and world.is_main) as bar:
         dist.on_all_ranks(lambda: _fill(extraction, partial, rank_chunks, world.rank, bar.update))
     return dist.on_rank0(lambda: _publish(extraction, partial, out, plan))
+
+
+def check_out(extraction: Extraction, out: Path) -> bool:
+    """Whether `out` is a finished folder of these features. ConfigError if it is another one."""
+    return _read_finished(out, provenance(extraction)) is not None
 
 
 def pending_chunks(extraction: Extraction, partial: Path) -> list[Chunk]:
@@ -150,7 +158,7 @@ def _read_finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not (out / META).is_file():
         raise ConfigError(f"{out} exists and holds no {META}: choose another --out")
-    meta = json.loads((out / META).read_text())
+    meta = read_json(out / META, "the description of features")
     different = [key for key in plan if meta.get(key) != json.loads(json.dumps(plan[key]))]
     if different:
         raise ConfigError(f"{out} holds features with another {', '.join(different)}")
@@ -163,7 +171,7 @@ def _prepare(extraction: Extraction, partial: Path, plan: dict[str, Any]) -> Non
     if (partial / PLAN).is_file() and json.loads((partial / PLAN).read_text()) == same:
         return
     shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with write_errors(partial):
         partial.mkdir(parents=True)
         for split, samples in extraction.samples.items():
             first = extract(extraction.checkpoint, samples, np.arange(1), extraction.specs[0])
@@ -174,8 +182,6 @@ def _prepare(extraction: Extraction, partial: Path, plan: dict[str, Any]) -> Non
                     np.lib.format.open_memmap(path, "w+", np.float16, (len(samples), width))
             np.save(partial / f"{split}-labels.npy", np.asarray(samples.labels, np.int64))
         write_json(partial / PLAN, plan)  # last: without it the folder is made anew
-    except OSError as error:
-        raise WriteError(f"cannot write {partial}: {error.strerror or error}") from error
 
 
 def _read_journals(partial: Path) -> list[dict[str, Any]]:
@@ -188,12 +194,12 @@ def _fill(
     partial: Path,
     chunks: Sequence[Chunk],
     rank: int,
-    progress: Progress,
+    tell: Progress,
 ) -> None:
     """Compute the rows of some chunks; a chunk is journalled when its rows are on disk."""
     with open(partial / f"done-{rank}.jsonl", "a") as journal:
         for chunk in chunks:
-            _fill_chunk(extraction, partial, chunk, progress)
+            _fill_chunk(extraction, partial, chunk, tell)
             journal.write(json.dumps(chunk.to_dict()) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -207,7 +213,7 @@ def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, progress: P
         np.arange(chunk.start, chunk.stop),
         extraction.spec_at(chunk.level),
         batch=extraction.batch,
-        progress=progress,
+        progress=tell,
     ):
         for cell, value in part.values.items():
             if cell not in files:
@@ -259,7 +265,7 @@ class FeatureStore:
         """ConfigError if the folder is missing or unfinished, or of another format."""
         if not (folder / META).is_file():
             raise ConfigError(f"{folder} holds no finished features: run `latentddae features`")
-        meta = json.loads((folder / META).read_text())
+        meta = read_json(folder / META, "the description of features")
         if meta.get("format") != FORMAT:
             raise ConfigError(
                 f"{folder} has format {meta.get('format')}, this version reads {FORMAT}: extract again"

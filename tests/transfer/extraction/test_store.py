@@ -167,7 +167,7 @@ def test_what_does_not_fit_float16_is_refused(checkpoint, data, tmp_path, monkey
 def test_the_command(checkpoint_folder, data, tmp_path, capsys):
     out = tmp_path / "features"
     line = ["features", "--checkpoint", checkpoint_folder, "--data", data, "--out", out]
-    line += ["--level", "logsnr=1.5,s=0.3", "--blocks", "2,1+2", "--pools", "max,norm-mean"]
+    line += ["--levels", "logsnr=1.5,s=0.3", "--blocks", "2,1+2", "--pools", "max,norm-mean"]
     assert command([*map(str, line), "--splits", "test"]) == 0
     shown = capsys.readouterr().out
     assert "sigma_over_alpha=0.42857" in shown
