@@ -226,7 +226,7 @@ def judge_levels(run: GridRun, levels: Sequence[float]) -> dict[float, LevelResu
     return {level: result for level, result in done.items() if result is not None}
 
 
-def judge_level(run: GridRun, level: float, progress: Progress | None = None) -> LevelResult:
+def judge_level(run: GridRun, level: float, tell: Progress | None = None) -> LevelResult:
     """All cells of one noise level from one pass over train, of which each rank sees a part. A
     collective."""
     started = time.monotonic()
@@ -242,7 +242,7 @@ def judge_level(run: GridRun, level: float, progress: Progress | None = None) ->
         run.split.train[rank_rows],
         run.spec_at(level),
         batch=run.batch,
-        progress=progress,
+        progress=tell,
     ):
         rows = slice(seen, seen + len(part.index))
         aside = heldout[rows]

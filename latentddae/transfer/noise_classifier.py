@@ -1,24 +1,24 @@
 """`latentddae noise-classifier`: one small MLP reads the class at every noise level.
 
-DDAE's noise-conditional classifier: the mean-pooled features of a block plus an embedding of the
-level go through an MLP C -> 2C -> classes; the trunk is frozen. Levels are drawn for each sample as
-the network's objective draws them in pretraining, anew in every epoch. Test is scored once at each of
-20 levels, the accuracy curve. Nothing is chosen, so all of train is used.
+DDAE's noise-conditional classifier (arXiv 2303.09769): the mean-pooled features of a block plus an
+embedding of the level go through an MLP C -> 2C -> classes; the trunk is frozen. Levels are drawn
+per sample and epoch as in pretraining. Test is scored once at each of 20 levels, the accuracy
+curve. Nothing is chosen, so all of train is used.
 """
 
-import argparse
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from latentddae.core import rng
-from latentddae.core.errors import UsageError, run_command
+from latentddae.core import progress, rng
+from latentddae.core.command import Command
+from latentddae.core.config import require
+from latentddae.core.errors import run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.core.precision import DTYPES
 from latentddae.data.loader import Batch, Loader
@@ -26,37 +26,40 @@ from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models.layers import sinusoidal_embedding
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig, lr_at
-from latentddae.transfer.extraction import inputs
+from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
+from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.pooling import pool_mean
-from latentddae.transfer.extraction.spec import check_blocks
+from latentddae.transfer.extraction.spec import check_blocks, describe_level
 from latentddae.transfer.extraction.trunk import null_labels, precision_of
-from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.options import open_test
-from latentddae.transfer.protocol.splits import subset
+from latentddae.transfer.protocol.splits import labels_of, subset
 from latentddae.transfer.reporting import plots
+from latentddae.transfer.results import CellInfo, Result, Values
 
 PROTOCOL = "noise-classifier/1"
 TEST_LEVELS = 20
-LEVEL_SCALE = 1000  # the embedding sees 1000 s, whatever the objective's own unit
+LEVEL_SCALE = 1000  # the embedding sees 1000 s, whatever the unit of the timesteps
 TEST_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How the head is trained; DDAE's recipe (Adam, no decay, cosine to zero)."""
+class HeadTraining:
+    """How the head is trained: DDAE's recipe (Adam, no decay, cosine to zero)."""
 
     epochs: int = 15
+    """Passes over the training samples."""
     lr: float = 1e-3
+    """Learning rate of the first step."""
     batch: int = 128
+    """Samples per step."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
-            raise UsageError(f"epochs, batch and learning rate must be positive, got {self}")
+        require(self, positive=("epochs", "lr", "batch"))
 
 
 class Head(nn.Module):
-    """Features (N, C) at levels (N,) -> logits (N, classes)."""
+    """An MLP on features and an embedding of the noise level."""
 
     def __init__(self, width: int, classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -72,12 +75,16 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
+        """Features (N, C), levels (N,) -> logits (N, classes)."""
         time = sinusoidal_embedding((LEVEL_SCALE * level).float(), self.width, sin_first=True)
         return self.mlp(features + self.time(time))
 
 
 class Reader:
-    """Frozen features of one block at a time of each sample's own."""
+    """Frozen features of one block, with a timestep of its own for each sample.
+
+    The checkpoint's network is put in eval mode and in its inference precision.
+    """
 
     def __init__(self, checkpoint: Checkpoint, block: int) -> None:
         (self.block,) = check_blocks([block], checkpoint.model.config.depth)
@@ -97,36 +104,34 @@ class Reader:
 
 def train_head(
     reader: Reader,
-    part: SampleSet,
-    classes: int,
-    settings: Settings,
-    seed: int,
-    progress: bool = True,
+    samples: SampleSet,
+    training: HeadTraining,
+    seed: int = 0,
+    show_progress: bool = True,
 ) -> Head:
-    """Every draw is keyed by (seed, images seen): sample order, view, posterior, level, noise."""
-    head = Head(reader.width, classes, seed).to(reader.device)
-    optim = OptimConfig(lr=settings.lr, schedule="cosine")
-    adam = torch.optim.Adam(head.parameters(), lr=settings.lr)
-    batch = min(settings.batch, len(part))
-    loader = Loader(part, global_batch=batch, seed=seed)
-    total = settings.epochs * len(part)
-    batches = loader.batches()
-    bar = tqdm(total=total, unit="img", unit_scale=True, disable=not progress)
-    for seen in range(0, total, batch):
-        features, level, label = drawn(reader, next(batches), seed)
-        for group in adam.param_groups:
-            group["lr"] = lr_at(optim, seen, total)
-        adam.zero_grad()
-        F.cross_entropy(head(features, level), label).backward()
-        adam.step()
-        bar.update(min(batch, total - seen))
+    """A head trained on `samples`. Sample order, view, posterior, level and noise are keyed by
+    (seed, images seen)."""
+    head = Head(reader.width, len(samples.classes), seed).to(reader.device)
+    optim = OptimConfig(lr=training.lr, schedule="cosine")
+    adam = torch.optim.Adam(head.parameters(), lr=training.lr)
+    batch = min(training.batch, len(samples))
+    batches = Loader(samples, global_batch=batch, seed=seed).batches()
+    total = training.epochs * len(samples)
+    with progress.images(total, "noise classifier", show_progress) as bar:
+        for seen in range(0, total, batch):
+            features, level, label = training_batch(reader, next(batches), seed)
+            for group in adam.param_groups:
+                group["lr"] = lr_at(optim, seen, total)
+            adam.zero_grad()
+            F.cross_entropy(head(features, level), label).backward()
+            adam.step()
+            bar.update(min(batch, total - seen))
     batches.close()
-    bar.close()
     return head.eval()
 
 
-def drawn(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch as the head sees it: features (N, D), levels (N,), labels (N,)."""
+def training_batch(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head sees of a batch: features (N, D) float32, levels (N,), labels (N,)."""
     position = batch.position.to(reader.device)
     shape = reader.latents.shape
     posterior = rng.normal(seed, "posterior", position, shape)
@@ -140,10 +145,13 @@ def drawn(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def accuracy_curve(
     reader: Reader, head: Head, test: SampleSet, seed: int, count: int = TEST_LEVELS
-) -> list[dict[str, Any]]:
-    """Share of right answers on test at the times of a sampler's grid of `count` steps, cleanest
-    first; the noise follows each sample's key and is the same at all levels."""
-    times = reader.objective.sampling_timesteps(count).flip(0).float().to(reader.device)
+) -> list[Values]:
+    """Accuracy on test at the `count` timesteps of a sampler, cleanest first: the level in all units
+    and `accuracy`.
+
+    The noise is keyed by the samples' keys and is the same at all levels.
+    """
+    timesteps = reader.objective.sampling_timesteps(count).flip(0).float().to(reader.device)
     right = torch.zeros(count, dtype=torch.float64)
     for start in range(0, len(test), TEST_BATCH):
         index = np.arange(start, min(start + TEST_BATCH, len(test)))
@@ -151,72 +159,106 @@ def accuracy_curve(
         positions = rng.key_positions(test.keys(index)).to(reader.device)
         noise = keyed_noise(seed, 0, positions, x0.shape[1:])
         label = torch.from_numpy(test.labels[index]).to(reader.device)
-        for number, time in enumerate(times):
-            t = time.expand(len(index))
+        for number, timestep in enumerate(timesteps):
+            t = timestep.expand(len(index))
             level = reader.objective.to_level(t)
             answer = head(reader.features(x0, noise, t), level).argmax(dim=1)
             right[number] += (answer == label).sum().item()
-    return [
-        {"level": float(reader.objective.to_level(time)), "t": float(time), "accuracy": share}
-        for time, share in zip(times.cpu(), (right / len(test)).tolist(), strict=True)
-    ]
+    curve: list[Values] = []
+    for timestep, accuracy in zip(timesteps.cpu(), (right / len(test)).tolist(), strict=True):
+        level = float(reader.objective.to_level(timestep))
+        units = cast(Values, describe_level(reader.objective, level))
+        curve.append({**units, "t": float(timestep), "accuracy": accuracy})
+    return curve
 
 
-def picture(curve: list[dict[str, Any]], block: int) -> bytes:
-    """Accuracy over noise level as a PNG."""
-    figure = plots.figure(5.2, 3.2)
-    axes = figure.subplots()
-    axes.plot(
-        [row["level"] for row in curve], [100 * row["accuracy"] for row in curve],
-        marker="o", markersize=3, color=plots.ACCENT,
-    )  # fmt: skip
-    axes.set_xlabel("noise level s")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"one classifier for all levels, block {block}", fontsize=10, color=plots.INK)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return plots.png(figure)
+@dataclass(frozen=True, kw_only=True)
+class NoiseClassifierConfig(HeadTraining, TransferOptions):
+    """One MLP on a block's features for all noise levels, and its accuracy curve on test."""
+
+    block: int
+    """Block whose features are read, 1 to depth."""
+    test_split: str | None = None
+    """Split to score, once. Default: test, else val."""
+    limit: int | None = None
+    """Train on at most this many samples, chosen by key."""
+    seed: int = 0
+    """Of initial weights, sample order, levels, noise and subset."""
+
+    def __post_init__(self) -> None:
+        HeadTraining.__post_init__(self)
+        require(self, positive=("limit",))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae noise-classifier",
-        description="One MLP on a block's features for all noise levels, and its accuracy curve.",
+class Opened(NamedTuple):
+    """What the command works on."""
+
+    checkpoint: Checkpoint
+    train: Subset
+    test: SampleSet
+
+
+def open_inputs(config: NoiseClassifierConfig) -> Opened:
+    """The checkpoint and the labelled samples, checked against each other."""
+    checkpoint = config.open_checkpoint()
+    check_blocks([config.block], checkpoint.model.config.depth)
+    null_labels(checkpoint.model, 1)
+    train = open_shards(config.data, "train", checkpoint)
+    test = open_test(config.data, config.test_split, checkpoint)
+    for samples in (train, test):
+        labels_of(samples, np.arange(len(samples)))
+    chosen = subset(train.keys(np.arange(len(train))), config.limit, config.seed)
+    return Opened(checkpoint, Subset(train, chosen), test)
+
+
+def describe_result(opened: Opened, config: NoiseClassifierConfig) -> Result:
+    """The result before it is measured."""
+    training = {name: getattr(config, name) for name in HeadTraining.__dataclass_fields__}
+    return Result(
+        kind="noise_classifier",
+        checkpoint=config.describe(opened.checkpoint),
+        protocol={"name": PROTOCOL, "limit": config.limit, **training},
+        cell=CellInfo(block=config.block, precision=precision_of(opened.checkpoint)),
+        data=config.describe_data(opened.train, opened.test),
+        seed=config.seed,
+        n_seen={"train": len(opened.train), "test": len(opened.test)},
     )
-    inputs.add_arguments(parser)
-    parser.set_defaults(batch=Settings.batch)
-    parser.add_argument("--block", type=int, required=True, help="1 to depth")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--lr", type=float, default=Settings.lr)
-    parser.add_argument("--test-split", help="default: test, else val")
-    args = parser.parse_args(argv)
-    settings = Settings(epochs=args.epochs, lr=args.lr, batch=args.batch)
-    seed = args.seed or 0
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    described = inputs.describe_checkpoint(checkpoint, args.checkpoint, args.weights)
-    train = inputs.open_shards(args.data, "train", checkpoint)
-    test = open_test(args.data, args.test_split, checkpoint)
-    for shards in (train, test):
-        splits.labels_of(shards, np.arange(len(shards)))
-    part = Subset(train, subset(train.keys(np.arange(len(train))), args.limit, seed))
-    reader = Reader(checkpoint, args.block)
-    head = train_head(reader, part, len(train.classes), settings, seed)
-    row = {
-        "kind": "noise_classifier",
-        "checkpoint": asdict(described),
-        "protocol": {"name": PROTOCOL, **asdict(settings)},
-        "cell": {"block": args.block, "precision": precision_of(checkpoint)},
-        "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
-        "seed": seed,
-        "n_seen": {"train": len(part), "test": len(test)},
-        "curve": accuracy_curve(reader, head, test, seed),
-    }
-    name = f"noise-classifier-block-{args.block}"
-    line = inputs.record(args.out, row)
-    write_json(args.out / f"{name}.json", line)
-    write_atomic(args.out / f"{name}.png", picture(line["curve"], args.block))
-    for point in line["curve"]:
-        print(f"s={point['level']:.3f} (t={point['t']:g}): {100 * point['accuracy']:.2f} %")
+
+
+def noise_classifier(config: NoiseClassifierConfig) -> None:
+    """Train the head, append the result and write its chart."""
+    opened = open_inputs(config)
+    draft = describe_result(opened, config)
+    result = results.find(config.out, draft.key)
+    if result is None:
+        reader = Reader(opened.checkpoint, config.block)
+        head = train_head(reader, opened.train, config, config.seed)
+        curve = accuracy_curve(reader, head, opened.test, config.seed)
+        result = results.append_once(config.out, replace(draft, values={"curve": curve}))
+    name = f"noise-classifier-block-{config.block}"
+    write_json(config.out / f"{name}.json", results.to_dict(result))
+    rows = results.rows(result.values, "curve")
+    levels, accuracies = (
+        [results.number(row, column) for row in rows] for column in ("level", "accuracy")
+    )
+    chart = plots.noise_curve(levels, accuracies, str(config.block))
+    write_atomic(config.out / f"{name}.png", chart)
+    for row in rows:
+        level, t, accuracy = (results.number(row, name) for name in ("level", "t", "accuracy"))
+        print(f"s={level:.3f} (t={t:g}): {100 * accuracy:.2f} %")
+
+
+def plan(config: NoiseClassifierConfig) -> str:
+    """What `noise_classifier` would train."""
+    opened = open_inputs(config)
+    return (
+        f"block {config.block}: {config.epochs} epochs of {len(opened.train)} training samples, "
+        f"scored on {len(opened.test)} test samples at {TEST_LEVELS} noise levels -> {config.out}"
+    )
+
+
+COMMAND = Command("noise-classifier", NoiseClassifierConfig, run=noise_classifier, plan=plan)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

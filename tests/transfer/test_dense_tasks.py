@@ -19,7 +19,7 @@ from latentddae.transfer import correspond, segment
 from latentddae.transfer.correspond import Pair
 from latentddae.transfer.extraction import token_maps
 from latentddae.transfer.probes import metrics
-from latentddae.transfer.segment import IGNORED, Settings
+from latentddae.transfer.segment import IGNORED, SegmentTraining
 
 SIDE = 32  # pixels
 PATCH = 2
@@ -80,8 +80,8 @@ def command(name: str, module, checkpoint: Path, data: Path, out: Path, *more: s
 def test_planted_shapes_are_segmented(pixels_checkpoint, shapes_folder, tmp_path, capsys) -> None:
     assert command("segment", segment, pixels_checkpoint, shapes_folder, tmp_path, *QUICK) == 0
     (line,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
-    assert line["miou"] > 0.9 and line["n_seen"] == {"train": 24, "test": 8}
-    assert len(line["iou"]) == 4 and "mIoU" in capsys.readouterr().out
+    assert line["values"]["miou"] > 0.9 and line["n_seen"] == {"train": 24, "test": 8}
+    assert len(line["values"]["iou"]) == 4 and "mIoU" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]  # no tokens left behind
     assert command("segment", segment, pixels_checkpoint, shapes_folder, tmp_path, *QUICK) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1  # the same again
@@ -98,14 +98,14 @@ def test_wrong_masks_are_not_learned(pixels_checkpoint, shapes_folder, tmp_path)
             (root / split / "masks" / own.name).symlink_to(other)
     assert command("segment", segment, pixels_checkpoint, root, tmp_path / "out", *QUICK) == 0
     line = json.loads((tmp_path / "out" / "results.jsonl").read_text())
-    assert line["miou"] < 0.5
+    assert line["values"]["miou"] < 0.5
 
 
 def test_miou_equals_sets_of_pixels() -> None:
     """Intersection over union of pixel sets, directly; an absent class counts nowhere."""
     random = np.random.default_rng(0)
     mask, answer = (random.integers(0, 3, (20, 30)) for _ in range(2))
-    table = segment.confusion(answer.ravel(), mask.ravel(), 4)
+    table = metrics.confusion(answer.ravel(), mask.ravel(), 4)
     found, each = metrics.mean_iou(table)
     direct = [
         ((mask == k) & (answer == k)).sum() / ((mask == k) | (answer == k)).sum() for k in range(3)
@@ -116,11 +116,11 @@ def test_miou_equals_sets_of_pixels() -> None:
         metrics.mean_iou(np.zeros((2, 2), np.int64))
 
 
-def test_shares_under_tokens_count_pixels() -> None:
+def test_token_class_fractions_count_pixels() -> None:
     random = np.random.default_rng(1)
     mask = random.integers(0, 3, (8, 12)).astype(np.uint8)
     mask[0, :4] = IGNORED
-    found = segment.shares_under_tokens(mask, 4, 3)
+    found = segment.token_class_fractions(mask, 4, 3)
     for row in range(4):
         for column in range(4):
             cell = mask[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
@@ -128,13 +128,13 @@ def test_shares_under_tokens_count_pixels() -> None:
     assert found.sum() == pytest.approx(16 - 4 / 6, rel=1e-6)
 
 
-def test_a_target_of_shares_is_the_loss_of_every_pixel() -> None:
-    """Cross-entropy against shares equals that of all pixels with their token's logits."""
+def test_a_target_of_fractions_is_the_loss_of_every_pixel() -> None:
+    """Cross-entropy against fractions equals that of all pixels with their token's logits."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 4, 3, generator=random)
     mask = torch.randint(0, 3, (8, 8), generator=random)
     mask[2, 2] = IGNORED
-    shares = torch.from_numpy(segment.shares_under_tokens(mask.numpy().astype(np.uint8), 4, 3))
+    shares = torch.from_numpy(segment.token_class_fractions(mask.numpy().astype(np.uint8), 4, 3))
     found = -(shares * logits.log_softmax(dim=-1)).sum() / shares.sum()
     pixels = logits.repeat_interleave(2, 0).repeat_interleave(2, 1)
     expected = torch.nn.functional.cross_entropy(
@@ -159,7 +159,9 @@ def test_the_folded_layer_reads_tokens_as_they_are() -> None:
     tokens = (np.stack([kinds, random.normal(size=kinds.shape)], -1) * [3, 50] + [100, -7]).astype(
         np.float16
     )
-    layer = segment.fit(tokens, np.eye(2, dtype=np.float32)[kinds], Settings(steps=120, lr=0.05))
+    layer = segment.fit(
+        tokens, np.eye(2, dtype=np.float32)[kinds], SegmentTraining(steps=120, lr=0.05)
+    )
     answer = layer(torch.from_numpy(tokens.astype(np.float32))).argmax(dim=-1)
     assert (answer.numpy() == kinds).mean() > 0.99
 
@@ -190,8 +192,8 @@ def test_a_shifted_image_is_matched_exactly(
     out = tmp_path / "out"
     assert command("correspond", correspond, pixels_checkpoint, pairs_folder, out) == 0
     line = json.loads((out / "results.jsonl").read_text())
-    assert [row["alpha"] for row in line["pck"]] == [0.1, 0.05, 0.01]
-    assert all(row["per_point"] == row["per_pair"] == 1 for row in line["pck"])
+    assert [row["alpha"] for row in line["values"]["pck"]] == [0.1, 0.05, 0.01]
+    assert all(row["per_point"] == row["per_pair"] == 1 for row in line["values"]["pck"])
     assert line["n_seen"] == {"pairs": 2, "images": 2, "points": 6}
     assert "PCK@0.1: 100.00 %" in capsys.readouterr().out
     wrong = json.loads((pairs_folder / "pairs.json").read_text())
@@ -203,7 +205,7 @@ def test_a_shifted_image_is_matched_exactly(
     (other / "pairs.json").write_text(json.dumps(wrong))
     assert command("correspond", correspond, pixels_checkpoint, other, tmp_path / "none") == 0
     line = json.loads((tmp_path / "none" / "results.jsonl").read_text())
-    assert all(row["per_point"] == 0 for row in line["pck"])
+    assert all(row["per_point"] == 0 for row in line["values"]["pck"])
 
 
 def test_matches_find_the_best_token_of_a_planted_map() -> None:
@@ -232,10 +234,10 @@ def test_pck_counts_by_box_and_by_pair() -> None:
 def test_maps_do_not_depend_on_the_batch(pixels_checkpoint, shapes_folder, monkeypatch) -> None:
     names = token_maps.image_names(shapes_folder / "test" / "images")
     maps = token_maps.TokenMaps(
-        zoo.load(pixels_checkpoint),
-        open_autoencoder("none"),
-        2,
-        0.3,
+        checkpoint=zoo.load(pixels_checkpoint),
+        autoencoder=open_autoencoder("none"),
+        block=2,
+        level=0.3,
         noise_samples=2,
         normalise=True,
     )
@@ -270,7 +272,7 @@ def test_refusals(pixels_checkpoint, shapes_folder, pairs_folder, tmp_path, capf
     assert "the latents were made with" in capfd.readouterr().err
     assert (
         command("segment", segment, pixels_checkpoint, shapes_folder, out, "--noise-samples", "0")
-        == 2
+        == 78
     )
     (bad / "pairs.json").write_text(
         '[{"source": "a.png", "target": "b.png", "source_points": [[1, 2]], '

@@ -1,103 +1,29 @@
-"""Geometry: every number equals a direct evaluation of its formula; identical views align perfectly."""
+"""The geometry command: two views of the same samples, one result per level."""
 
 import json
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from latentddae.core.errors import run_command
-from latentddae.transfer import geometry
+from latentddae.transfer import geometry, results
 from latentddae.transfer.extraction import extract
 from latentddae.transfer.extraction.spec import FeatureSpec
 
 
-@pytest.fixture
-def views() -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    u = random.normal(size=(103, 7)).astype(np.float32) + 0.5
-    return u, u + 0.3 * random.normal(size=u.shape).astype(np.float32)
-
-
-def on_sphere(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-
-
-def direct_uniformity(x: np.ndarray) -> float:
-    """The formula as it is written (FACTS: Wang & Isola)."""
-    unit = on_sphere(x)
-    pairs = [
-        math.exp(-2 * ((unit[i] - unit[j]) ** 2).sum())
-        for i in range(len(x))
-        for j in range(i + 1, len(x))
-    ]
-    return math.log(sum(pairs) / len(pairs))
-
-
-@pytest.mark.parametrize("chunk", [8, 50, 2048])
-def test_alignment_and_uniformity_equal_their_formulas(views, chunk) -> None:
-    u, v = views
-    expected = ((on_sphere(u) - on_sphere(v)) ** 2).sum(axis=1).mean()
-    assert geometry.alignment(u, v, chunk) == pytest.approx(expected, rel=1e-5)
-    assert geometry.uniformity(u, chunk) == pytest.approx(direct_uniformity(u), rel=1e-5)
-
-
-def test_identical_views_align_perfectly(views) -> None:
-    assert geometry.alignment(views[0], views[0].copy()) == 0
-    assert geometry.alignment(views[0], 2 * views[0]) < 1e-12  # only the direction counts
-
-
-def test_minibatches_are_weighted_by_their_size(views) -> None:
-    u, v = views
-    parts = [(40, 0, 40), (40, 40, 80), (23, 80, 103)]
-    expected = sum(
-        n * (direct_uniformity(u[a:b]) + direct_uniformity(v[a:b])) / 2 for n, a, b in parts
-    ) / len(u)
-    assert geometry.minibatch_uniformity(u, v, 40) == pytest.approx(expected, rel=1e-5)
-    assert geometry.minibatch_uniformity(u[:81], v[:81], 40) == pytest.approx(
-        geometry.minibatch_uniformity(u[:80], v[:80], 40)
-    )  # a batch of one has no pairs
-
-
-def test_covariance_and_rank(views) -> None:
-    u, v = views
-    both = np.cov(u.T.astype(np.float64), v.T.astype(np.float64), bias=True)
-    found = geometry.cross_covariance(u, v, chunk=17)
-    np.testing.assert_allclose(found, both[:7, 7:], rtol=1e-4, atol=1e-6)
-    values = np.linalg.eigvalsh(both[:7, :7])
-    shares = values / values.sum()
-    expected = math.exp(-(shares * np.log(shares)).sum())
-    found = geometry.effective_rank(geometry.cross_covariance(u, u))
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert geometry.effective_rank(torch.eye(5, dtype=torch.float64)) == pytest.approx(5)
-    assert geometry.effective_rank(torch.diag(torch.tensor([1.0, 0, 0]))) == pytest.approx(1)
-
-
-def test_cka_equals_its_definition_and_ignores_rotation_and_scale(views) -> None:
-    u, v = views
-    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(7, 7)))[0].astype(np.float32)
-    found = geometry.linear_cka({1: u, 2: v, 3: 3 * u @ rotation})
-    x, y = (a.astype(np.float64) - a.mean(axis=0, dtype=np.float64) for a in (u, v))
-    gram_x, gram_y = x @ x.T, y @ y.T  # HSIC on the kernels of the samples
-    expected = (gram_x * gram_y).sum() / math.sqrt((gram_x**2).sum() * (gram_y**2).sum())
-    assert found[0, 1] == pytest.approx(expected, rel=1e-4)
-    assert found[0, 2] == pytest.approx(1, abs=1e-4)
-    np.testing.assert_allclose(np.diagonal(found), 1)
-    np.testing.assert_allclose(found, found.T)
-
-
 def test_views_share_image_and_level_and_differ_in_noise(checkpoint, train) -> None:
-    """As the feature extractor sees them: view one is its draw 0; at level 0 both are the clean latent."""
+    """The first view is what the extractor sees; at level 0 both are the clean latent."""
     index = np.arange(12)
-    ((first, second),) = geometry.two_views(checkpoint, train, index, level=0.3, seed=5)
     spec = FeatureSpec(level=0.3, blocks=(1, 2, 3), seed=5)
+    ((first, second),) = geometry.two_views(checkpoint, train, index, spec)
     expected = extract.collect(checkpoint, train, index, spec)
     assert sorted(first) == sorted(second) == [1, 2, 3]
     for block in (1, 2, 3):
         np.testing.assert_allclose(first[block], expected[block, "mean"], atol=1e-5)
         assert (first[block] - second[block]).abs().min(dim=1).values.max() > 0
-    ((first, second),) = geometry.two_views(checkpoint, train, index, level=0.0, seed=5)
+    ((first, second),) = geometry.two_views(checkpoint, train, index, replace(spec, level=0.0))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -108,14 +34,17 @@ def test_the_order_mixes_classes_and_follows_the_keys(train) -> None:
     assert (geometry.mixed_order(train, index[::-1].copy(), seed=0) == order).all()
 
 
-def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys) -> None:
+def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys, monkeypatch) -> None:
     argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards)]
     argv += ["--out", str(tmp_path), "--levels", "0.1", "--limit", "50", "--minibatch", "20"]
     assert run_command("geometry", geometry.main, argv) == 0
-    found = json.loads((tmp_path / "geometry-s0.1.json").read_text())
-    assert [row["block"] for row in found["blocks"]] == [1, 2, 3]
-    assert found["n_seen"] == {"train": 50} and np.array(found["cka"]).shape == (3, 3)
+    (result,) = results.read(tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "geometry-s0.1.json").read_text())["id"] == result.id
+    assert [row["block"] for row in result.values["blocks"]] == [1, 2, 3]
+    assert result.n_seen == {"train": 50} and np.array(result.values["cka"]).shape == (3, 3)
     assert (tmp_path / "geometry-s0.1.png").read_bytes().startswith(b"\x89PNG")
     assert "block 3: alignment" in capsys.readouterr().out
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".jsonl", ".png"]
-    assert run_command("geometry", geometry.main, [*argv, "--minibatch", "1"]) == 2
+    monkeypatch.setattr(geometry, "measure_level", lambda *_: pytest.fail("measured again"))
+    assert run_command("geometry", geometry.main, argv) == 0
+    assert run_command("geometry", geometry.main, [*argv, "--minibatch", "1"]) == 78

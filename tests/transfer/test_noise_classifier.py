@@ -11,10 +11,10 @@ from latentddae.core.errors import run_command
 from latentddae.data.subsets import Subset
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.models import zoo
-from latentddae.transfer import noise_classifier
+from latentddae.transfer import noise_classifier, results
 from latentddae.transfer.extraction import extract
 from latentddae.transfer.extraction.spec import FeatureSpec
-from latentddae.transfer.noise_classifier import Head, Reader, Settings
+from latentddae.transfer.noise_classifier import Head, HeadTraining, Reader
 
 
 @pytest.fixture
@@ -48,17 +48,19 @@ def test_every_draw_follows_from_the_position(reader, train) -> None:
     from latentddae.data.loader import Loader
 
     loader = Loader(train, global_batch=64, seed=0, workers=0)
-    once, again = (noise_classifier.drawn(reader, loader.batch_at(64), 3) for _ in range(2))
+    once, again = (
+        noise_classifier.training_batch(reader, loader.batch_at(64), 3) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     level = once[1]
     assert level.min() < 0.1 and level.max() > 0.9 and level.unique().numel() == 64
-    assert not torch.equal(level, noise_classifier.drawn(reader, loader.batch_at(0), 3)[1])
+    assert not torch.equal(level, noise_classifier.training_batch(reader, loader.batch_at(0), 3)[1])
 
 
 def test_planted_classes_are_read_where_there_is_signal(reader, train, test_set) -> None:
     part = Subset(train, np.arange(len(train)))
     head = noise_classifier.train_head(
-        reader, part, 4, Settings(epochs=60, lr=3e-3, batch=32), seed=0, progress=False
+        reader, part, HeadTraining(epochs=60, lr=3e-3, batch=32), show_progress=False
     )
     curve = noise_classifier.accuracy_curve(reader, head, test_set, seed=0)
     assert len(curve) == 20 and [row["level"] for row in curve] == sorted(
@@ -69,10 +71,9 @@ def test_planted_classes_are_read_where_there_is_signal(reader, train, test_set)
 
 
 def test_training_is_repeatable(reader, train) -> None:
-    part, settings = Subset(train, np.arange(40)), Settings(epochs=2, batch=16)
+    part, settings = Subset(train, np.arange(40)), HeadTraining(epochs=2, batch=16)
     first, second = (
-        noise_classifier.train_head(reader, part, 4, settings, seed=0, progress=False)
-        for _ in range(2)
+        noise_classifier.train_head(reader, part, settings, show_progress=False) for _ in range(2)
     )
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -88,8 +89,9 @@ def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys) -> None:
     argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards), "--block", "2"]
     argv += ["--out", str(tmp_path), "--epochs", "1", "--limit", "40"]
     assert run_command("noise-classifier", noise_classifier.main, argv) == 0
-    found = json.loads((tmp_path / "noise-classifier-block-2.json").read_text())
-    assert found["n_seen"] == {"train": 40, "test": 32} and len(found["curve"]) == 20
+    (result,) = results.read(tmp_path / "results.jsonl")
+    assert json.loads((tmp_path / "noise-classifier-block-2.json").read_text())["id"] == result.id
+    assert result.n_seen == {"train": 40, "test": 32} and len(result.values["curve"]) == 20
     assert (tmp_path / "noise-classifier-block-2.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("%") == 20
-    assert run_command("noise-classifier", noise_classifier.main, [*argv, "--epochs", "0"]) == 2
+    assert run_command("noise-classifier", noise_classifier.main, [*argv, "--epochs", "0"]) == 78

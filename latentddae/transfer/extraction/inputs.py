@@ -1,6 +1,5 @@
 """What every transfer command opens: a checkpoint and data that fit each other."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -30,23 +29,16 @@ CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
-    """What every command that extracts features is given."""
+class CheckpointOptions:
+    """A network, and a folder for results."""
 
     checkpoint: str
     """Portable checkpoint, run folder, file of published weights, or a baseline:
     timm:NAME@FILE (or @download, @random)."""
-    data: Path
-    """Folder of latent shards."""
+    weights: Weights = "ema"
+    """The averaged weights, or those of the last step."""
     out: Path
     """Folder for results."""
-    weights: Weights = "ema"
-    """The averaged weights or the raw ones."""
-    batch: int = BATCH
-    """Images per batch. Changes the speed, not the features."""
-
-    def __post_init__(self) -> None:
-        require(self, positive=("batch",))
 
     def open_checkpoint(self) -> Checkpoint:
         """The network, on this rank's GPU where there is one."""
@@ -55,6 +47,19 @@ class TransferOptions:
     def describe(self, checkpoint: Checkpoint) -> CheckpointInfo:
         """The opened checkpoint as results record it."""
         return describe_checkpoint(checkpoint, self.checkpoint, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(CheckpointOptions):
+    """A network, shards that fit it, and a folder for results."""
+
+    data: Path
+    """Folder of latent shards."""
+    batch: int = BATCH
+    """Images per forward pass; does not change the features."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("batch",))
 
     def describe_data(self, train: SampleSet | None, test: SampleSet | None) -> DataInfo:
         """The opened splits as results record them."""
@@ -65,17 +70,6 @@ class TransferOptions:
             train_split=None if train is None else train.split,
             test_split=None if test is None else test.split,
         )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all transfer commands share."""
-    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
-    parser.add_argument("--out", required=True, type=Path, help="folder for results")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seed", type=int, help="of noise, held-out part and subset (default 0)")
-    parser.add_argument("--limit", type=int, help="use at most this many training samples")
-    parser.add_argument("--batch", type=int, default=128, help="does not change the features")
 
 
 def open_checkpoint(source: str, weights: Weights = "ema") -> Checkpoint:

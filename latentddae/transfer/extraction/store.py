@@ -205,7 +205,7 @@ def _fill(
             os.fsync(journal.fileno())
 
 
-def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, progress: Progress) -> None:
+def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, tell: Progress) -> None:
     files: dict[Cell, np.memmap] = {}
     for part in extract(
         extraction.checkpoint,

@@ -1,40 +1,47 @@
-"""What the dense commands share: image files -> maps of tokens of one block at one noise level.
+"""Image files -> maps of tokens of one block at one noise level, for the dense commands.
 
-An image of any size is resized to the checkpoint's square (both sides, nothing is cut off: points and
-masks move with it by plain proportion), encoded by the checkpoint's autoencoder and run to the block.
-The noise follows from (seed, file name, number of the noise).
+An image of any size is resized to the checkpoint's square without cropping, so that points and masks
+scale with it, and encoded by the checkpoint's autoencoder. The noise is keyed by (seed, file name,
+number of the noise).
 """
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from latentddae.core.errors import ConfigError, DataError, UsageError
+from latentddae.core.config import require
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.imaging import IMAGE_SUFFIXES
 from latentddae.core.rng import key_positions
 from latentddae.data.encoding.autoencoder import PROBE_PIXELS, Autoencoder, open_matching
 from latentddae.data.sources.pixels import BadImageError, decode
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import keyed_noise, network_input, pooled_blocks
+from latentddae.transfer.extraction.extract import Extractor
+from latentddae.transfer.extraction.inputs import CheckpointOptions
 from latentddae.transfer.extraction.pooling import NORM
-from latentddae.transfer.extraction.spec import check_blocks, describe_level, level_of
-from latentddae.transfer.extraction.trunk import device_of, precision_of, trunk_at
+from latentddae.transfer.extraction.spec import (
+    FeatureSpec,
+    check_blocks,
+    describe_level,
+    level_of,
+)
+from latentddae.transfer.extraction.trunk import device_of, precision_of
+from latentddae.transfer.results import CellInfo
 
 IMAGE_BATCH = 32
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (*IMAGE_SUFFIXES, ".tif", ".tiff")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenMaps:
-    """Makes maps of one block; `width` numbers at each of side x side places."""
+    """Extracts the tokens of one block as square maps."""
 
     checkpoint: Checkpoint
     autoencoder: Autoencoder
@@ -47,56 +54,60 @@ class TokenMaps:
 
     @property
     def side(self) -> int:
+        """Tokens along a side of a map."""
         return math.isqrt(self.checkpoint.model.tap_shapes()[self.block][0])
 
     @property
     def width(self) -> int:
+        """Channels of a token."""
         return self.checkpoint.model.tap_shapes()[self.block][1]
 
     @property
     def resolution(self) -> int:
-        """Pixels along a side of what the autoencoder is shown."""
-        shrinks = PROBE_PIXELS // self.autoencoder.spec(PROBE_PIXELS).size
-        return self.checkpoint.latent_spec.size * shrinks
+        """Pixels along a side of the images that are encoded."""
+        factor = PROBE_PIXELS // self.autoencoder.spec(PROBE_PIXELS).size
+        return self.checkpoint.latent_spec.size * factor
 
     def of(self, root: Path, names: Sequence[str]) -> Iterator[Tensor]:
         """Maps of image files below `root`, batch by batch: (n, side, side, width) float32."""
-        objective = self.checkpoint.objective
+        extractor = Extractor.open(self.checkpoint, self.spec)
         device = device_of(self.checkpoint)
-        trunk = trunk_at(self.checkpoint, self.level, self.block)
-        pool = f"{NORM if self.normalise else ''}grid{self.side}"  # a patch per token: all of them
-        resolution = self.resolution
         for start in range(0, len(names), IMAGE_BATCH):
             batch = names[start : start + IMAGE_BATCH]
-            pixels = np.stack([square(root / name, resolution) for name in batch])
+            pixels = np.stack([square(root / name, self.resolution) for name in batch])
             x0 = self._latents(torch.from_numpy(pixels)).to(device)
             positions = key_positions(batch).to(device)
-            total = torch.zeros(())
-            for number in range(self.noise_samples):
-                noise = keyed_noise(self.seed, number, positions, x0.shape[1:])
-                x = network_input(objective, x0, noise, self.level)
-                total = total + pooled_blocks(trunk, x, [self.block], [pool])[self.block, pool]
-            yield (total / self.noise_samples).view(len(batch), self.side, self.side, self.width)
+            tokens = extractor.features(x0, positions)[self.spec.cell]
+            yield rearrange(tokens, "n (h w d) -> n h w d", h=self.side, w=self.side)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """What is extracted; a pool of one patch per token keeps all tokens."""
+        return FeatureSpec(
+            level=self.level,
+            blocks=(self.block,),
+            pools=(f"{NORM if self.normalise else ''}grid{self.side}",),
+            noise_samples=self.noise_samples,
+            seed=self.seed,
+        )
+
+    @property
+    def cell_info(self) -> CellInfo:
+        """How results record the maps."""
+        return CellInfo(
+            **describe_level(self.checkpoint.objective, self.level),
+            block=self.block,
+            noise_samples=self.noise_samples,
+            noisy_input=True,
+            precision=precision_of(self.checkpoint),
+            normalised=self.normalise,
+        )
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """(N, 3, R, R) uint8 -> clean latents (N, C, h, w) at training scale."""
         if self.autoencoder.kind == "image":
             return self.checkpoint.latent_spec.mean(pixels)
         return self.checkpoint.latent_spec.mean(self.autoencoder.encode(pixels / 127.5 - 1))
-
-    def facts(self, source: str, weights: str) -> dict[str, Any]:
-        """What a result line says about them."""
-        return {
-            "checkpoint": asdict(inputs.describe_checkpoint(self.checkpoint, source, weights)),
-            "cell": {
-                **describe_level(self.checkpoint.objective, self.level),
-                "block": self.block,
-                "noise_samples": self.noise_samples,
-                "normalised": self.normalise,
-                "precision": precision_of(self.checkpoint),
-            },
-            "seed": self.seed,
-        }
 
 
 def square(path: Path, resolution: int) -> np.ndarray:
@@ -135,29 +146,40 @@ def map_file(path: Path, maps: TokenMaps, root: Path, names: Sequence[str]) -> n
     return out
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the dense commands."""
-    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
-    parser.add_argument("--data", required=True, type=Path, help="folder, see docs/transfer.md")
-    parser.add_argument("--out", required=True, type=Path, help="folder for results")
-    parser.add_argument("--block", type=int, required=True, help="1 to depth")
-    parser.add_argument("--level", required=True, help="noise level, e.g. 0.2 or t=260")
-    parser.add_argument("--noise-samples", type=int, default=1, help="noises averaged per image")
-    parser.add_argument("--norm", action="store_true", help="tokens after the block's own adaLN")
-    parser.add_argument("--autoencoder", help="default: the one the checkpoint names")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seed", type=int, default=0)
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions(CheckpointOptions):
+    """What the dense commands are given: images, and the block whose tokens are read."""
+
+    data: Path
+    """Folder of images and annotations, see docs/dense.md."""
+    block: int
+    """Block whose tokens are read, 1 to depth."""
+    level: str
+    """Noise level: s in [0, 1], or t=260, sigma_over_alpha=0.4, log_snr=1.5."""
+    noise_samples: int = 1
+    """Tokens are averaged over this many noises."""
+    norm: bool = False
+    """Pass tokens through the block's own adaLN first."""
+    autoencoder: str | None = None
+    """Autoencoder that encodes the images. Default: the one that the checkpoint names."""
+    seed: int = 0
+    """Of the noise and of what is trained."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("noise_samples",))
 
 
-def open_maps(args: argparse.Namespace) -> TokenMaps:
+def open_maps(options: DenseOptions) -> TokenMaps:
     """Raises ConfigError for another autoencoder than the checkpoint's."""
-    if args.noise_samples < 1:
-        raise UsageError(f"--noise-samples must be at least 1, got {args.noise_samples}")
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    check_blocks([args.block], checkpoint.model.config.depth)
-    device = device_of(checkpoint)
-    autoencoder = open_matching(checkpoint.latent_spec, args.autoencoder, device)
-    level = level_of(args.level, checkpoint.objective)
+    checkpoint = options.open_checkpoint()
+    check_blocks([options.block], checkpoint.model.config.depth)
+    autoencoder = open_matching(checkpoint.latent_spec, options.autoencoder, device_of(checkpoint))
     return TokenMaps(
-        checkpoint, autoencoder, args.block, level, args.noise_samples, args.norm, args.seed
+        checkpoint=checkpoint,
+        autoencoder=autoencoder,
+        block=options.block,
+        level=level_of(options.level, checkpoint.objective),
+        noise_samples=options.noise_samples,
+        normalise=options.norm,
+        seed=options.seed,
     )
