@@ -1,213 +1,184 @@
-"""`latentddae compare`: the pretrained network against its controls, under one probe protocol and
-split.
+"""`latentddae compare`: the pretrained network against its baselines, under one probe protocol.
 
 Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; the same network
 untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
-embedding of the noisy latent) and with random gates. Networks appear once per pooling with their
-widths, and the pooling of each is the one with the higher held-out accuracy. An untrained network
-has its cell chosen by a grid of its own, and so has a timm backbone (`--timm NAME@WEIGHTS`), which
-reads the clean pixels. Finished rows are not computed again.
+embedding of the noisy latent) and with random gates. Networks appear once per pooling, with their
+widths; the chosen pooling of each has the best held-out accuracy. The cell of an untrained network is
+chosen by a grid of its own, and so is that of a timm backbone (`--timm NAME@WEIGHTS`), which reads
+the clean pixels. Finished rows are read, not computed.
 """
 
-import argparse
-import dataclasses
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from latentddae.core.command import Command
+from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, run_command
-from latentddae.core.files import exclusive, read_json_lines, text_hash, write_json
-from latentddae.core.progress import images
+from latentddae.core.files import exclusive, read_json, write_json
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction import inputs
-from latentddae.transfer.extraction.extract import BATCH, collect, flat_latents
-from latentddae.transfer.extraction.spec import FeatureSpec
-from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer import results
+from latentddae.transfer.extraction.extract import BATCH, flat_latents
+from latentddae.transfer.extraction.inputs import (
+    TransferOptions,
+    describe_cell,
+    describe_checkpoint,
+    open_checkpoint,
+    open_shards,
+)
+from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.data import ProbeData
-from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.cells import (
+    CellChoice,
+    cell_data,
     check_grid,
     chosen_cell,
     probe_data,
 )
 from latentddae.transfer.protocol.options import open_test
-from latentddae.transfer.results import CheckpointInfo
+from latentddae.transfer.protocol.splits import Split, split_train
+from latentddae.transfer.results import CheckpointInfo, DataInfo, Result, Values
 
 PROTOCOL = "compare/1"
-LABELS = {  # group -> how tables name it
-    "ddae": "DDAE features",
-    "latents": "raw latents",
-    "pixels": "raw pixels",
-    "untrained": "untrained, as initialised",
-    "random_gates": "untrained, random gates",
-}  # a timm backbone is called by its name
+FILE = "compare.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A checkpoint with its grid, the data, and the pixels of the same images if there are any."""
+    """What is compared: a checkpoint with its grid, and the data."""
 
     checkpoint: Checkpoint
+    checkpoint_info: CheckpointInfo
     grid: Grid
     train: SampleSet
     test: SampleSet
-    pixel_train: SampleSet | None = None
-    pixel_test: SampleSet | None = None
-    source: str = ""
-    weights: str = "ema"
+    pixels: tuple[SampleSet, SampleSet] | None = None
+    """Train and test images behind the latents, for raw pixels and timm backbones."""
+    data_name: str | None = None
+    """Of the data set, for tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What the table costs. Seed and held-out part are those of the grid."""
+class CompareSettings:
+    """What the table contains. Seed and held-out part are those of the grid."""
 
-    control_levels: tuple[float, ...] | None = None
-    """Noise levels at which the untrained networks are judged; None: those of the grid."""
+    control_levels: tuple[float, ...] = ()
+    """Noise levels at which the untrained networks are judged; empty: those of the grid."""
     control_seed: int = 0
     """Of the untrained networks' weights."""
     timm: tuple[str, ...] = ()
-    """Backbones NAME@WEIGHTS to set beside, on the same images."""
+    """timm backbones NAME@WEIGHTS, on the same images."""
     limit: int | None = None
-    """At most this many training samples for the probes, chosen by key; the grids have their own."""
+    """Probes use at most this many training samples, chosen by key; the grids have their own."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("limit",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One comparison: subject, settings and folder."""
+
+    subject: Subject
+    settings: CompareSettings
+    out: Path
     batch: int = BATCH
     """Speed only."""
+    show_progress: bool = True
+
+    @cached_property
+    def split(self) -> Split:
+        """The training samples of the probes, and which are held out."""
+        grid = self.subject.grid
+        return split_train(
+            self.subject.train, holdout=grid.holdout, seed=grid.seed, limit=self.settings.limit
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row to be: a cell of a network, or flattened stored latents (or pixels) where there is
-    none."""
+    """One row before it is measured: a cell of a network, or raw latents or pixels."""
 
     group: str
     train: SampleSet
     test: SampleSet
     network: Checkpoint | None = None
-    cell: FeatureSpec | None = None
+    checkpoint_info: CheckpointInfo | None = None
+    cell: CellChoice | None = None
 
 
-def compare(
-    subject: Subject, out: Path, config: CompareConfig | None = None, *, progress: bool = True
-) -> list[dict[str, Any]]:
-    """The table: one row per group and pooling; `chosen` marks the pooling of each group.
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    result: Result
+    chosen: bool
+    """Whether its pooling is the one of its group."""
+
+
+def compare(run: Comparison) -> list[Row]:
+    """The table: one row per group and pooling.
 
     Each row is a line of results.jsonl; the table is also written as compare.json. Rows that
-    results.jsonl holds for the same weights, cell, data and settings are read.
+    results.jsonl holds for the same weights, cell, data and settings are read. Raises ConfigError
+    for a grid of another network or another data set.
     """
-    config = config or CompareConfig()
-    described = inputs.describe_checkpoint(subject.checkpoint, subject.source, subject.weights)
-    check_grid(subject.grid, described.model_hash, subject.train)
-    settings = {"seed": subject.grid.seed, "holdout": subject.grid.holdout, "limit": config.limit}
-    split = splits.split_train(
-        subject.train, holdout=subject.grid.holdout, seed=subject.grid.seed, limit=config.limit
-    )
-    rows = []
-    with exclusive(out, "compare"):
-        for entry in entries(subject, out, config, progress):
-            row = measure(entry, subject, split, settings, described, out, config, progress)
-            rows.append(row)
-            if progress:
-                print(line_of(row), file=sys.stderr, flush=True)
-        rows = mark_chosen(rows)
-        write_json(out / "compare.json", {"kind": "compare-table", "rows": rows})
+    subject = run.subject
+    check_grid(subject.grid, subject.checkpoint_info.model_hash, subject.train)
+    measured = []
+    with exclusive(run.out, "compare"):
+        for entry in entries(run):
+            measured.append(measure(run, entry))
+            if run.show_progress:
+                print(row_text(Row(measured[-1], False)), file=sys.stderr, flush=True)
+        rows = with_choices(measured)
+        write_table(run.out / FILE, rows)
     return rows
 
 
-def entries(subject: Subject, out: Path, config: CompareConfig, progress: bool) -> Iterator[Entry]:
-    """The rows in table order. Untrained networks have their grids run when their turn comes."""
-    train, test = subject.train, subject.test
-    pools = subject.grid.pools
-    for pool in pools:
-        cell = chosen_cell(subject.grid, pool)
-        yield Entry(group="ddae", train=train, test=test, network=subject.checkpoint, cell=cell)
-    yield Entry(group="latents", train=train, test=test)
-    if subject.pixel_train is not None and subject.pixel_test is not None:
-        yield Entry(group="pixels", train=subject.pixel_train, test=subject.pixel_test)
+def entries(run: Comparison) -> Iterator[Entry]:
+    """The rows in the order of the table. Grids of baselines are run when their turn comes."""
+    subject = run.subject
+    raw = Entry(group="latents", train=subject.train, test=subject.test)
+    for pool in subject.grid.pools:
+        yield replace(
+            raw,
+            group="ddae",
+            network=subject.checkpoint,
+            checkpoint_info=subject.checkpoint_info,
+            cell=chosen_cell(subject.grid, pool),
+        )
+    yield raw
+    if subject.pixels is not None:
+        train, test = subject.pixels
+        yield Entry(group="pixels", train=train, test=test)
     for group in ("untrained", "random_gates"):
-        network = untrained(subject.checkpoint, config.control_seed, group == "random_gates")
-        own = control_grid(subject, network, group, out / "grids" / group, config, progress)
-        for pool in pools:
-            cell = chosen_cell(own, pool)
-            yield Entry(group=group, train=train, test=test, network=network, cell=cell)
-    yield from backbone_entries(subject, out, config, progress)
+        yield from untrained_entries(run, group)
+    yield from backbone_entries(run)
 
 
-def backbone_entries(
-    subject: Subject, out: Path, config: CompareConfig, progress: bool
-) -> Iterator[Entry]:
-    """The rows of timm backbones: each block on clean pixels, by the grid that judges all networks.
-
-    Raises ConfigError where there are no pixels.
-    """
-    if config.timm and (subject.pixel_train is None or subject.pixel_test is None):
-        raise ConfigError("--timm backbones read images: give --pixels")
-    for name in config.timm:
-        assert subject.pixel_train is not None and subject.pixel_test is not None
-        train = Reordered(subject.pixel_train, subject.train)
-        test = Reordered(subject.pixel_test, subject.test)
-        network = inputs.open_checkpoint(PREFIX + name)
-        pools = (*subject.grid.pools, *(["cls"] if network.model.has_class_token else []))
-        settings = GridSettings(
-            levels=(0.0,),
-            pools=pools,
-            holdout=subject.grid.holdout,
-            seed=subject.grid.seed,
-            limit=subject.grid.limit,
-            rerank=subject.grid.rerank,
-        )
-        folder = out / "grids" / re.sub(r"[^A-Za-z0-9.]+", "-", PREFIX + name)
-        own = run_grid(
-            GridRun(
-                checkpoint=network,
-                checkpoint_info=inputs.describe_checkpoint(network, PREFIX + name),
-                train=train,
-                out=folder,
-                settings=settings,
-                batch=config.batch,
-                show_progress=progress,
-            )
-        )
-        for pool in pools:
-            cell = chosen_cell(own, pool)
-            yield Entry(group=PREFIX + name, train=train, test=test, network=network, cell=cell)
-
-
-def untrained(checkpoint: Checkpoint, seed: int, random_gates: bool) -> Checkpoint:
-    """The checkpoint with a fresh network of the same shape in place of the trained one."""
-    device = next(checkpoint.model.parameters()).device
-    model = zoo.build(checkpoint.model.config, seed=seed)
-    if random_gates:
-        randomize_gates(model, seed)
-    return dataclasses.replace(checkpoint, model=model.to(device).eval(), info={"images_seen": 0})
-
-
-def control_grid(
-    subject: Subject,
-    network: Checkpoint,
-    group: str,
-    out: Path,
-    config: CompareConfig,
-    progress: bool,
-) -> Grid:
-    """The grid of an untrained network by the protocol of the trained one's; resumable under `out`.
+def untrained_entries(run: Comparison, group: str) -> Iterator[Entry]:
+    """The rows of an untrained network, by the protocol of the trained one's grid.
 
     As initialised all blocks are the identity: one stands for all.
     """
-    grid = subject.grid
+    subject, grid = run.subject, run.subject.grid
+    network = untrained(subject.checkpoint, run.settings.control_seed, group == "random_gates")
     settings = GridSettings(
-        levels=config.control_levels or grid.levels,
+        levels=run.settings.control_levels or grid.levels,
         blocks=(1,) if group == "untrained" else grid.blocks,
         pools=grid.pools,
         holdout=grid.holdout,
@@ -217,40 +188,110 @@ def control_grid(
         noisy_input=grid.noisy_input,
         rerank=grid.rerank,
     )
-    return run_grid(
+    info = describe_checkpoint(network, group, "initial")
+    entry = Entry(
+        group=group,
+        train=subject.train,
+        test=subject.test,
+        network=network,
+        checkpoint_info=info,
+    )
+    yield from cells_of(run, entry, settings)
+
+
+def backbone_entries(run: Comparison) -> Iterator[Entry]:
+    """The rows of timm backbones: each block on clean pixels, by the protocol of all grids.
+
+    Raises ConfigError if there are no pixels.
+    """
+    subject, grid = run.subject, run.subject.grid
+    if not run.settings.timm:
+        return
+    if subject.pixels is None:
+        raise ConfigError("--timm backbones read images: give --pixels")
+    train = Reordered(subject.pixels[0], subject.train)
+    test = Reordered(subject.pixels[1], subject.test)
+    for name in run.settings.timm:
+        network = open_checkpoint(PREFIX + name)
+        settings = GridSettings(
+            levels=(0.0,),
+            pools=(*grid.pools, *(["cls"] if network.model.has_class_token else [])),
+            holdout=grid.holdout,
+            seed=grid.seed,
+            limit=grid.limit,
+            rerank=grid.rerank,
+        )
+        entry = Entry(
+            group=PREFIX + name,
+            train=train,
+            test=test,
+            network=network,
+            checkpoint_info=describe_checkpoint(network, PREFIX + name),
+        )
+        yield from cells_of(run, entry, settings)
+
+
+def cells_of(run: Comparison, entry: Entry, settings: GridSettings) -> Iterator[Entry]:
+    """An entry for each pooling, at the cell that a grid of the network chooses; the grid resumes
+    in a folder below `run.out`."""
+    assert entry.network is not None and entry.checkpoint_info is not None
+    grid = run_grid(
         GridRun(
-            checkpoint=network,
-            checkpoint_info=inputs.describe_checkpoint(network, group),
-            train=subject.train,
-            out=out,
+            checkpoint=entry.network,
+            checkpoint_info=entry.checkpoint_info,
+            train=entry.train,
+            out=run.out / "grids" / re.sub(r"[^A-Za-z0-9._]+", "-", entry.group),
             settings=settings,
-            batch=config.batch,
-            show_progress=progress,
+            data_name=run.subject.data_name,
+            batch=run.batch,
+            show_progress=run.show_progress,
         )
     )
+    for pool in settings.pools:
+        yield replace(entry, cell=chosen_cell(grid, pool))
 
 
-def measure(
-    entry: Entry,
-    subject: Subject,
-    split: splits.Split,
-    settings: dict[str, Any],
-    described: CheckpointInfo,
-    out: Path,
-    config: CompareConfig,
-    progress: bool,
-) -> dict[str, Any]:
-    """The row of an entry: read if it is finished, else features, both probes, and a result
-    line."""
-    cell = entry.cell
-    if entry.network is not None and entry.group != "ddae":
-        weights = entry.network.info.get("weights", "initial")
-        described = inputs.describe_checkpoint(entry.network, entry.group, weights)
-    facts = {
-        "kind": "compare",
-        "group": entry.group,
-        "checkpoint": dataclasses.asdict(described) if entry.network is not None else None,
-        "protocol": {
+def untrained(checkpoint: Checkpoint, seed: int, random_gates: bool) -> Checkpoint:
+    """The checkpoint with a fresh network of the same architecture."""
+    model = zoo.build(checkpoint.model.config, seed=seed)
+    if random_gates:
+        randomize_gates(model, seed)
+    model = model.to(device_of(checkpoint)).eval()
+    return replace(checkpoint, model=model, info={"images_seen": 0, "weights": "initial"})
+
+
+def measure(run: Comparison, entry: Entry) -> Result:
+    """The result of an entry: read if it is finished, else features, both probes, a new line."""
+    draft = describe_result(run, entry)
+    finished = results.find(run.out, draft.key)
+    if finished is not None:
+        return finished
+    data = entry_data(run, entry)
+    linear, neighbours = logistic.probe(data), knn.probe(data)
+    result = replace(
+        draft,
+        n_seen=data.n_seen,
+        width=data.width,
+        accuracy=linear.accuracy,
+        heldout_accuracy=linear.heldout_accuracy,
+        top1=linear.accuracy,
+        values={"linear": linear.values(), "knn": neighbours.values()},
+    )
+    return results.append_once(run.out, result)
+
+
+def describe_result(run: Comparison, entry: Entry) -> Result:
+    """The result of an entry before it is measured."""
+    subject, grid = run.subject, run.subject.grid
+    cell = None
+    if entry.network is not None and entry.cell is not None:
+        cell = describe_cell(entry.network, entry.cell.spec(grid.seed))
+    reference = {"train": subject.train.fingerprints, "test": subject.test.fingerprints}
+    return Result(
+        kind="compare",
+        group=entry.group,
+        checkpoint=entry.checkpoint_info,
+        protocol={
             "name": PROTOCOL,
             "linear": {"name": logistic.PROTOCOL, "l2_grid": list(logistic.L2_GRID)},
             "knn": {
@@ -258,147 +299,155 @@ def measure(
                 "k_grid": list(knn.K_GRID),
                 "temperature": knn.TEMPERATURE,
             },
-            **settings,
+            "holdout": grid.holdout,
+            "limit": run.settings.limit,
         },
-        "cell": {
-            "level": cell.level,
-            "block": cell.cell[0],
-            "pool": cell.cell[1],
-            "noise_samples": cell.noise_samples,
-            "noisy_input": cell.noisy_input,
-        }
-        if cell
-        else None,
-        "precision": precision_of(entry.network) if cell and entry.network else None,
-        "data": {"train": entry.train.fingerprints, "test": entry.test.fingerprints},
-        "labels_from": {"train": subject.train.fingerprints, "test": subject.test.fingerprints},
-        "seed": settings["seed"],
-    }
-    key = text_hash(facts)
-    for row in read_json_lines(out / inputs.RESULTS):
-        if row.get("key") == key:
-            return row
-    data = _probe_data(entry, subject, split, settings["seed"], config.batch, progress)
-    row = {
-        "key": key,
-        **facts,
-        "n_seen": data.n_seen,
-        "width": data.width,
-        "linear": logistic.probe(data).values(),
-        "knn": knn.probe(data).values(),
-    }
-    return inputs.record(out, row)
-
-
-def _probe_data(
-    entry: Entry,
-    subject: Subject,
-    split: splits.Split,
-    seed: int,
-    batch: int,
-    progress: bool,
-) -> ProbeData:
-    """Features of an entry in the order of the latent sets, with the latent sets' labels."""
-    if entry.network is not None and entry.cell is not None:
-        spec = dataclasses.replace(entry.cell, seed=seed)
-        name = f"features of block {spec.cell[0]} at s={spec.level:g}"
-        every = np.arange(len(entry.test))
-        with images(len(split.train) + len(every), name, progress) as bar:
-            options = {"batch": batch, "progress": bar.update}
-            train_x = collect(entry.network, entry.train, split.train, spec, **options)[spec.cell]
-            test_x = collect(entry.network, entry.test, every, spec, **options)[spec.cell]
-        return probe_data(train_x, test_x, entry.train, entry.test, split)
-    train_x, test_x = (
-        flat_latents(own, match_keys(reference, indices, own))
-        for reference, indices, own in (
-            (subject.train, split.train, entry.train),
-            (subject.test, np.arange(len(subject.test)), entry.test),
-        )
+        cell=cell,
+        data=DataInfo(
+            name=subject.data_name,
+            train=entry.train.fingerprints,
+            test=entry.test.fingerprints,
+            train_split=entry.train.split,
+            test_split=entry.test.split,
+            labels_from=None if entry.train is subject.train else reference,
+        ),
+        seed=grid.seed,
+        n_seen={},
     )
+
+
+def entry_data(run: Comparison, entry: Entry) -> ProbeData:
+    """Features of an entry in the order of the latent sets, with the latent sets' labels."""
+    subject, split = run.subject, run.split
+    if entry.network is not None and entry.cell is not None:
+        return cell_data(
+            entry.network,
+            entry.train,
+            entry.test,
+            split,
+            entry.cell,
+            seed=subject.grid.seed,
+            batch=run.batch,
+            progress=run.show_progress,
+        )
+    train_x = flat_latents(entry.train, match_keys(subject.train, split.train, entry.train))
+    everything = np.arange(len(subject.test))
+    test_x = flat_latents(entry.test, match_keys(subject.test, everything, entry.test))
     return probe_data(train_x, test_x, subject.train, subject.test, split)
 
 
-def mark_chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `chosen`: of each group's poolings the one with the best held-out linear accuracy, then
-    the narrowest."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        now = best.setdefault(row["group"], row)
-        if _rank(row) > _rank(now):
-            best[row["group"]] = row
-    return [{**row, "chosen": row is best[row["group"]]} for row in rows]
+def with_choices(measured: Sequence[Result]) -> list[Row]:
+    """Mark in each group the pooling with the best held-out linear accuracy, then the narrowest."""
+    best: dict[str | None, Result] = {}
+    for result in measured:
+        current = best.setdefault(result.group, result)
+        if _rank(result) > _rank(current):
+            best[result.group] = result
+    return [Row(result, result is best[result.group]) for result in measured]
 
 
-def _rank(row: dict[str, Any]) -> tuple[float, int]:
-    return row["linear"]["heldout_accuracy"], -row["width"]
+def _rank(result: Result) -> tuple[float, int]:
+    assert result.heldout_accuracy is not None and result.width is not None
+    return result.heldout_accuracy, -result.width
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """A row's name in tables."""
-    return LABELS.get(row["group"], row["group"]) + (
-        f", {row['cell']['pool']}" if row["cell"] else ""
-    )
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """compare.json: the results with `chosen` beside their fields."""
+    content = [{**results.to_dict(row.result), "chosen": row.chosen} for row in rows]
+    write_json(path, {"kind": "compare-table", "rows": content})
 
 
-def line_of(row: dict[str, Any]) -> str:
+def read_table(path: Path) -> list[Row]:
+    """The rows of a compare.json."""
+    rows = []
+    for fields in read_json(path, "the result of `latentddae compare`")["rows"]:
+        chosen = fields.pop("chosen")
+        rows.append(Row(results.from_dict(fields, str(path)), chosen))
+    return rows
+
+
+def row_text(row: Row) -> str:
     """One row as text."""
-    cell = row["cell"]
-    where = f"block {cell['block']} s={cell['level']:g}" if cell else ""
+    result, cell = row.result, row.result.cell
+    at = f"block {cell.block} s={cell.level:g}" if cell else ""
+    linear, neighbours = (
+        100 * results.number(_probe(result, name), "accuracy") for name in ("linear", "knn")
+    )
+    mark = "  <- chosen" if row.chosen and cell else ""
     return (
-        f"{name_of(row):<32} {where:<15} width {row['width']:>5}  linear "
-        f"{100 * row['linear']['accuracy']:6.2f} %  k-NN {100 * row['knn']['accuracy']:6.2f} %"
-        + ("  <- chosen" if row.get("chosen") and cell else "")
+        f"{results.row_name(result):<32} {at:<15} width {result.width:>5}  linear "
+        f"{linear:6.2f} %  k-NN {neighbours:6.2f} %{mark}"
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _probe(result: Result, name: str) -> Values:
+    return results.record(result.values, name)
+
+
+def table_text(rows: Sequence[Row]) -> str:
     """All rows as text, one per line."""
-    return "\n".join(line_of(row) for row in rows)
+    return "\n".join(row_text(row) for row in rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="latentddae compare",
-        description="The pretrained network against raw latents, raw pixels and untrained networks.",
-    )
-    parser.add_argument("--checkpoint", required=True, help="portable checkpoint folder")
-    parser.add_argument("--data", required=True, type=Path, help="folder of latent shards")
-    parser.add_argument("--grid", required=True, type=Path, help="grid.json of this checkpoint")
-    parser.add_argument("--out", required=True, type=Path, help="folder for results")
-    parser.add_argument("--pixels", type=Path, help="same images encoded with --autoencoder none")
-    parser.add_argument(
-        "--timm", action="append", default=[], metavar="NAME@WEIGHTS",
-        help="a timm backbone on the pixels; weights: a file, download or random; repeatable",
-    )  # fmt: skip
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--test-split", help="default: test, else val")
-    parser.add_argument("--limit", type=int, help="use at most this many training samples")
-    parser.add_argument("--control-levels", help="for untrained networks; fewer are cheaper")
-    parser.add_argument("--control-seed", type=int, default=0, help="of untrained weights")
-    parser.add_argument("--batch", type=int, default=BATCH, help="does not change the features")
-    args = parser.parse_args(argv)
-    grid = read_grid(args.grid)
-    checkpoint = inputs.open_checkpoint(args.checkpoint, args.weights)
-    test = open_test(args.data, args.test_split, checkpoint)
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(CompareSettings, TransferOptions):
+    """The pretrained network against raw latents, raw pixels, untrained networks and backbones."""
+
+    grid: Path
+    """grid.json of this checkpoint."""
+    pixels: Path | None = None
+    """The same images, encoded with --autoencoder none."""
+    test_split: str | None = None
+    """Split to score, once. Default: test, else val."""
+
+    def __post_init__(self) -> None:
+        CompareSettings.__post_init__(self)
+        TransferOptions.__post_init__(self)
+
+
+def open_comparison(config: CompareConfig) -> Comparison:
+    """Everything that a command names, checked against each other."""
+    grid = read_grid(config.grid)
+    checkpoint = config.open_checkpoint()
+    train = open_shards(config.data, "train", checkpoint)
+    test = open_test(config.data, config.test_split, checkpoint)
+    pixels = None
+    if config.pixels is not None:
+        pixels = ShardSet(config.pixels, "train"), ShardSet(config.pixels, test.split)
     subject = Subject(
         checkpoint=checkpoint,
+        checkpoint_info=config.describe(checkpoint),
         grid=grid,
-        train=inputs.open_shards(args.data, "train", checkpoint),
+        train=train,
         test=test,
-        pixel_train=ShardSet(args.pixels, "train") if args.pixels else None,
-        pixel_test=ShardSet(args.pixels, test.split) if args.pixels else None,
-        source=args.checkpoint,
-        weights=args.weights,
+        pixels=pixels,
+        data_name=config.data.resolve().name,
     )
-    levels = args.control_levels
-    config = CompareConfig(
-        control_levels=inputs.numbers(levels, float, "--control-levels") if levels else None,
-        control_seed=args.control_seed,
-        timm=tuple(args.timm),
-        limit=args.limit,
-        batch=args.batch,
+    check_grid(grid, subject.checkpoint_info.model_hash, train)
+    names = CompareSettings.__dataclass_fields__
+    settings = CompareSettings(**{name: getattr(config, name) for name in names})
+    return Comparison(subject=subject, settings=settings, out=config.out, batch=config.batch)
+
+
+def run(config: CompareConfig) -> None:
+    """Measure what is missing and print the table."""
+    print(table_text(compare(open_comparison(config))))
+
+
+def plan(config: CompareConfig) -> str:
+    """The groups that `run` would compare."""
+    comparison = open_comparison(config)
+    groups = ["ddae", "latents", *(["pixels"] if config.pixels else [])]
+    groups += ["untrained", "random_gates", *(PREFIX + name for name in config.timm)]
+    split = comparison.split
+    return (
+        f"{', '.join(groups)}: {len(split.fit)} training, {int(split.heldout.sum())} held-out and "
+        f"{len(comparison.subject.test)} test samples -> {config.out}"
     )
-    print(table(compare(subject, args.out, config)))
+
+
+COMMAND = Command("compare", CompareConfig, run=run, plan=plan)
+main = COMMAND.main
 
 
 if __name__ == "__main__":
