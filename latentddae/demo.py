@@ -30,7 +30,7 @@ from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.imaging import image_sheet, write_png
 from latentddae.data.shards import ShardSet
 from latentddae.data.sources.open import open_source
-from latentddae.transfer.compare import table
+from latentddae.transfer.compare import Row, read_table, table_text
 from latentddae.transfer.report import write_report
 from latentddae.transfer.reporting.collect import PICTURES
 from latentddae.transfer.reporting.page import Card
@@ -150,12 +150,12 @@ def demo(config: DemoConfig) -> None:
         if not finished.exists():
             run_steps(config)
         rows = compared_rows(config)
-    print(table(rows))
+    print(table_text(rows))
     print(f"\nreport: {finished}   results: {config.out / 'compare' / 'results.jsonl'}")
 
 
-def compared_rows(config: DemoConfig) -> list[dict]:
-    return json.loads((config.out / "compare" / "compare.json").read_text())["rows"]
+def compared_rows(config: DemoConfig) -> list[Row]:
+    return read_table(config.out / "compare" / "compare.json")
 
 
 def plan(config: DemoConfig) -> str:

@@ -1,4 +1,4 @@
-"""The comparison table: every control is what it says, pixels are the same samples, rows survive a kill."""
+"""The comparison table: baselines are what they say, pixels are the same samples, rows survive a kill."""
 
 import json
 import shutil
@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_json_lines
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.transfer import compare as comparison
-from latentddae.transfer.compare import CompareConfig, Subject, compare, mark_chosen
+from latentddae.transfer import results
+from latentddae.transfer.compare import (
+    CompareSettings,
+    Comparison,
+    Subject,
+    compare,
+    read_table,
+    with_choices,
+)
 from latentddae.transfer.extraction.extract import pooled_blocks
+from latentddae.transfer.extraction.inputs import describe_checkpoint
 from latentddae.transfer.extraction.trunk import trunk_at
 from latentddae.transfer.grid import GridSettings
 from latentddae.transfer.grids import to_dict
@@ -25,7 +33,7 @@ GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
     ("untrained", "mean"), ("untrained", "grid2"), ("random_gates", "mean"), ("random_gates", "grid2"),
 ]  # fmt: skip
-CONFIG = CompareConfig(control_levels=(0.1,))
+SETTINGS = CompareSettings(control_levels=(0.1,))
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -51,59 +59,66 @@ def subject(checkpoint, train, test_set, pixels, tmp_path_factory):
     settings = GridSettings(levels=(0.1, 0.3), holdout=0.3, seed=3, rerank=1)
     chosen = make_grid(checkpoint, train, out, settings)
     return Subject(
-        checkpoint=checkpoint, grid=chosen, train=train, test=test_set, source="toy",
-        pixel_train=ShardSet(pixels, "train"), pixel_test=ShardSet(pixels, "test"),
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        checkpoint_info=describe_checkpoint(checkpoint, "toy"),
+        grid=chosen,
+        train=train,
+        test=test_set,
+        pixels=(ShardSet(pixels, "train"), ShardSet(pixels, "test")),
+    )
+
+
+def run(subject, out, settings=SETTINGS):
+    return compare(Comparison(subject=subject, settings=settings, out=out, show_progress=False))
+
+
+def score(row, probe, name="accuracy"):
+    return row.result.values[probe][name]
 
 
 @pytest.fixture(scope="module")
 def finished(subject, tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    return out, compare(subject, out, CONFIG, progress=False)
+    return out, run(subject, out)
 
 
 def test_all_rows_with_widths_and_one_line_each(finished, subject):
     out, rows = finished
-    found = [(row["group"], row["cell"]["pool"] if row["cell"] else None) for row in rows]
-    assert found == GROUPS
-    assert [row["width"] for row in rows] == [24, 96, 256, 192, 24, 96, 24, 96]
-    lines = read_json_lines(out / "results.jsonl")
-    assert len(lines) == len(rows)
-    for line in lines:
-        assert {"checkpoint", "protocol", "data", "seed", "n_seen"} <= line.keys()
-        assert line["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
-    assert json.loads((out / "compare.json").read_text())["rows"] == rows
-    assert rows[3]["data"]["train"] == subject.pixel_train.fingerprints
+    measured = [row.result for row in rows]
+    assert [(r.group, r.cell.pool if r.cell else None) for r in measured] == GROUPS
+    assert [r.width for r in measured] == [24, 96, 256, 192, 24, 96, 24, 96]
+    assert results.read(out / "results.jsonl") == measured
+    assert all(r.n_seen == {"train": 96, "heldout": 30, "test": 32} for r in measured)
+    assert read_table(out / "compare.json") == rows
+    assert measured[3].data.train == subject.pixels[0].fingerprints
+    assert measured[3].data.labels_from["train"] == subject.train.fingerprints
 
 
 def test_planted_classes_are_read_and_pixels_belong_to_the_right_sample(finished):
     """The pixel set has its own order and no labels: only the keys can have matched them."""
-    rows = {(row["group"], row["cell"] and row["cell"]["pool"]): row for row in finished[1]}
+    rows = {(r.result.group, r.result.cell and r.result.cell.pool): r for r in finished[1]}
     for key in (("pixels", None), ("latents", None), ("ddae", "grid2")):
-        assert rows[key]["linear"]["accuracy"] == 1.0, key
-        assert rows[key]["knn"]["accuracy"] > 0.9, key
+        assert score(rows[key], "linear") == 1.0, key
+        assert score(rows[key], "knn") > 0.9, key
 
 
 def test_one_pooling_of_each_group_is_chosen_on_held_out_train(finished):
     rows = finished[1]
     for group in ("ddae", "untrained", "random_gates"):
-        own = [row for row in rows if row["group"] == group]
-        (chosen,) = [row for row in own if row["chosen"]]
-        best = max(row["linear"]["heldout_accuracy"] for row in own)
-        assert chosen["linear"]["heldout_accuracy"] == best
-    fake = [
-        {"group": "a", "linear": {"heldout_accuracy": h}, "width": w}
-        for h, w in [(0.9, 96), (0.9, 24)]
-    ]
-    assert [row["chosen"] for row in mark_chosen(fake)] == [False, True]
+        group_rows = [row for row in rows if row.result.group == group]
+        (chosen,) = [row for row in group_rows if row.chosen]
+        best = max(row.result.heldout_accuracy for row in group_rows)
+        assert chosen.result.heldout_accuracy == best
+    equal = [replace(rows[0].result, heldout_accuracy=0.9, width=w) for w in (96, 24)]
+    assert [row.chosen for row in with_choices(equal)] == [False, True]
 
 
 def test_finished_rows_are_not_computed_again(finished, subject, monkeypatch):
     out, rows = finished
     for name in ("collect", "flat_latents"):
         monkeypatch.setattr(comparison, name, lambda *_, **__: pytest.fail("computed again"))
-    assert compare(subject, out, CONFIG, progress=False) == rows
-    assert len(read_json_lines(out / "results.jsonl")) == len(rows)
+    assert run(subject, out) == rows
+    assert len(results.read(out / "results.jsonl")) == len(rows)
 
 
 def test_an_interrupted_table_continues(finished, subject, tmp_path, monkeypatch):
@@ -117,31 +132,29 @@ def test_an_interrupted_table_continues(finished, subject, tmp_path, monkeypatch
 
     monkeypatch.setattr(comparison.logistic, "probe", stopping)
     with pytest.raises(KeyboardInterrupt):
-        compare(subject, tmp_path, CONFIG, progress=False)
-    assert len(read_json_lines(tmp_path / "results.jsonl")) == 3
-    assert compare(subject, tmp_path, CONFIG, progress=False) == finished[1]
+        run(subject, tmp_path)
+    assert len(results.read(tmp_path / "results.jsonl")) == 3
+    assert run(subject, tmp_path) == finished[1]
     assert len(calls) == 4 + 5  # three were kept, the fourth and the rest computed
 
 
 def test_other_control_weights_make_other_rows(finished, subject, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "again")
-    rows = compare(
-        subject, out, CompareConfig(control_levels=(0.1,), control_seed=1), progress=False
-    )
-    same = [new["id"] == old["id"] for new, old in zip(rows, finished[1], strict=True)]
+    rows = run(subject, out, replace(SETTINGS, control_seed=1))
+    same = [new.result.id == old.result.id for new, old in zip(rows, finished[1], strict=True)]
     assert same == [True] * 4 + [False] * 4
 
 
 def test_choices_do_not_see_test(finished, subject, tmp_path, monkeypatch):
     wrong = ShardSet(subject.test.root, "test")
     wrong.labels = np.roll(wrong.labels, 1)
-    rows = compare(replace(subject, test=wrong), tmp_path, CONFIG, progress=False)
+    rows = run(replace(subject, test=wrong), tmp_path)
     for old, new in zip(finished[1], rows, strict=True):
         for probe, key in (("linear", "l2"), ("knn", "k")):
-            assert old[probe][key] == new[probe][key]
-            assert old[probe]["heldout_accuracy"] == new[probe]["heldout_accuracy"]
-        assert (old["cell"], old["chosen"]) == (new["cell"], new["chosen"])
-    assert rows[2]["linear"]["accuracy"] < 0.2
+            for name in (key, "heldout_accuracy"):
+                assert score(old, probe, name) == score(new, probe, name)
+        assert (old.result.cell, old.chosen) == (new.result.cell, new.chosen)
+    assert score(rows[2], "linear") < 0.2
 
 
 def test_as_initialised_every_block_is_the_patch_embedding(checkpoint):
@@ -175,10 +188,11 @@ def test_pixels_of_other_images_are_refused(subject, train):
 
 def test_a_grid_of_other_weights_or_data_is_refused(subject, tmp_path):
     other = comparison.untrained(subject.checkpoint, 0, True)
+    info = describe_checkpoint(other, "other")
     with pytest.raises(ConfigError, match="the grid was computed with weights"):
-        compare(replace(subject, checkpoint=other), tmp_path, CONFIG, progress=False)
+        run(replace(subject, checkpoint=other, checkpoint_info=info), tmp_path)
     with pytest.raises(ConfigError, match="the grid was computed on data"):
-        compare(replace(subject, train=subject.test), tmp_path, CONFIG, progress=False)
+        run(replace(subject, train=subject.test), tmp_path)
 
 
 def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp_path, capsys):
@@ -195,14 +209,14 @@ def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp
 def test_timm_backbones_stand_in_the_same_table(subject, tmp_path, monkeypatch):
     """On the pixels of the same samples, in the order and with the labels of the latents."""
     monkeypatch.setattr(comparison, "entries", comparison.backbone_entries)
-    config = replace(CONFIG, timm=("test_vit@random",))
-    rows = compare(subject, tmp_path, config, progress=False)
-    assert [row["cell"]["pool"] for row in rows] == ["mean", "grid2", "cls"]
-    assert {row["group"] for row in rows} == {"timm:test_vit@random"}
-    assert {row["checkpoint"]["weights"] for row in rows} == {"random"}
-    assert sum(row["chosen"] for row in rows) == 1
-    assert rows[1]["n_seen"] == {"train": 96, "heldout": 30, "test": 32}
-    assert rows[1]["linear"]["accuracy"] > 0.9  # bars in another order: only the keys match them
-    assert "timm:test_vit@random, grid2" in comparison.table(rows)
+    settings = replace(SETTINGS, timm=("test_vit@random",))
+    rows = run(subject, tmp_path, settings)
+    assert [row.result.cell.pool for row in rows] == ["mean", "grid2", "cls"]
+    assert {row.result.group for row in rows} == {"timm:test_vit@random"}
+    assert {row.result.checkpoint.weights for row in rows} == {"random"}
+    assert sum(row.chosen for row in rows) == 1
+    assert rows[1].result.n_seen == {"train": 96, "heldout": 30, "test": 32}
+    assert score(rows[1], "linear") > 0.9  # bars in another order: only the keys match them
+    assert "timm:test_vit@random, grid2" in comparison.table_text(rows)
     with pytest.raises(ConfigError, match="--pixels"):
-        compare(replace(subject, pixel_train=None), tmp_path / "b", config, progress=False)
+        run(replace(subject, pixels=None), tmp_path / "b", settings)
