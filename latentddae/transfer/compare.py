@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentddae.core import progress
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, run_command
@@ -28,26 +29,20 @@ from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import results
-from latentddae.transfer.extraction.extract import BATCH, flat_latents
+from latentddae.transfer.extraction.extract import collect, flat_latents
 from latentddae.transfer.extraction.inputs import (
     TransferOptions,
-    describe_cell,
     describe_checkpoint,
     open_checkpoint,
     open_shards,
 )
-from latentddae.transfer.extraction.trunk import device_of
+from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
+from latentddae.transfer.extraction.trunk import BATCH, device_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.data import ProbeData
-from latentddae.transfer.protocol.cells import (
-    CellChoice,
-    cell_data,
-    check_grid,
-    chosen_cell,
-    probe_data,
-)
+from latentddae.transfer.protocol.cells import check_grid, chosen_cell, probe_data
 from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.protocol.splits import Split, split_train
 from latentddae.transfer.results import CheckpointInfo, DataInfo, Result, Values
@@ -117,7 +112,7 @@ class Entry:
     test: SampleSet
     network: Checkpoint | None = None
     checkpoint_info: CheckpointInfo | None = None
-    cell: CellChoice | None = None
+    cell: FeatureSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -285,7 +280,7 @@ def describe_result(run: Comparison, entry: Entry) -> Result:
     subject, grid = run.subject, run.subject.grid
     cell = None
     if entry.network is not None and entry.cell is not None:
-        cell = describe_cell(entry.network, entry.cell.spec(grid.seed))
+        cell = describe_cell(entry.network, entry.cell)
     reference = {"train": subject.train.fingerprints, "test": subject.test.fingerprints}
     return Result(
         kind="compare",
@@ -319,21 +314,19 @@ def describe_result(run: Comparison, entry: Entry) -> Result:
 def entry_data(run: Comparison, entry: Entry) -> ProbeData:
     """Features of an entry in the order of the latent sets, with the latent sets' labels."""
     subject, split = run.subject, run.split
-    if entry.network is not None and entry.cell is not None:
-        return cell_data(
-            entry.network,
-            entry.train,
-            entry.test,
-            split,
-            entry.cell,
-            seed=subject.grid.seed,
-            batch=run.batch,
-            progress=run.show_progress,
-        )
-    train_x = flat_latents(entry.train, match_keys(subject.train, split.train, entry.train))
     everything = np.arange(len(subject.test))
-    test_x = flat_latents(entry.test, match_keys(subject.test, everything, entry.test))
-    return probe_data(train_x, test_x, subject.train, subject.test, split)
+    if entry.network is None or entry.cell is None:
+        train_x = flat_latents(entry.train, match_keys(subject.train, split.train, entry.train))
+        test_x = flat_latents(entry.test, match_keys(subject.test, everything, entry.test))
+        return probe_data(train_x, test_x, subject.train, subject.test, split)
+    cell = entry.cell
+    name = f"features of block {cell.cell[0]} at s={cell.level:g}"
+    with progress.images(len(split.train) + len(everything), name, run.show_progress) as bar:
+        train_x, test_x = (
+            collect(entry.network, x, rows, cell, batch=run.batch, progress=bar.update)[cell.cell]
+            for x, rows in ((entry.train, split.train), (entry.test, everything))
+        )
+    return probe_data(train_x, test_x, entry.train, entry.test, split)
 
 
 def with_choices(measured: Sequence[Result]) -> list[Row]:
