@@ -26,7 +26,7 @@ class ProbeData:
     test_y: np.ndarray
     """(M,) int64 in [0, classes)."""
     heldout: np.ndarray
-    """(N,) bool: training samples on which settings are chosen; they are not fitted on meanwhile."""
+    """(N,) bool: training samples on which settings are chosen, and not fitted on meanwhile."""
     classes: int
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Split:
 
     @property
     def fit(self) -> np.ndarray:
-        """Indices of the samples fitted on while a setting is being chosen: int64."""
+        """Indices of the samples fitted on while a setting is being chosen, (n,) int64."""
         return self.train[~self.heldout]
 
 
@@ -63,7 +63,7 @@ def subset(keys: Sequence[str], limit: int | None, seed: int) -> np.ndarray:
 
 
 def labels_of(samples: SampleSet, indices: np.ndarray) -> np.ndarray:
-    """Labels of samples, (N,) int64. Raises DataError if one has none."""
+    """Labels of samples `indices` (N,), (N,) int64. Raises DataError if one has none."""
     labels = np.asarray(samples.labels)[indices].astype(np.int64)
     if len(labels) and labels.min() < 0:
         raise DataError(
