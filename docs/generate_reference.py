@@ -52,12 +52,13 @@ class Part(NamedTuple):
     """What a choice may be; None where the record is fixed."""
 
 
-def parts() -> dict[tuple[str, type], Part]:
-    """Every nested record of every command, once for each name and class."""
-    found: dict[tuple[str, type], Part] = {}
+def parts() -> dict[tuple[str, str], Part]:
+    """Every nested record of every command, once for each name and class (or choice of them)."""
+    found: dict[tuple[str, str], Part] = {}
     for _, command_name, _, command in commands():
         for name, cls, registry in nested(command.config):
-            part = found.setdefault((name, cls), Part(name, cls, [], registry))
+            what = cls.__name__ if registry is None else ",".join(registry)
+            part = found.setdefault((name, what), Part(name, cls, [], registry))
             if command_name not in part.used_by:
                 part.used_by.append(command_name)
     return found
@@ -72,7 +73,10 @@ def nested(cls: type, prefix: str = "") -> Iterator[tuple[str, type, Mapping[str
         name = f"{prefix}{field.name}"
         if "registry" in field.metadata:
             default = field.default_factory()  # type: ignore[misc]
-            yield name, type(default), field.metadata["registry"]()
+            registry = field.metadata["registry"]()
+            yield name, type(default), registry
+            for kind in by_class(registry):
+                yield from nested(kind, f"{name}.")
         else:
             for hint in without_none(hints[field.name]):
                 if dataclasses.is_dataclass(hint):
@@ -158,7 +162,8 @@ def settings_page() -> str:
         "`latentddae COMMAND --print-config` prints all of them with their values.\n",
     ]
     seen: set[str] = set()
-    for (name, cls), part in sorted(parts().items(), key=lambda item: item[0][0]):
+    for (name, _), part in sorted(parts().items(), key=lambda item: item[0][0]):
+        cls = part.cls
         title = f"## {name}\n" if name not in seen else f"### {name} of {part.used_by[0]}\n"
         seen.add(name)
         text.append(title)
@@ -195,6 +200,8 @@ def record_table(cls: type) -> str:
         for option in options(cls)
         if "." not in option.name
     ]
+    if not rows:
+        return "No settings.\n"
     return table(("setting", "type", "default", "meaning"), rows)
 
 
