@@ -292,6 +292,15 @@ def test_the_reference_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_setting_says_what_it_means() -> None:
+    """The docstring below a field is its help, and its line in the reference."""
+    silent = []
+    for name, (home, _) in cli.COMMANDS.items():
+        if (found := getattr(importlib.import_module(home), "COMMAND", None)) is not None:
+            silent += [f"{name}: {o.name}" for o in command.options(found.config) if not o.doc]
+    assert silent == []
+
+
 def test_every_command_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text()
     pytest.skip("commands are being converted")

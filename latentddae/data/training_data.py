@@ -23,6 +23,7 @@ class DataConfig:
     path: str
     """Data folder, or an address of one (with `cache_dir` or `stream`)."""
     split: str = "train"
+    """Split to train on."""
     cache_dir: str = ""
     """Copy the shards to this local disk first, once per node; empty: read them in place."""
     cache_gb: float = 100.0

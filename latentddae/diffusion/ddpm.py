@@ -67,6 +67,7 @@ class DDPM:
     preset: Literal["dit", "ddae"] = "dit"
     """Whose conventions: see the top of this file."""
     schedule: Literal["linear", "cosine"] = "linear"
+    """How the noise grows over the timesteps."""
     steps: int = 1000
     """T."""
     noise_distribution: NoiseDistribution = choice(lambda: NOISE_DISTRIBUTIONS, Uniform)

@@ -51,6 +51,7 @@ class UNetConfig:
     image_size: int = 32
     """Height and width of the images."""
     in_channels: int = 3
+    """Channels of the images."""
     base_channels: int = 128
     """Channels of the first level; the sinusoid of the time has as many."""
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)

@@ -76,6 +76,7 @@ class RunConfig:
     global_batch: int = 256
     """Images per optimizer step, over all ranks and micro-batches."""
     seed: int = 0
+    """Of initial weights, sample order and every random draw."""
     log_every_images: int = 10_000
     """A row of metrics.jsonl is written at its multiples, and at every save."""
     diagnostics_images: int = 4

@@ -16,6 +16,7 @@ class OptimConfig:
     """The optimizer and its learning rate; the clock is images seen."""
 
     name: Literal["adamw"] = "adamw"
+    """The optimizer."""
     lr: float = 1e-4
     """Peak learning rate, for the whole global batch."""
     betas: tuple[float, ...] = (0.9, 0.999)
