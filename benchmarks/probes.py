@@ -1,5 +1,5 @@
-"""What probing costs: the whole grid against heads trained online for every cell, many heads at
-once against one by one, closed form against Adam.
+"""What probing costs: a whole grid against heads trained online for every cell, many heads at once
+against one at a time, closed form against Adam.
 
     python benchmarks/probes.py heads ridge
     python benchmarks/probes.py grid --demo runs/demo    # what `latentddae demo` leaves
@@ -21,6 +21,8 @@ from harness import cpu_seconds, machine, record
 from scipy.stats import spearmanr
 
 from latentddae.core.files import write_json
+from latentddae.data.subsets import SampleSet
+from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grid
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect
@@ -32,8 +34,8 @@ from latentddae.transfer.protocol import splits
 
 DDAE = RECIPES["ddae"]
 RATE = (1e-3, 0.0)
-# On 3,200 images 15 epochs of 128 are 375 steps, from which no head comes near its end (at best 52 %
-# where it gets to 90 %). Small batches behind a batch norm at ten times the rate do.
+# On 3,200 images, 15 epochs of batches of 128 are 375 steps: too few for any head to converge (52 %
+# at best, where 90 % are possible). Small batches behind a batch norm at ten times the rate suffice.
 SMALL = replace(DDAE, batch=32, norm=True)
 SMALL_RATE = (1e-2, 0.0)
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -50,7 +52,7 @@ def clusters(rows: int, width: int, classes: int, seed: int) -> tuple[torch.Tens
 
 
 class OneByOne:
-    """A Linear and an Adam for every head, stepped in turn: how grids are commonly trained."""
+    """A Linear and an Adam for every head, stepped in turn: the usual way to train a grid."""
 
     def __init__(self, start: HeadTrainer) -> None:
         self.layers = []
@@ -94,15 +96,19 @@ def heads() -> None:
     seconds = cpu_seconds(
         {"ours": lambda: ours.train_epoch(x, y), "theirs": lambda: theirs.train_epoch(x, y)}
     )
-    own, other = (1e6 * seconds[name] / steps for name in ("ours", "theirs"))
+    ours_us, theirs_us = (1e6 * seconds[name] / steps for name in ("ours", "theirs"))
     record(
-        "probe_heads_batched_vs_loop", own, other, "CPU us per head and step",
-        "one Linear and one Adam per head, 84 heads of 1152 x 10", higher_is_better=False,
-    )  # fmt: skip
+        "probe_heads_batched_vs_loop",
+        ours_us,
+        theirs_us,
+        "CPU us per head and step",
+        "one Linear and one Adam per head, 84 heads of 1152 x 10",
+        higher_is_better=False,
+    )
 
 
 def closed_form() -> None:
-    """20,000 samples, width 384, 10 classes: all strengths of ridge against 15 epochs of Adam."""
+    """20,000 samples, width 384, 10 classes: all penalties of ridge against 15 epochs of Adam."""
     width, classes, rows = 384, 10, 20_000
     x, y = clusters(rows, width, classes, 0)
     test_x, test_y = clusters(5000, width, classes, 1)
@@ -121,14 +127,18 @@ def closed_form() -> None:
             head.train_epoch(x[None], y)
         return float((head.layers[0](test_x).argmax(dim=1) == test_y).float().mean())
 
-    found = solved(), adam()
-    print(f"test accuracy: ridge {100 * found[0]:.2f} %, Adam {100 * found[1]:.2f} %")
-    assert abs(found[0] - found[1]) < 0.02
+    accuracies = solved(), adam()
+    print(f"test accuracy: ridge {100 * accuracies[0]:.2f} %, Adam {100 * accuracies[1]:.2f} %")
+    assert abs(accuracies[0] - accuracies[1]) < 0.02
     seconds = cpu_seconds({"ours": solved, "theirs": adam})
     record(
-        "ridge_vs_adam", seconds["ours"], seconds["theirs"], "CPU s per cell",
-        "Linear with Adam for 15 epochs, 20,000 x 384, 10 classes", higher_is_better=False,
-    )  # fmt: skip
+        "ridge_vs_adam",
+        seconds["ours"],
+        seconds["theirs"],
+        "CPU s per cell",
+        "Linear with Adam for 15 epochs, 20,000 x 384, 10 classes",
+        higher_is_better=False,
+    )
 
 
 def whole_grid(demo: Path) -> None:
@@ -167,26 +177,33 @@ def one_level(run: grid.GridRun, blocks: tuple[int, ...], level: float) -> dict[
 
 
 def trained_online(
-    checkpoint: Any, train: Any, split: splits.Split, blocks: tuple[int, ...], level: float
+    checkpoint: Checkpoint,
+    train: SampleSet,
+    split: splits.Split,
+    blocks: tuple[int, ...],
+    level: float,
 ) -> list[float]:
     """A head for every block, all trained together for 15 epochs of fresh noise: one pass of the
     network per epoch. Held-out accuracies."""
 
     def features(indices: np.ndarray, seed: int) -> torch.Tensor:
         spec = FeatureSpec(level=level, blocks=blocks, seed=seed)
-        found = collect(checkpoint, train, indices, spec)
-        return torch.stack([torch.from_numpy(found[block, "mean"]) for block in blocks])
+        by_cell = collect(checkpoint, train, indices, spec)
+        return torch.stack([torch.from_numpy(by_cell[block, "mean"]) for block in blocks])
 
     y = torch.from_numpy(splits.labels_of(train, split.fit))
     training = HeadTrainer(
-        SMALL, [SMALL_RATE] * len(blocks), width=checkpoint.model.config.hidden_size,
-        classes=len(train.classes), separate_inputs=True,
-    )  # fmt: skip
+        SMALL,
+        [SMALL_RATE] * len(blocks),
+        width=checkpoint.model.config.hidden_size,
+        classes=len(train.classes),
+        separate_inputs=True,
+    )
     for epoch in range(SMALL.epochs):
         training.train_epoch(features(split.fit, 1 + epoch), y)
-    aside = split.train[split.heldout]
-    truth = torch.from_numpy(splits.labels_of(train, aside))
-    return training.heads.accuracies(features(aside, 0), truth)
+    heldout = split.train[split.heldout]
+    truth = torch.from_numpy(splits.labels_of(train, heldout))
+    return training.heads.accuracies(features(heldout, 0), truth)
 
 
 def report_grid(parts: list[dict[str, Any]], split: splits.Split, blocks: int) -> None:
@@ -205,11 +222,14 @@ def report_grid(parts: list[dict[str, Any]], split: splits.Split, blocks: int) -
         f"best by full probes {100 * full.max():.2f} %, top-1 regret {100 * regret:.2f} points"
     )
     record(
-        "grid_vs_per_cell", ours, theirs, "CPU s for all blocks at 10 levels",
+        "grid_vs_per_cell",
+        ours,
+        theirs,
+        "CPU s for all blocks at 10 levels",
         f"all cells' Adam heads trained together online, 15 epochs; {len(split.fit)} + "
         f"{int(split.heldout.sum())} images, {blocks} blocks",
         higher_is_better=False,
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

@@ -243,3 +243,18 @@ def test_two_ranks_give_the_accuracy_of_one(
     assert abs(one.accuracy - two.accuracy) <= 0.001
     assert one.n_seen == two.n_seen
     assert one.values["heldout_accuracies"] == two.values["heldout_accuracies"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_dry_run_checks_everything_and_writes_nothing(
+    name, checkpoint_folder, tiny_shards, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    command = arguments(checkpoint_folder, tiny_shards, out, *HERE, "--limit", 80, "--dry-run")
+    COMMANDS[name].main(command)
+    printed = capsys.readouterr().out
+    assert "80 training samples of train" in printed
+    assert "32 test samples of test" in printed
+    assert not out.exists()
+    with pytest.raises(ConfigError):
+        COMMANDS[name].main([*command, "--data", str(tmp_path / "nowhere")])

@@ -76,7 +76,7 @@ def with_torch(recipe, rate, decay, epochs, y):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_head_is_the_one_that_torch_trains(name):
+def test_heads_equal_those_of_torch(name):
     recipe = SMALL[name]
     y = planted(0)[1]
     epochs = [planted(0)[0].double() + 0.1 * e for e in range(recipe.epochs)]
@@ -125,16 +125,21 @@ def test_order_visits_everything_once_and_changes():
     assert one.tolist() != two.tolist()
 
 
-def test_rates_follow_the_batch_that_is_used():
+def test_rates_scale_with_the_batch_size():
     recipe = Recipe(
-        optimizer="sgd", learning_rates=(0.1, 1.0), weight_decays=(0.0, 0.5), reference_batch=256, batch=512,
-        epochs=1, norm=False,
-    )  # fmt: skip
+        optimizer="sgd",
+        learning_rates=(0.1, 1.0),
+        weight_decays=(0.0, 0.5),
+        reference_batch=256,
+        batch=512,
+        epochs=1,
+        norm=False,
+    )
     assert recipe.scaled(10_000) == [(0.2, 0.0), (0.2, 0.5), (2.0, 0.0), (2.0, 0.5)]
     assert recipe.scaled(128)[0] == (0.05, 0.0)
 
 
-def test_what_cannot_learn_is_refused():
+def test_impossible_recipes_are_refused():
     with pytest.raises(UsageError, match="positive learning rates"):
         replace(RECIPES["mae"], learning_rates=(0.0,))
     with pytest.raises(UsageError, match="warms up"):
@@ -146,7 +151,7 @@ def test_what_cannot_learn_is_refused():
         training.check()
 
 
-def test_a_head_that_ran_away_scores_nothing():
+def test_a_diverged_head_scores_zero():
     x, y = planted(0)
     weight = torch.zeros(2, CLASSES, WIDTH)
     weight[1, 0, 0] = float("nan")
