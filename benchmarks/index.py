@@ -1,7 +1,9 @@
-"""A set the size of ImageNet: open it, order an epoch, resume anywhere: python benchmarks/index.py.
+"""A set the size of ImageNet: open it, order an epoch, resume anywhere.
 
-The shards are sparse files (24 GB that take no space), so this is about indexes and orders, not
-about reading.
+    python benchmarks/index.py
+
+The shards are sparse files (24 GB that take no space): this measures indexes and orders, and no
+reading.
 """
 
 import argparse

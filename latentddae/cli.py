@@ -16,6 +16,10 @@ GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
         "encode": ("latentddae.data.encoding.encode", "images -> latent shards"),
         "info": ("latentddae.data.info", "contents of a data folder"),
         "verify": ("latentddae.data.verify", "check a data folder and list every problem"),
+        "train-autoencoder": (
+            "latentddae.data.encoding.train_autoencoder",
+            "a small autoencoder for demos, trained on any images",
+        ),
         "preview": ("latentddae.data.preview", "decoded samples beside their sources, as a PNG"),
     },
     "pretrain": {

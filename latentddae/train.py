@@ -26,7 +26,7 @@ from latentddae.core import dist, rng
 from latentddae.core.command import Command
 from latentddae.core.errors import run_command
 from latentddae.core.precision import DTYPES
-from latentddae.data.training_data import info_of, open_data, require_random_access
+from latentddae.data.training_data import info_of, open_data, open_loader, require_random_access
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.planning.flops import training_flops
@@ -56,9 +56,14 @@ def train(config: TrainConfig) -> Path:
 
 def plan(config: TrainConfig) -> str:
     """What would be trained, after the same checks as a real start; nothing is written."""
-    data = info_of(open_data(config.data))
+    samples = open_data(config.data)
+    data = info_of(samples)
     config = resolve(config, data)
     world = dist.world_from_environment()
+    batches = {"global_batch": config.global_batch, "rank": world.rank, "world": world.size}
+    open_loader(config.data, samples, seed=config.seed, **batches)
+    if config.monitor.every_images:
+        require_random_access(samples, "monitor.every_images")
     device = dist.device_for(world)
     precision, batch, settings = derive(config.engine, config.global_batch, world.size, device)
     with torch.device("meta"):

@@ -56,10 +56,10 @@ def test_a_run_continues_on_another_number_of_ranks(tiny_shards, tmp_path, ranks
 
 
 def test_samples_of_a_skipped_step_are_named(tiny_shards, tmp_path, ranks, monkeypatch) -> None:
-    honest = train.pretraining
+    honest = train.Pretraining.job
 
-    def pretraining(config, context):
-        job = honest(config, context)
+    def job(self):
+        job = honest(self)
 
         def loss(moments, label, position):
             value, level = job.loss(moments, label, position)
@@ -67,7 +67,7 @@ def test_samples_of_a_skipped_step_are_named(tiny_shards, tmp_path, ranks, monke
 
         return dataclasses.replace(job, loss=loss)
 
-    monkeypatch.setattr(train, "pretraining", pretraining)
+    monkeypatch.setattr(train.Pretraining, "job", job)
     run = tmp_path / "run"
     assert ranks(lambda: start(run, tiny_shards), 2) == [0, 0]
     (event,) = [row for row in read_json_lines(run / "metrics.jsonl") if "event" in row]
@@ -88,6 +88,8 @@ def test_samples_of_a_skipped_step_are_named(tiny_shards, tmp_path, ranks, monke
 )
 def test_refusals(tiny_shards, tmp_path, ranks, options, status) -> None:
     assert ranks(lambda: start(tmp_path / "run", tiny_shards, *options)) == [status]
+    assert start(tmp_path / "run", tiny_shards, *options, "--dry-run") == status
+    assert start(tmp_path / "run", tiny_shards, "--dry-run") == 0
 
 
 def test_damage_stops_the_run(tiny_shards, tmp_path, ranks, capfd) -> None:
