@@ -7,31 +7,63 @@ Names and sizes are in registry.py, our own checkpoint folder in portable.py, an
 projects in convert/, one module per family.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.models import portable
-from latentddae.models.convert import dit
+from latentddae.models.convert import ddae, dit, foreign
+from latentddae.models.convert.foreign import Stated
 from latentddae.models.portable import WEIGHT_FILES, Checkpoint, Weights, save
 from latentddae.models.registry import NAMES, REGISTRY, build
 
-__all__ = ["NAMES", "REGISTRY", "Checkpoint", "build", "load", "save"]
+__all__ = ["NAMES", "REGISTRY", "Checkpoint", "Stated", "build", "load", "save"]
+
+SUFFIXES = (".pt", ".pth")
+
+
+FAMILIES = (dit, ddae)
+"""Modules that read the files of other projects; each knows its own by the names of the weights."""
 
 
 def load(
-    path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu"
+    path: str | Path,
+    weights: Weights = "ema",
+    device: torch.device | str = "cpu",
+    stated: Stated | None = None,
+    **statements: Any,
 ) -> Checkpoint:
-    """Read a checkpoint: a portable folder, a run folder, or a `.pt` file of facebookresearch/DiT.
+    """Read a checkpoint: a portable folder, a run folder, or a file of another project.
 
-    The model is in eval mode, in float32, without gradients, on `device`. Raises ConfigError for a
-    missing folder, missing weights or a config that does not fit them, DataError for unreadable
-    files.
+    What a foreign file cannot tell is stated by `Stated`, or by its fields as keywords:
+    `zoo.load("model_800.pth", objective="edm")`. The model is in eval mode, in float32, without
+    gradients, on `device`. Raises ConfigError for a missing folder, missing weights, a config that
+    does not fit them or something that has to be stated, DataError for unreadable files.
     """
-    path = Path(path)
+    path, stated = Path(path), _stated(stated, statements)
     if weights not in WEIGHT_FILES:
         raise ConfigError(f"weights are {' or '.join(WEIGHT_FILES)}, got {weights!r}")
-    if path.suffix == ".pt" and path.is_file():
-        return dit.load(path, weights, device)
+    if path.suffix in SUFFIXES and path.is_file():
+        file = foreign.read(path)
+        for family in FAMILIES:
+            if family.matches(file):
+                return family.load(file, weights, device, stated)
+        raise DataError(
+            f"{path} lacks the names of a DiT, SiT, REPA or DDAE network; its first are "
+            f"{', '.join(sorted(file.names)[:3])}"
+        )
+    if stated != Stated():
+        raise ConfigError(
+            f"{path} is no file of another project: it tells its objective and architecture itself"
+        )
     return portable.load(path, weights, device)
+
+
+def _stated(stated: Stated | None, statements: dict[str, Any]) -> Stated:
+    try:
+        return replace(stated or Stated(), **statements)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"zoo.load: {error}") from error

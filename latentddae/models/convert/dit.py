@@ -1,77 +1,110 @@
-"""Files of facebookresearch/DiT: the published weights, and what its train.py saves.
+"""Files of facebookresearch/DiT, SiT and REPA: three projects with the same names of weights.
 
-A published file is a bare state dict and holds the average; a training file wraps `model`, `ema`,
-`opt` and `args`, an argparse.Namespace. Nothing is unpickled but tensors, containers and that
-Namespace. No file says how it was trained, so DiT's one recipe is assumed: DDPM with linear betas
-and a learned variance, on SD-VAE latents.
+| project | objective                          | told by                                    |
+|---------|------------------------------------|--------------------------------------------|
+| DiT     | DDPM, linear betas, learned range  | the arguments of a training file           |
+| SiT     | flow to the data (time 1 is data)  | the arguments of a training file           |
+| REPA    | flow to the noise (time 1 is noise)| projectors beside the blocks               |
+
+A bare file of DiT or SiT tells nothing, so the objective is asked for. SiT's output has twice the
+channels of its input; the second half is not used.
 """
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import sha256
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.ddpm import DDPM
+from latentddae.diffusion.flow import Flow
+from latentddae.diffusion.objective import Objective
+from latentddae.models.convert.foreign import ForeignFile, Stated, heads_of
 from latentddae.models.dit import DiTConfig
 from latentddae.models.dit_state import shape_of_state
 from latentddae.models.portable import Checkpoint, Weights, network_with
 
-NUM_HEADS = {1152: 16}
-"""Width -> heads; every other published width has heads of 64 channels."""
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+PROJECTORS = "projectors."
+LICENCES = {"DiT": "CC-BY-NC-4.0 (weights of facebookresearch/DiT)", "SiT": "MIT", "REPA": "MIT"}
 
 
-def load(path: Path, weights: Weights, device: torch.device | str) -> Checkpoint:
-    """The checkpoint of a `.pt` file; see zoo.load.
+class Family(NamedTuple):
+    """A project, and what it trains for."""
 
-    Raises ConfigError for missing weights and for a network without learned variance, DataError for
-    a file that is no DiT.
+    name: str
+    objective: Objective
+
+
+def matches(file: ForeignFile) -> bool:
+    """Whether the names are those of a DiT."""
+    return {"x_embedder.proj.weight", "final_layer.linear.weight"} <= file.names
+
+
+def load(
+    file: ForeignFile, weights: Weights, device: torch.device | str, stated: Stated
+) -> Checkpoint:
+    """The checkpoint of a file; see zoo.load.
+
+    Raises ConfigError for what the file does not tell and nobody stated, and for missing weights,
+    DataError for a state dict that is no whole DiT.
     """
-    state = read(path, weights)
-    config = config_of(state, path)
-    if not config.learn_sigma:
-        raise ConfigError(f"{path} predicts no variance: it is not one of DiT's own")
-    model = network_with(config, state, path, device)
-    info = {"weights": weights, "sha256": sha256(path), "path": str(path)}
-    return Checkpoint(model, DDPM(preset="dit"), latents_of(config), info)
+    state = file.state(weights)
+    aside = sorted(name for name in state if name.startswith(PROJECTORS))
+    config = config_of({k: v for k, v in state.items() if k not in aside}, file.path, stated)
+    family = family_of(file, stated, bool(aside))
+    if family.objective.learn_sigma and not config.learn_sigma:
+        raise ConfigError(f"{file.path} predicts no variance: it is not one of DiT's own")
+    model = network_with(
+        config, {k: v for k, v in state.items() if k not in aside}, file.path, device
+    )
+    info = file.info(weights, project=family.name, licence=LICENCES[family.name])
+    if aside:
+        info["left_out"] = aside
+    return Checkpoint(model, family.objective, latents_of(config, file.path), info)
 
 
-def read(path: Path, weights: Weights) -> dict[str, Tensor]:
-    """The state dict under the published names, float32 on the CPU.
+def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family:
+    """The project that wrote a file: by its projectors, its arguments, or what the user states."""
+    if has_projectors:
+        return _checked(file, stated, Family("REPA", Flow(time="noise")))
+    model = str(file.arguments.get("model", ""))
+    if model.startswith("SiT") and "prediction" in file.arguments:
+        return _checked(file, stated, Family("SiT", _sit_objective(file)))
+    if model.startswith("DiT") and "path_type" not in file.arguments:
+        return _checked(file, stated, Family("DiT", DDPM(preset="dit")))
+    if stated.objective == "ddpm":
+        return Family("DiT", DDPM(preset="dit"))
+    if stated.objective == "flow" and stated.time is not None:
+        return Family("SiT" if stated.time == "data" else "REPA", Flow(time=stated.time))
+    raise ConfigError(
+        f"{file.path} has the names of a DiT, which does not tell what it was trained for; give "
+        "objective=ddpm (DiT), or objective=flow with time=data (SiT) or time=noise (REPA)"
+    )
 
-    Raises ConfigError if the file has no such weights, DataError if it cannot be read without
-    running what is pickled in it.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be loaded as weights only: {reason}") from error
-    wrapped = {k: v for k, v in _mapping(content, path).items() if k in ("model", "ema")}
-    if wrapped and weights not in wrapped:
-        raise ConfigError(f"{path} has no {weights} weights; it has: {', '.join(wrapped)}")
-    if not wrapped and weights != "ema":
+
+def _checked(file: ForeignFile, stated: Stated, family: Family) -> Family:
+    stated.check(
+        file.path, family.name, family.objective.kind, getattr(family.objective, "time", None)
+    )
+    return family
+
+
+def _sit_objective(file: ForeignFile) -> Flow:
+    """SiT's default; other paths and predictions have no counterpart here."""
+    path, prediction = file.arguments.get("path_type"), file.arguments.get("prediction")
+    if (path, prediction) != ("Linear", "velocity"):
         raise ConfigError(
-            f"{path} is a bare state dict, in published files the average: "
-            f"weights are ema, got {weights!r}"
+            f"{file.path} was trained with path {path} and prediction {prediction}; only Linear "
+            "and velocity can be read"
         )
-    state = _mapping(wrapped.get(weights, content), path)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    others = [str(name) for name in state if name not in tensors]
-    if others or not tensors:
-        raise DataError(f"{path} is no state dict: {', '.join(others[:3]) or 'empty'}")
-    return {_plain_name(name): value.to(torch.float32) for name, value in tensors.items()}
+    return Flow(time="data")
 
 
-def config_of(state: Mapping[str, Tensor], path: Path) -> DiTConfig:
-    """The architecture that the shapes determine; heads are those of the published sizes.
+def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> DiTConfig:
+    """The architecture that the shapes determine, and the heads that they do not.
 
     Raises DataError for a state dict without the names of a DiT.
     """
@@ -79,13 +112,20 @@ def config_of(state: Mapping[str, Tensor], path: Path) -> DiTConfig:
         shape = shape_of_state(state)
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} lacks the names of a DiT: {error} is missing") from error
-    width = shape["hidden_size"]
-    return DiTConfig(num_heads=NUM_HEADS.get(width, max(1, width // 64)), **shape)
+    try:
+        return DiTConfig(num_heads=heads_of(shape["hidden_size"], stated, path), **shape)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def latents_of(config: DiTConfig) -> LatentSpec:
-    """The latents that DiT is trained on: SD-VAE's, scaled and not shifted. A file does not record
-    the hash of the autoencoder's weights."""
+def latents_of(config: DiTConfig, path: Path) -> LatentSpec:
+    """The latents of these projects: SD-VAE's, scaled and not shifted. A file does not record the
+    hash of the autoencoder's weights. Raises ConfigError for another number of channels."""
+    if config.in_channels != 4:
+        raise ConfigError(
+            f"{path} reads latents of {config.in_channels} channels; only those of SD-VAE, with 4, "
+            "are known"
+        )
     return LatentSpec(
         kind="moments",
         channels=config.in_channels,
@@ -94,15 +134,3 @@ def latents_of(config: DiTConfig) -> LatentSpec:
         autoencoder="stabilityai/sd-vae-ft-ema",
         autoencoder_class="AutoencoderKL",
     )
-
-
-def _mapping(value: object, path: Path) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds {type(value).__name__}, not a state dict")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

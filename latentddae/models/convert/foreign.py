@@ -1,0 +1,139 @@
+"""Checkpoint files of other projects: what is in them, without running what is pickled in them.
+
+A published file is a bare state dict. A training file wraps `model`, `ema`, `opt` and `args`, an
+argparse.Namespace. What a file cannot tell (the objective, the direction of time, the number of
+heads) is asked for by name and never guessed.
+"""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latentddae.core.config import require
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import sha256
+from latentddae.models.portable import Weights
+
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WRAPPERS = {"model": "model", "ema": "ema", "MODEL": "model", "EMA": "ema"}  # key -> weights
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
+"""Width -> heads of the published sizes of DiT, SiT, REPA and LightningDiT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What the user says about a foreign checkpoint, because its file does not."""
+
+    objective: Literal["ddpm", "edm", "flow"] | None = None
+    """What a foreign checkpoint was trained for, where its file does not tell."""
+    time: Literal["data", "noise"] | None = None
+    """What t = 1 means in a foreign flow checkpoint: SiT and LightningDiT count to the data."""
+    num_heads: int | None = None
+    """Attention heads of a foreign transformer whose width is not a published one."""
+    image_size: int | None = None
+    """Height and width of the images of a foreign U-Net that is not a published one."""
+
+    def __post_init__(self) -> None:
+        require(self, positive=("num_heads", "image_size"))
+
+    def check(self, path: Path, family: str, objective: str, time: str | None = None) -> None:
+        """Raise ConfigError where the user contradicts what the file tells."""
+        for name, stated, known in (
+            ("objective", self.objective, objective),
+            ("time", self.time, time),
+        ):
+            if stated is not None and known is not None and stated != known:
+                raise ConfigError(
+                    f"{path} is a checkpoint of {family} with {name}={known}, given was {stated}"
+                )
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A checkpoint file: its path, weights by kind, and the arguments of its training."""
+
+    path: Path
+    states: Mapping[Weights, Mapping[str, Tensor]]
+    """Without the prefixes of wrappers; a bare state dict is "ema" alone."""
+    bare: bool
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+    def state(self, weights: Weights) -> dict[str, Tensor]:
+        """One kind of weights, float32. Raises ConfigError if the file does not hold it."""
+        if weights not in self.states:
+            if self.bare:
+                raise ConfigError(
+                    f"{self.path} is a bare state dict, in published files the average: "
+                    f"weights are ema, got {weights!r}"
+                )
+            raise ConfigError(
+                f"{self.path} has no {weights} weights; it has: {', '.join(self.states)}"
+            )
+        return {name: value.to(torch.float32) for name, value in self.states[weights].items()}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the tensors."""
+        return frozenset(next(iter(self.states.values())))
+
+    def info(self, weights: Weights, **more: object) -> dict[str, object]:
+        """What a Checkpoint records about its file."""
+        return {"weights": weights, "sha256": sha256(self.path), "path": str(self.path), **more}
+
+
+def read(path: Path) -> ForeignFile:
+    """Open a `.pt` or `.pth` file, tensors and an argparse.Namespace only.
+
+    Raises DataError if it cannot be read without running what is pickled in it, or holds no state
+    dict.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be loaded as weights only: {reason}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {type(content).__name__}, not a state dict")
+    wrapped = {WRAPPERS[key]: value for key, value in content.items() if key in WRAPPERS}
+    states: dict[Weights, Mapping[str, Tensor]] = {}
+    for kind in ("ema", "model"):
+        if kind in wrapped or (kind == "ema" and not wrapped):
+            states[kind] = _tensors(wrapped.get(kind, content), path)
+    arguments = content.get("args") if wrapped else None
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return ForeignFile(path, states, not wrapped, arguments if isinstance(arguments, dict) else {})
+
+
+def _tensors(state: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, dict):
+        raise DataError(f"{path} holds {type(state).__name__}, not a state dict")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    others = [str(name) for name in state if name not in tensors]
+    if others or not tensors:
+        raise DataError(f"{path} is no state dict: {', '.join(others[:3]) or 'empty'}")
+    return {_plain_name(name): value for name, value in tensors.items()}
+
+
+def _plain_name(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def heads_of(width: int, stated: Stated, path: Path) -> int:
+    """The number of heads: stated, or that of a published width. Raises ConfigError otherwise."""
+    if stated.num_heads is not None:
+        return stated.num_heads
+    if width not in NUM_HEADS:
+        raise ConfigError(
+            f"{path}: the shapes do not tell how many heads a network of width {width} has; give "
+            "num_heads"
+        )
+    return NUM_HEADS[width]

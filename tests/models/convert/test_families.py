@@ -1,0 +1,159 @@
+"""Files of other projects: the numbers of their networks, what they tell, and what is asked for."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.diffusion.ddpm import DDPM
+from latentddae.diffusion.edm import EDM
+from latentddae.diffusion.flow import Flow
+from latentddae.models import zoo
+
+from .conftest import golden
+
+SIT_ARGUMENTS = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@torch.no_grad()
+def test_dit_by_its_arguments(training_file, prefix) -> None:
+    io = golden("dit_a_io")
+    path = training_file(golden("dit_a_weights"), prefix=prefix, model="DiT-XL/2", num_classes=10)
+    checkpoint = zoo.load(path, num_heads=4)
+    assert checkpoint.objective == DDPM(preset="dit") and checkpoint.info["project"] == "DiT"
+    assert "NC" in checkpoint.info["licence"]
+    assert_close(checkpoint.model(io["xt"], io["t"], io["y"]), io["out"])
+    loss = checkpoint.objective.loss(checkpoint.model, io["x0"], io["y"], io["t"], io["noise"])
+    assert_close(loss, io["loss"], 1e-4)
+
+
+@torch.no_grad()
+def test_sit_by_its_arguments(training_file) -> None:
+    io = golden("sit_a_io")
+    checkpoint = zoo.load(training_file(golden("sit_a_weights"), **SIT_ARGUMENTS), num_heads=4)
+    assert checkpoint.objective == Flow(time="data") and checkpoint.info["project"] == "SiT"
+    out = checkpoint.model(io["xt"], io["t"], io["y"])[:, :4]
+    assert_close(out, io["out"])
+    loss = checkpoint.objective.loss(
+        checkpoint.model, io["x_data"], io["y"], io["t"], io["x_noise"]
+    )
+    assert_close(loss, io["loss"], 1e-4)
+
+
+@torch.no_grad()
+def test_repa_by_its_projectors(bare_file) -> None:
+    io, weights = golden("repa_a_io"), golden("repa_a_weights")
+    checkpoint = zoo.load(bare_file(weights), num_heads=4)
+    assert checkpoint.objective == Flow(time="noise") and checkpoint.info["project"] == "REPA"
+    assert checkpoint.info["left_out"] == sorted(k for k in weights if k.startswith("projectors"))
+    assert_close(checkpoint.model(io["xt"], io["t"], io["y"]), io["out"])
+    for number, tokens in checkpoint.model.taps(io["xt"], io["t"], io["y"], (1, 2, 3)).items():
+        assert_close(tokens, io[f"block_{number}"])
+    loss = checkpoint.objective.loss(
+        checkpoint.model, io["x_data"], io["y"], io["t"], io["x_noise"]
+    )
+    assert_close(loss, io["loss_denoise"], 1e-4)
+
+
+def test_a_bare_file_of_dit_or_sit_asks_for_the_objective(bare_file) -> None:
+    for name in ("dit_a_weights", "sit_a_weights"):
+        path = bare_file(golden(name))
+        with pytest.raises(ConfigError, match=r"objective=ddpm \(DiT\), or objective=flow with"):
+            zoo.load(path, num_heads=4)
+        with pytest.raises(ConfigError, match="time=data"):
+            zoo.load(path, num_heads=4, objective="flow")
+        stated = zoo.load(path, num_heads=4, objective="flow", time="data")
+        assert stated.objective == Flow(time="data")
+        assert zoo.load(path, num_heads=4, objective="ddpm").objective == DDPM(preset="dit")
+
+
+def test_heads_of_an_unknown_width_are_asked_for(bare_file) -> None:
+    with pytest.raises(ConfigError, match="width 64 has; give num_heads"):
+        zoo.load(bare_file(golden("repa_a_weights")))
+    with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_heads 5"):
+        zoo.load(bare_file(golden("repa_a_weights")), num_heads=5)
+
+
+def test_what_the_file_tells_is_not_overruled(bare_file, training_file) -> None:
+    with pytest.raises(ConfigError, match="REPA with objective=flow, given was ddpm"):
+        zoo.load(bare_file(golden("repa_a_weights")), num_heads=4, objective="ddpm")
+    with pytest.raises(ConfigError, match="REPA with time=noise, given was data"):
+        zoo.load(bare_file(golden("repa_a_weights")), num_heads=4, time="data")
+    path = training_file(golden("sit_a_weights"), **SIT_ARGUMENTS)
+    with pytest.raises(ConfigError, match="SiT with time=data, given was noise"):
+        zoo.load(path, num_heads=4, time="noise")
+    path = training_file(golden("sit_a_weights"), **{**SIT_ARGUMENTS, "path_type": "GVP"})
+    with pytest.raises(ConfigError, match="path GVP and prediction velocity"):
+        zoo.load(path, num_heads=4)
+
+
+@pytest.fixture(params=["unet_ddpm_a", "unet_ddpmpp_a"])
+def unet(request, tmp_path) -> tuple[str, dict[str, Tensor], dict[str, int]]:
+    """A file as DDAE writes it: raw weights differ from the average by one."""
+    state = golden(f"{request.param}_weights")
+    ema = {f"ema_model.nn_model.{name}": value for name, value in state.items()}
+    ema |= {"initted": torch.tensor(True), "step": torch.tensor(5)}
+    raw = {f"nn_model.{name}": value + 1 for name, value in state.items()}
+    torch.save({"MODEL": raw, "EMA": ema, "opt": {}}, tmp_path / "model_800.pth")
+    stated = {"image_size": 16, "num_heads": 1 if request.param == "unet_ddpm_a" else 2}
+    return str(tmp_path / "model_800.pth"), golden(f"{request.param}_io"), stated
+
+
+@torch.no_grad()
+def test_ddae_under_the_stated_objective(unet) -> None:
+    path, io, stated = unet
+    edm = zoo.load(path, objective="edm", **stated)
+    assert edm.objective == EDM(sigma_data=0.5)
+    assert (edm.latent_spec.kind, edm.latent_spec.shape) == ("image", (3, 16, 16))
+    assert_close(
+        edm.objective.denoise(edm.model, io["edm_xt"], io["edm_sigma"]), io["edm_denoised"]
+    )
+    ddpm = zoo.load(path, objective="ddpm", **stated)
+    x, t = ddpm.objective.network_input(io["ddpm_xt"], io["ddpm_t"])
+    assert_close(ddpm.model(x, t), io["ddpm_out"])
+    for number, tokens in ddpm.model.taps(x, t, None, range(1, 5)).items():
+        assert_close(tokens, io[f"ddpm_out_{number}"].flatten(2).transpose(1, 2))
+    raw = zoo.load(path, weights="model", objective="ddpm", **stated)
+    assert torch.equal(raw.model.final.weight, ddpm.model.final.weight + 1)
+
+
+def test_ddae_asks_for_objective_size_and_heads(unet) -> None:
+    path, _, stated = unet
+    with pytest.raises(ConfigError, match="objective=ddpm or objective=edm"):
+        zoo.load(path, **stated)
+    with pytest.raises(ConfigError, match="give image_size and num_heads"):
+        zoo.load(path, objective="edm")
+
+
+def test_the_published_unets_need_the_objective_alone(tmp_path) -> None:
+    state = zoo.build("ddpm_cifar10").state_dict()
+    torch.save(
+        {"EMA": {f"ema_model.nn_model.{k}": v for k, v in state.items()}}, tmp_path / "m.pth"
+    )
+    checkpoint = zoo.load(tmp_path / "m.pth", objective="edm")
+    expected = zoo.REGISTRY["ddpm_cifar10"]
+    assert checkpoint.model.config == expected
+
+
+def test_unknown_files_and_statements_are_refused(bare_file, tmp_path) -> None:
+    with pytest.raises(DataError, match="lacks the names of a DiT, SiT, REPA or DDAE"):
+        zoo.load(bare_file({"conv1.weight": torch.ones(1)}))
+    with pytest.raises(ConfigError, match="heads"):
+        zoo.load(bare_file(golden("dit_a_weights")), heads=4)
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        zoo.load(tmp_path)
+    with pytest.raises(ConfigError, match="no file of another project"):
+        zoo.load(tmp_path, objective="ddpm")
+
+
+def test_latents_of_an_unknown_autoencoder_are_refused(bare_file) -> None:
+    state = zoo.build(
+        "dit_s_2", input_size=8, in_channels=16, depth=1, hidden_size=384, num_classes=5
+    ).state_dict()
+    with pytest.raises(ConfigError, match="reads latents of 16 channels"):
+        zoo.load(bare_file(state), objective="ddpm")
