@@ -1,4 +1,4 @@
-"""The doors to training are one program: deepspeed, torchrun and the console script, one process or two."""
+"""deepspeed, torchrun and the console script run the same training, in one process or two."""
 
 import os
 import signal
@@ -13,32 +13,24 @@ from latentddae.core import files
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node={ranks}"]
 LAUNCHERS = {
     "latentddae": [str(BIN / "latentddae"), "train"],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus={ranks}", "latentddae/train.py"],
-    "torchrun": [
-        str(BIN / "torchrun"),
-        "--standalone",
-        "--nproc-per-node={ranks}",
-        "-m",
-        "latentddae.train",
-    ],
+    "torchrun": [*TORCHRUN, "-m", "latentddae.train"],
 }
 
 
 def start(launcher: str, ranks: int, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Train to the end; whatever the launcher leaves running is killed."""
     command = [part.format(ranks=ranks) for part in LAUNCHERS[launcher]]
     if launcher == "deepspeed":  # its runner wants a free port by number
         command.insert(1, f"--master_port={_free_port()}")
+    paths = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     with subprocess.Popen(
         [*command, *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        },
+        env={**os.environ, **paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,18 +54,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_all_doors_give_the_same_run(tiny_shards, tmp_path) -> None:
+def test_all_launchers_give_the_same_run(tiny_shards, tmp_path) -> None:
     """50 steps at the same global batch, one and two processes: losses agree to 1e-3."""
     losses = {}
     for launcher, ranks in (("latentddae", 1), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 2)):
         run = tmp_path / f"{launcher}-{ranks}"
-        arguments = [
-            "--config",
-            "configs/pretrain/demo.yaml",
-            f"run={run}",
-            f"data.path={tiny_shards}",
-        ]
-        arguments += ["global_batch=16", "total_images=800", "log_every_images=16", "model.depth=2"]
+        arguments = ["--config", "configs/pretrain/demo.yaml"]
+        arguments += [f"run={run}", f"data.path={tiny_shards}", "global_batch=16"]
+        arguments += ["total_images=800", "log_every_images=16", "model.depth=2"]
         result = start(launcher, ranks, arguments)
         assert result.returncode == 0, result.stdout
         rows = [row for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
@@ -89,7 +77,7 @@ def test_all_doors_give_the_same_run(tiny_shards, tmp_path) -> None:
 
 
 def test_training_needs_no_compiler_and_no_autoencoder(tiny_shards, tmp_path) -> None:
-    """No g++, ninja or nvcc on PATH; training and features never import diffusers (USER_PAINS 36, 41, 49)."""
+    """Without g++, ninja or nvcc on PATH; training and features never import diffusers."""
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
@@ -100,15 +88,9 @@ def test_training_needs_no_compiler_and_no_autoencoder(tiny_shards, tmp_path) ->
         "print('clean')\n"
     )
     config = ROOT / "tests" / "training" / "tiny.yaml"
+    arguments = ["--config", str(config), f"run={tmp_path / 'run'}", f"data.path={tiny_shards}"]
     result = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            "--config",
-            str(config),
-            f"run={tmp_path / 'run'}",
-            f"data.path={tiny_shards}",
-        ],
+        [sys.executable, str(script), *arguments],
         env={"PATH": "/nowhere", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
