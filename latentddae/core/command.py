@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import shlex
 import sys
 import textwrap
 import types
@@ -60,6 +61,43 @@ class Command(Generic[Config]):
             print(self.plan(settings))
         else:
             self.run(settings)
+
+
+def command_line(command: Command[Config], record: Config) -> str:
+    """How a record would be typed: what differs from the defaults."""
+    return shlex.join(["latentddae", command.name, *_flags(record)])
+
+
+def _flags(record: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
+    """The arguments that turn `base`, else the defaults, into a record."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        default = _default(field) if base is None else getattr(base, field.name)
+        if not field.init or value == default:
+            continue
+        name = f"{prefix}{field.name}"
+        flag = f"--{name.replace('_', '-')}"
+        if "registry" in field.metadata:
+            yield from (flag, value.kind)
+            yield from _flags(value, prefix=f"{name}.")
+        elif dataclasses.is_dataclass(value):
+            inner = default if dataclasses.is_dataclass(default) else None
+            yield from _flags(value, inner, f"{name}.")
+        elif isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-", 1)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from (flag, f"{key}={inner}")
+        elif field.metadata.get("positional"):
+            yield from map(str, value if isinstance(value, tuple) else [value])
+        else:
+            yield from (flag, _argument(value))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value)
 
 
 class Option(NamedTuple):

@@ -1,5 +1,6 @@
 """Command lines: flags, files and key=value say the same thing; help names every setting."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from latentddae.core import config as configuration
-from latentddae.core.command import Command, options
+from latentddae.core.command import Command, command_line, options
 from latentddae.core.config import choice, option, positional, transient
 from latentddae.core.errors import ConfigError, UsageError
 
@@ -159,3 +160,25 @@ def test_print_config_reads_back_and_dry_run_does_nothing(tmp_path, capsys) -> N
     assert read("--config", str(file)) == read(*MINIMUM, "levels=1,2")
     command.main([*MINIMUM, "--dry-run"])
     assert capsys.readouterr().out == "to o\n" and not done
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("runs/a", "runs/b c", "--levels", "0.3", "--no-noisy-input", "--retry"),
+        ("--model", "big", "--extra", "churn=2", "--extra", "steps=3", "--data.workers", "3"),
+        ("--levels", "", "--limit", "7", "--metric", "mean", "--data", "with space"),
+    ],
+)
+def test_a_record_is_typed_as_it_was_read(argv) -> None:
+    command = Command("toy", Settings, run=print, plan=str)
+    record = read(*MINIMUM, *argv)
+    program, name, *words = shlex.split(command_line(command, record))
+    assert (program, name) == ("latentddae", "toy")
+    assert read(*words) == record
+
+
+def test_only_what_differs_from_the_defaults_is_typed() -> None:
+    command = Command("toy", Settings, run=print, plan=str)
+    assert command_line(command, read(*MINIMUM)) == "latentddae toy --out o --data.path d"
