@@ -10,35 +10,50 @@ it was, and a finished one prints its table immediately.
 """
 
 import contextlib
-import importlib
 import json
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from einops import rearrange
 
-from latentddae.cli import COMMANDS
 from latentddae.core import files
-from latentddae.core.command import Command
-from latentddae.core.config import require, to_dict, transient
+from latentddae.core.command import Command, command_line
+from latentddae.core.config import load, require, to_dict, transient
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.imaging import image_sheet, write_png
+from latentddae.data.encoding.encode import COMMAND as ENCODE
+from latentddae.data.encoding.encode import EncodeSplitsConfig
 from latentddae.data.shards import ShardSet
 from latentddae.data.sources.open import open_source
-from latentddae.transfer.compare import Row, read_table, table_text
+from latentddae.data.verify import COMMAND as VERIFY
+from latentddae.data.verify import VerifyConfig
+from latentddae.generation.sample import COMMAND as SAMPLE
+from latentddae.generation.sample import SampleConfig
+from latentddae.train import train
+from latentddae.training.config import TrainConfig
+from latentddae.transfer.compare import COMMAND as COMPARE
+from latentddae.transfer.compare import CompareConfig
+from latentddae.transfer.grid import COMMAND as GRID
+from latentddae.transfer.grid import GridConfig
+from latentddae.transfer.compare import table
 from latentddae.transfer.report import write_report
 from latentddae.transfer.reporting.collect import PICTURES
 from latentddae.transfer.reporting.page import Card
 
 TEST_SHARE = 0.2  # of a folder that comes without splits
 STEPS_DONE = "steps.jsonl"
+RECIPE = "demo.yaml"
 SHOWN = 64  # images on a sheet
 COLUMNS = 8
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,74 +87,77 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """A command of this package with its arguments."""
+    """One command of this package."""
 
     title: str
-    arguments: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return shlex.join(["latentddae", *self.arguments])
+    text: str
+    """The command as it would be typed."""
+    action: Callable[[], object]
 
     def run(self) -> None:
-        command, *rest = self.arguments
-        importlib.import_module(COMMANDS[command][0]).main(rest)
+        self.action()
+
+
+def command_step(title: str, command: Command[Config], record: Config) -> Step:
+    """A command with its settings."""
+    return Step(title, command_line(command, record), lambda: command.run(record))
 
 
 def steps_of(config: DemoConfig, test_share: float) -> list[Step]:
     """All steps of a demo in order; paths are as the user gave them."""
-    out, seed = config.out, ("--seed", str(config.seed))
-    latents, pixels, run = str(out / "latents"), str(out / "pixels"), str(out / "pretrain")
-    steps = [
-        encode_step(config, split, folder, autoencoder, test_share)
-        for folder, autoencoder in ((latents, config.autoencoder), (pixels, "none"))
-        for split in ("train", "test")
-    ]
-    grid, compared, samples = str(out / "grid"), str(out / "compare"), str(out / "samples")
-    common = ("--checkpoint", run, "--data", latents)
-    baselines = ("--control-seed", str(config.seed), "--control-levels")
+    out = config.out
+    latents, pixels, run, grid = out / "latents", out / "pixels", out / "pretrain", out / "grid"
+    gridded = GridConfig(
+        checkpoint=str(run),
+        data=latents,
+        out=grid,
+        levels=tuple(map(str, config.levels)),
+        seed=config.seed,
+    )
+    compared = CompareConfig(
+        checkpoint=str(run),
+        data=latents,
+        pixels=pixels,
+        grid=grid / "grid.json",
+        out=out / "compare",
+        baseline_levels=config.baseline_levels,
+        baseline_seed=config.seed,
+    )
+    sampled = SampleConfig(checkpoint=str(run), num=SHOWN, out=out / "samples", seed=config.seed)
     return [
-        *steps,
-        Step("check the shards", ("verify", latents)),
-        Step("pretrain", ("train", *train_arguments(config, run, latents))),
-        Step(
-            "probe all blocks and noise levels",
-            ("grid", *common, "--out", grid, "--levels", listed(config.levels), *seed),
-        ),
-        Step(
-            "compare with baselines",
-            ("compare", *common, "--pixels", pixels, "--grid", f"{grid}/grid.json")
-            + ("--out", compared, *baselines, listed(config.baseline_levels)),
-        ),
-        Step(
-            "generate images",
-            ("sample", "--checkpoint", run, "--num", str(SHOWN), "--out", samples, *seed),
-        ),
+        *encode_steps(config, test_share),
+        command_step("check the shards", VERIFY, VerifyConfig(data=latents)),
+        train_step(config, latents, run),
+        command_step("probe all blocks and noise levels", GRID, gridded),
+        command_step("compare with baselines", COMPARE, compared),
+        command_step("generate images", SAMPLE, sampled),
     ]
 
 
-def encode_step(
-    config: DemoConfig, split: str, folder: str, autoencoder: str, test_share: float
-) -> Step:
-    """One split of the images to latents, or to pixels with the autoencoder `none`."""
-    cut = ("--test-share", f"{test_share:g}") if test_share else ()
-    what = ("--source", config.data, "--split", split, *cut, "--max-bad", str(config.max_bad))
-    how = ("--autoencoder", autoencoder, "--resolution", str(config.resolution))
-    kind = "pixels (a baseline)" if autoencoder == "none" else "latents"
-    return Step(f"{split} images to {kind}", ("encode", *what, "--out", folder, *how))
+def encode_steps(config: DemoConfig, test_share: float) -> Iterator[Step]:
+    """Both splits as latents, and as pixels for the baseline that reads them."""
+    for folder, autoencoder in (("latents", config.autoencoder), ("pixels", "none")):
+        for split in ("train", "test"):
+            record = EncodeSplitsConfig(
+                source=config.data,
+                split=split,
+                test_share=test_share,
+                max_bad=config.max_bad,
+                out=str(config.out / folder),
+                autoencoder=autoencoder,
+                resolution=config.resolution,
+            )
+            yield command_step(f"{split} images to {folder}", ENCODE, record)
 
 
-def train_arguments(config: DemoConfig, run: str, latents: str) -> list[str]:
-    """The settings of pretraining; later ones win."""
-    arguments = ["--config", str(config.out / "demo.yaml"), f"run={run}", f"data.path={latents}"]
-    arguments.append(f"seed={config.seed}")
-    if config.images is not None:
-        arguments.append(f"total_images={config.images}")
-    return arguments + [f"{key}={value}" for key, value in config.train.items()]
-
-
-def listed(levels: tuple[float, ...]) -> str:
-    return ",".join(f"{level:g}" for level in levels)
+def train_step(config: DemoConfig, latents: Path, run: Path) -> Step:
+    """Pretraining by the recipe in the demo's folder; settings of the user come last and win."""
+    recipe = config.out / RECIPE
+    settings = [f"run={run}", f"data.path={latents}", f"seed={config.seed}"]
+    settings += [] if config.images is None else [f"total_images={config.images}"]
+    settings += [f"{key}={value}" for key, value in config.train.items()]
+    text = shlex.join(["latentddae", "train", "--config", str(recipe), *settings])
+    return Step("pretrain", text, lambda: train(load(TrainConfig, recipe, settings)))
 
 
 def demo(config: DemoConfig) -> None:
@@ -150,12 +168,12 @@ def demo(config: DemoConfig) -> None:
         if not finished.exists():
             run_steps(config)
         rows = compared_rows(config)
-    print(table_text(rows))
+    print(table(rows))
     print(f"\nreport: {finished}   results: {config.out / 'compare' / 'results.jsonl'}")
 
 
-def compared_rows(config: DemoConfig) -> list[Row]:
-    return read_table(config.out / "compare" / "compare.json")
+def compared_rows(config: DemoConfig) -> list[dict]:
+    return json.loads((config.out / "compare" / "compare.json").read_text())["rows"]
 
 
 def plan(config: DemoConfig) -> str:
@@ -192,7 +210,7 @@ def run_steps(config: DemoConfig) -> None:
     if not (out / "demo.json").exists():
         files.write_json(out / "demo.json", to_dict(config))
     recipe = resources.files("latentddae").joinpath("assets/demo.yaml").read_text()
-    files.write_atomic(out / "demo.yaml", recipe)
+    files.write_atomic(out / RECIPE, recipe)
     done = commands_done(out)
     for number, step in enumerate(steps, start=1):
         if step.text in done:
