@@ -39,10 +39,9 @@ from latentddae.generation.sample import SampleConfig
 from latentddae.train import train
 from latentddae.training.config import TrainConfig
 from latentddae.transfer.compare import COMMAND as COMPARE
-from latentddae.transfer.compare import CompareConfig
+from latentddae.transfer.compare import CompareConfig, Row, read_table, table_text
 from latentddae.transfer.grid import COMMAND as GRID
 from latentddae.transfer.grid import GridConfig
-from latentddae.transfer.compare import table
 from latentddae.transfer.report import write_report
 from latentddae.transfer.reporting.collect import PICTURES
 from latentddae.transfer.reporting.page import Card
@@ -168,12 +167,13 @@ def demo(config: DemoConfig) -> None:
         if not finished.exists():
             run_steps(config)
         rows = compared_rows(config)
-    print(table(rows))
+    print(table_text(rows))
     print(f"\nreport: {finished}   results: {config.out / 'compare' / 'results.jsonl'}")
 
 
-def compared_rows(config: DemoConfig) -> list[dict]:
-    return json.loads((config.out / "compare" / "compare.json").read_text())["rows"]
+def compared_rows(config: DemoConfig) -> list[Row]:
+    """The table of the comparison."""
+    return read_table(config.out / "compare" / "compare.json")
 
 
 def plan(config: DemoConfig) -> str:

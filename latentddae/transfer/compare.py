@@ -70,9 +70,9 @@ class Subject:
 class CompareSettings:
     """What the table contains. Seed and held-out part are those of the grid."""
 
-    control_levels: tuple[float, ...] = ()
+    baseline_levels: tuple[float, ...] = ()
     """Noise levels at which the untrained networks are judged; empty: those of the grid."""
-    control_seed: int = 0
+    baseline_seed: int = 0
     """Of the untrained networks' weights."""
     timm: tuple[str, ...] = ()
     """timm backbones NAME@WEIGHTS, on the same images."""
@@ -171,9 +171,9 @@ def untrained_entries(run: Comparison, group: str) -> Iterator[Entry]:
     As initialised all blocks are the identity: one stands for all.
     """
     subject, grid = run.subject, run.subject.grid
-    network = untrained(subject.checkpoint, run.settings.control_seed, group == "random_gates")
+    network = untrained(subject.checkpoint, run.settings.baseline_seed, group == "random_gates")
     settings = GridSettings(
-        levels=run.settings.control_levels or grid.levels,
+        levels=run.settings.baseline_levels or grid.levels,
         blocks=(1,) if group == "untrained" else grid.blocks,
         pools=grid.pools,
         holdout=grid.holdout,

@@ -33,7 +33,7 @@ GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
     ("untrained", "mean"), ("untrained", "grid2"), ("random_gates", "mean"), ("random_gates", "grid2"),
 ]  # fmt: skip
-SETTINGS = CompareSettings(control_levels=(0.1,))
+SETTINGS = CompareSettings(baseline_levels=(0.1,))
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -138,9 +138,9 @@ def test_an_interrupted_table_continues(finished, subject, tmp_path, monkeypatch
     assert len(calls) == 4 + 5  # three were kept, the fourth and the rest computed
 
 
-def test_other_control_weights_make_other_rows(finished, subject, tmp_path):
+def test_other_baseline_weights_make_other_rows(finished, subject, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "again")
-    rows = run(subject, out, replace(SETTINGS, control_seed=1))
+    rows = run(subject, out, replace(SETTINGS, baseline_seed=1))
     same = [new.result.id == old.result.id for new, old in zip(rows, finished[1], strict=True)]
     assert same == [True] * 4 + [False] * 4
 
@@ -199,7 +199,7 @@ def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp
     grid_file = tmp_path / "grid.json"
     grid_file.write_text(json.dumps(to_dict(subject.grid)))
     arguments = f"--checkpoint {checkpoint_folder} --data {tiny_shards} --grid {grid_file}"
-    comparison.main([*arguments.split(), "--out", str(tmp_path), "--control-levels", "0.3"])
+    comparison.main([*arguments.split(), "--out", str(tmp_path), "--baseline-levels", "0.3"])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 7
     assert lines[0].startswith("DDAE features, mean")

@@ -125,28 +125,18 @@ def find(run: Path) -> Found:
     """Read a run folder. ConfigError if it does not exist, DataError for a damaged file."""
     if not run.is_dir():
         raise ConfigError(f"run folder {run} does not exist")
-    read = [r for path in _files(run, results.RESULTS) for r in read_results(path)]
+    read = [r for path in _files(run, results.RESULTS) for r in results.read(path)]
     return Found(
         name=run.name,
         logs=[read_log(path) for path in _files(run, METRICS)],
         grids=[read_grid(path) for path in _own_grids(run)],
-        comparisons=[
-            table for path in _files(run, "compare.json") if (table := read_comparison(path)).rows
-        ],
+        comparisons=[read_comparison(path) for path in _files(run, "compare.json")],
         results=read,
         confusion=best_confusion(run, read),
         visualizations=[read_visualization(path) for path in _files(run, VISUALIZATION)],
         pictures=_pictures(run),
         starts=[row for path in _files(run, ENVIRONMENT) for row in read_json_lines(path)],
     )
-
-
-def read_results(path: Path) -> list[Result]:
-    """The results of a file; lines of commands that do not write `Result`s yet are left out."""
-    if all("format" in row for row in read_json_lines(path)):
-        return results.read(path)
-    rows = [row for row in read_json_lines(path) if "format" in row]
-    return [results.from_dict(row, str(path)) for row in rows]
 
 
 def _files(run: Path, name: str) -> list[Path]:
@@ -188,7 +178,7 @@ def read_log(path: Path) -> TrainingLog:
 
 def read_comparison(path: Path) -> Comparison:
     """A compare.json."""
-    rows = [row for row in _mapping(path, "of `latentddae compare`")["rows"] if "format" in row]
+    rows = _mapping(path, "of `latentddae compare`")["rows"]
     return Comparison(
         rows=[
             results.from_dict({k: v for k, v in row.items() if k != "chosen"}, str(path))

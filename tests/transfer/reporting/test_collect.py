@@ -72,6 +72,6 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"compare\.json is not"):
         collect.find(tmp_path)
     (tmp_path / "compare.json").unlink()
-    write_lines(tmp_path / "results.jsonl", [{"kind": "knn", "format": 2}])
+    write_lines(tmp_path / "results.jsonl", [{"kind": "knn"}])
     with pytest.raises(DataError, match=r"results\.jsonl, line 1"):
         collect.find(tmp_path)
