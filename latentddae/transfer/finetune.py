@@ -13,7 +13,7 @@ once on test.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from latentddae.training.loop import Loop
 from latentddae.training.process import RunContext, distributed_run
 from latentddae.training.state_reader import StateReader
 from latentddae.training.states import State
+from latentddae.transfer import results
 from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise, network_input
 from latentddae.transfer.extraction.spec import check_level, describe_level
@@ -49,6 +50,7 @@ from latentddae.transfer.finetuning.classifier import (
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed, soft_cross_entropy
 from latentddae.transfer.protocol import splits
 from latentddae.transfer.protocol.options import open_test
+from latentddae.transfer.results import CellInfo, DataInfo, Result
 
 PROTOCOL = "finetune/1"
 EVALUATION_BATCH = 256
@@ -99,8 +101,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"eval_every_images must be 0 or more, got {self.eval_every_images}")
 
 
-def finetune(config: FinetuneConfig, retry: bool = False) -> dict[str, Any]:
-    """Run (or continue) a fine-tuning run and score test once; returns the result line.
+def finetune(config: FinetuneConfig, retry: bool = False) -> Result:
+    """Run (or continue) a fine-tuning run and score test once; returns the result.
 
     Raises as `train.train` does.
     """
@@ -256,39 +258,47 @@ class Task:
         precision = resolve_precision(self.config.engine.precision, self.context.device)
         return classifier.to(DTYPES[precision]).eval()
 
-    def result(self, state: State) -> dict[str, Any]:
-        """Choose on held-out train, score test once, write the line (a collective)."""
-        config = self.config
+    def result(self, state: State) -> Result:
+        """Choose on held-out train, score test once, record the result (a collective)."""
         heldout = self.heldout_accuracies(state)
         chosen = max(KINDS, key=lambda name: heldout[f"heldout_accuracy_{name}"])
-        row = {
-            "kind": "finetune",
-            "checkpoint": asdict(self.described),
-            "from_scratch": config.from_scratch,
-            "protocol": {"name": PROTOCOL, **_recipe(config)},
-            "cell": {
+        accuracy = self._accuracy(state, chosen, self.test, np.arange(len(self.test)))
+        result = replace(
+            self.describe_result(state),
+            accuracy=accuracy,
+            top1=accuracy,
+            heldout_accuracy=heldout[f"heldout_accuracy_{chosen}"],
+            values={**heldout, "chosen": chosen, "images_per_s": _speed(self.context.run)},
+        )
+        return dist.on_rank0(lambda: results.append_once(self.context.run, result))
+
+    def describe_result(self, state: State) -> Result:
+        """The result before anything is scored."""
+        config = self.config
+        return Result(
+            kind="finetune",
+            checkpoint=self.described,
+            protocol={"name": PROTOCOL, "from_scratch": config.from_scratch, **_recipe(config)},
+            cell=CellInfo(
                 **describe_level(self.checkpoint.objective, config.level),
-                "block": config.block,
-                "noisy_input": config.noisy_input,
-            },
-            "data": {
-                "train": self.train.fingerprints,
-                "test": self.test.fingerprints,
-                "test_split": self.test.split,
-            },
-            "seed": config.seed,
-            "n_seen": {
+                block=config.block,
+                noisy_input=config.noisy_input,
+            ),
+            data=DataInfo(
+                name=Path(config.data.path).resolve().name,
+                train=self.train.fingerprints,
+                test=self.test.fingerprints,
+                train_split=self.train.split,
+                test_split=self.test.split,
+            ),
+            seed=config.seed,
+            n_seen={
                 "train": len(self.fit),
                 "heldout": len(self.heldout),
                 "test": len(self.test),
                 "images": state.images,
             },
-            **heldout,
-            "chosen": chosen,
-            "accuracy": self._accuracy(state, chosen, self.test, np.arange(len(self.test))),
-            "images_per_s": _speed(self.context.run),
-        }
-        return dist.on_rank0(lambda: inputs.record(self.context.run, row))
+        )
 
 
 def plain(batch: Batch) -> tuple[Tensor, ...]:
@@ -345,15 +355,25 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += ["from_scratch=true"] * args.from_scratch
     config = configuration.load(FinetuneConfig, args.config, [*overrides, *args.overrides])
-    line = finetune(config, args.retry)
+    result = finetune(config, args.retry)
     if dist.world_from_environment().is_main:
-        start = "fresh weights" if config.from_scratch else "pretrained weights"
-        print(
-            f"fine-tuning from {start}: {100 * line['accuracy']:.2f} % on "
-            f"{line['n_seen']['test']} test samples (block {config.block}, {line['chosen']} weights, "
-            f"{line['n_seen']['images']:,} images; held-out "
-            f"{100 * line['heldout_accuracy_' + line['chosen']]:.2f} %)"
-        )
+        print(result_text(result))
+
+
+def result_text(result: Result) -> str:
+    """One line for people."""
+    start = "fresh weights" if result.protocol["from_scratch"] else "pretrained weights"
+    assert result.cell is not None
+    return (
+        f"fine-tuning from {start}: {percent(result.accuracy)} on {result.n_seen['test']} test "
+        f"samples (block {result.cell.block}, {result.values['chosen']} weights, "
+        f"{result.n_seen['images']:,} images; held-out {percent(result.heldout_accuracy)})"
+    )
+
+
+def percent(share: float | None) -> str:
+    assert share is not None
+    return f"{100 * share:.2f} %"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Subset, shard_layout
 from latentddae.models import zoo
 from latentddae.training import state_reader, states
-from latentddae.transfer import finetune
+from latentddae.transfer import finetune, results
 from latentddae.transfer.finetuning.classifier import Classifier, layer_decay, path_factors
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
+from latentddae.transfer.results import Result
 
 CONFIG = Path(__file__).parent / "finetune.yaml"
 STEP = 16
@@ -49,8 +50,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
-def result(run: Path) -> dict:
-    (line,) = files.read_json_lines(run / "results.jsonl")
+def result(run: Path) -> Result:
+    (line,) = results.read(run / results.RESULTS)
     return line
 
 
@@ -67,9 +68,9 @@ def test_interrupted_equals_uninterrupted(size, start, tmp_path, ranks) -> None:
     assert expected.keys() == seen.keys() and expected
     assert all(torch.equal(expected[key], seen[key]) for key in expected)
     assert losses(whole) == losses(parts)
-    lines = files.read_json_lines(parts / "results.jsonl")
-    assert [line["n_seen"]["images"] for line in lines] == [10 * STEP, 20 * STEP]
-    assert lines[-1]["accuracy"] == result(whole)["accuracy"]
+    found = results.read(parts / results.RESULTS)
+    assert [r.n_seen["images"] for r in found] == [10 * STEP, 20 * STEP]
+    assert found[-1].accuracy == result(whole).accuracy
 
 
 def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
@@ -79,8 +80,9 @@ def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
     assert ranks(lambda: start(two, *EVERYTHING), 2) == [0, 0]
     np.testing.assert_allclose(losses(one), losses(two), rtol=1e-5)
     a, b = result(one), result(two)
-    assert a["n_seen"] == b["n_seen"]
-    assert a["heldout_accuracy_model"] == pytest.approx(b["heldout_accuracy_model"], abs=0.1)
+    assert a.n_seen == b.n_seen
+    accuracies = (results.number(r.values, "heldout_accuracy_model") for r in (a, b))
+    assert next(accuracies) == pytest.approx(next(accuracies), abs=0.1)
 
 
 def test_a_trained_trunk_learns_planted_classes(start, tmp_path, ranks) -> None:
@@ -88,8 +90,8 @@ def test_a_trained_trunk_learns_planted_classes(start, tmp_path, ranks) -> None:
     options = ("total_images=1600", "eval_every_images=800", "log_every_images=160")
     assert ranks(lambda: start(run, *options)) == [0]
     line = result(run)
-    assert line["accuracy"] == 1.0 and line["n_seen"]["test"] == 32
-    assert line["n_seen"]["train"] + line["n_seen"]["heldout"] == 96
+    assert line.accuracy == 1.0 and line.n_seen["test"] == 32
+    assert line.n_seen["train"] + line.n_seen["heldout"] == 96
     assert losses(run)[-1] < 0.2 * losses(run)[0]
     looks = [
         r for r in files.read_json_lines(run / "metrics.jsonl") if r.get("event") == "evaluation"
@@ -133,8 +135,8 @@ def test_from_scratch_is_fresh_and_the_default_is_not(start, tmp_path, ranks, ch
                 )
     assert any((fresh[k] != v).any() for k, v in checkpoint.model.state_dict().items())
     assert (
-        result(tmp_path / "scratch")["from_scratch"]
-        and not result(tmp_path / "trained")["from_scratch"]
+        result(tmp_path / "scratch").protocol["from_scratch"]
+        and not result(tmp_path / "trained").protocol["from_scratch"]
     )
 
 
