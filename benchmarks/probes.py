@@ -35,7 +35,7 @@ from latentddae.transfer.protocol import splits
 DDAE = RECIPES["ddae"]
 RATE = (1e-3, 0.0)
 # On 3,200 images, 15 epochs of batches of 128 are 375 steps: too few for any head to converge (52 %
-# at best, where 90 % are possible). Small batches behind a batch norm at ten times the rate suffice.
+# at best, where 90 % are possible). Small batches behind a batch norm at ten times the rate do.
 SMALL = replace(DDAE, batch=32, norm=True)
 SMALL_RATE = (1e-2, 0.0)
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

@@ -1,4 +1,4 @@
-"""`latentddae linear` and `latentddae knn`: the cell of a grid, one result line, test scored once."""
+"""The commands linear and knn: the cell of a grid, one result line, test scored once."""
 
 import json
 from dataclasses import replace

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.transfer.probes.knn import normalised
+from latentddae.transfer.probes.knn import chunks, normalised
 
 MINIBATCH = 512  # DDAE: 128 images on each of 4 GPUs
 CHUNK = 2048
@@ -84,7 +84,10 @@ def effective_rank(covariance: Tensor) -> float:
 
 
 def linear_cka(features: Features) -> np.ndarray:
-    """|cov(x, y)|² / (|cov(x)| |cov(y)|) of every two blocks: (blocks, blocks) float64 in [0, 1]."""
+    """|cov(x, y)|^2 / (|cov(x)| |cov(y)|) of every two blocks: (blocks, blocks) float64 in [0, 1].
+
+    Rows and columns are the blocks in ascending order.
+    """
     names = sorted(features)
     out = np.zeros((len(names), len(names)))
     for i, a in enumerate(names):
@@ -95,14 +98,9 @@ def linear_cka(features: Features) -> np.ndarray:
     return out / np.outer(norms, norms)
 
 
-def chunks(x: np.ndarray, size: int) -> list[np.ndarray]:
-    """Views of consecutive rows, `size` at a time."""
-    return [x[start : start + size] for start in range(0, len(x), size)]
-
-
 def measure(u: Features, v: Features, minibatch: int = MINIBATCH) -> dict[str, list]:
-    """All numbers of two views: `blocks`, a row per block, and `cka` between the blocks of the first
-    view."""
+    """All numbers of two views of the features (N, D): `blocks`, a row per block, and `cka` between
+    the blocks of the first view."""
     rows = [
         {
             "block": block,

@@ -97,14 +97,14 @@ def nearest(
     rows = np.arange(len(bank)) if rows is None else rows
     best = [
         (torch.empty(len(chunk), 0), torch.empty(len(chunk), 0, dtype=torch.int64))
-        for chunk in _chunks(queries, query_chunk)
+        for chunk in chunks(queries, query_chunk)
     ]
     for start in range(0, len(rows), bank_chunk):
         bank_rows = rows[start : start + bank_chunk]
         keys = normalised(bank[bank_rows])
         forget_pages(bank)
         index_of = torch.from_numpy(bank_rows.astype(np.int64))
-        for number, chunk in enumerate(_chunks(queries, query_chunk)):
+        for number, chunk in enumerate(chunks(queries, query_chunk)):
             tile = normalised(chunk) @ keys.T
             top, column = tile.topk(min(k, len(bank_rows)), dim=1)
             similarity = torch.cat([best[number][0], top], dim=1)
@@ -129,7 +129,8 @@ def forget_pages(array: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def _chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Consecutive rows of x (N, D) as views (size, D), the last one shorter."""
     return (x[start : start + size] for start in range(0, len(x), size))
 
 
