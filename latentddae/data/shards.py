@@ -11,25 +11,23 @@ from a memory map. Any tar program and the `webdataset` library read the tars; a
 manifest does not name does not exist.
 """
 
-import contextlib
 import hashlib
 import math
 import mmap
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from latentddae.core.errors import ConfigError, DataError, WriteError
-from latentddae.core.files import sha256, sync_folder, write_atomic, write_errors, write_json
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import sha256, write_json
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
-    ChannelStats,
     ShardEntry,
     add_split,
     new_manifest,
@@ -41,88 +39,16 @@ from latentddae.data.shard_format import (
     INDEX_DTYPE,
     KEY,
     MEMBERS,
-    RECORD,
     index_path,
     npy_header,
     shard_name,
-    tar_member,
 )
+from latentddae.data.shard_writer import ShardWriter
 
 Access = Literal["mmap", "pread"]
 ACCESS = get_args(Access)
 HASH_BELOW = 2**28  # bytes of a split whose hashes are checked whenever it is opened (0.3 s)
 HASH_THREADS = 4
-
-
-class ShardWriter:
-    """Writes one shard: `add` samples, then `close`. Until then the file has a temporary name."""
-
-    def __init__(self, folder: Path, name: str, spec: LatentSpec, num_classes: int) -> None:
-        self.path = folder / f"{name}.tar"
-        self._temporary = folder / f".tmp-{os.getpid()}-{name}.tar"
-        self._spec = spec
-        self._shape = (len(spec.views), *spec.stored_shape)
-        self._npy_header = npy_header(spec.stored_dtype, spec.file_shape)
-        # At least 2: the label of a sample without one is "-1".
-        self._label_width = max(len(str(num_classes - 1)), 2)
-        self._index: list[tuple[int, int]] = []
-        self._bytes = 0
-        self._sha256 = hashlib.sha256()
-        self._stats = ChannelStats(spec)
-        with write_errors(self.path):
-            self._file = open(self._temporary, "wb")
-
-    def add(self, key: str, stored: np.ndarray, label: int) -> None:
-        """Add one sample: `stored` (V, *stored_shape) in the stored dtype."""
-        assert (stored.shape, stored.dtype) == (self._shape, self._spec.stored_dtype), stored.shape
-        offset = self._bytes + BLOCK + len(self._npy_header)
-        member = MEMBERS[self._spec.kind]
-        self._write(tar_member(f"{key}.{member}", self._npy_header, stored.tobytes()))
-        self._write(tar_member(f"{key}.cls", f"{label:0{self._label_width}d}".encode()))
-        self._index.append((offset, label))
-        self._stats.add(stored)
-
-    def close(self) -> ShardEntry:
-        """Finish, fsync and rename shard and index; returns the manifest's entry with its sums."""
-        self._write(bytes(RECORD - self._bytes % RECORD))  # at least two zero blocks
-        with self._aborting():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
-        index = np.array(self._index, INDEX_DTYPE).reshape(-1, 2)
-        payload = npy_header(index.dtype, index.shape) + index.tobytes()
-        write_atomic(index_path(self.path), payload)
-        return {
-            "file": self.path.name,
-            "samples": len(index),
-            "bytes": self._bytes,
-            "sha256": self._sha256.hexdigest(),
-            "index_sha256": hashlib.sha256(payload).hexdigest(),
-            "sums": self._stats.to_dict(),
-        }
-
-    def abort(self) -> None:
-        """Delete what was written."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _aborting(self) -> Iterator[None]:
-        """Abort on an OSError inside the block, and raise it as a WriteError."""
-        try:
-            with write_errors(self.path):
-                yield
-        except WriteError:
-            self.abort()
-            raise
-
-    def _write(self, data: bytes) -> None:
-        with self._aborting():
-            self._file.write(data)
-        self._sha256.update(data)
-        self._bytes += len(data)
 
 
 def write_split(

@@ -43,7 +43,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self, positive=("cache_gb", "stream_lanes"), non_negative=("workers",))
-        if "@" in urlsplit(self.path).netloc:  # the run folder keeps the address
+        address = urlsplit(self.path)
+        if address.scheme in ("http", "https") and "@" in address.netloc:  # the run folder keeps it
             raise ValueError("path must be an address without name or password")
         if self.stream and (self.cache_dir or self.group_shards):
             raise ValueError("stream excludes cache_dir and group_shards")

@@ -1,4 +1,4 @@
-"""Training on a streamed set: exact resume, the same run on two ranks, skipped samples are named."""
+"""Training on a streamed set: exact resume, the same run on two ranks, skipped samples named."""
 
 import dataclasses
 import shutil
@@ -42,8 +42,11 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tiny_shards, tmp_path, r
 
 def test_one_and_two_ranks_see_the_same_run(tiny_shards, tmp_path, ranks) -> None:
     for size in (1, 2):
-        action = lambda: start(tmp_path / str(size), tiny_shards, "engine.micro_batch=4")  # noqa: E731, B023
-        assert ranks(action, size) == [0] * size
+        run = tmp_path / str(size)
+        assert (
+            ranks(lambda run=run: start(run, tiny_shards, "engine.micro_batch=4"), size)
+            == [0] * size
+        )
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "2"), rtol=2e-6)
 
 

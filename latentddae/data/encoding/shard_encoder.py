@@ -15,7 +15,7 @@ from latentddae.data.encoding.autoencoder import Autoencoder
 from latentddae.data.encoding.decode_pool import Decoded, decoded_batches
 from latentddae.data.encoding.journal import Journal
 from latentddae.data.encoding.plan import Plan
-from latentddae.data.shards import ShardWriter
+from latentddae.data.shard_writer import ShardWriter
 
 MAX_STORED = 6e4  # float16 ends at 65504
 

@@ -36,7 +36,8 @@ def listed(source: str, split: str) -> list[tuple[str, int, bytes]]:
     found = open_source(source, split)
     assert found.classes == wnids()
     labels = found.labels.tolist()
-    return [(k, labels[i], bytes(found.read(i))) for i, k in enumerate(found.keys)]  # type: ignore[arg-type]
+    data = [bytes(found.read(i)) for i in range(len(found))]  # type: ignore[arg-type]
+    return list(zip(found.keys, labels, data, strict=True))
 
 
 def test_the_canonical_order() -> None:
