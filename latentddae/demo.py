@@ -1,4 +1,4 @@
-"""The whole pipeline on a laptop: real images -> latents -> pretraining -> features -> probes -> report.
+"""The whole pipeline on a laptop: images -> latents -> pretraining -> features -> probes -> report.
 
     latentddae demo                         # 5,000 MNIST digits, no network access needed
     latentddae demo --data photos/          # any folder (or WebDataset) of labelled images

@@ -21,11 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from latentddae.core import config
 from latentddae.core.config import Tree
 from latentddae.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
 
@@ -65,10 +68,12 @@ class Command(Generic[Config]):
 
 def command_line(command: Command[Config], record: Config) -> str:
     """How a record would be typed: what differs from the defaults."""
-    return shlex.join(["latentddae", command.name, *_flags(record)])
+    return shlex.join(
+        ["latentddae", command.name, *_flags(typing.cast("DataclassInstance", record))]
+    )
 
 
-def _flags(record: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
+def _flags(record: "DataclassInstance", base: object = None, prefix: str = "") -> Iterator[str]:
     """The arguments that turn `base`, else the defaults, into a record."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -80,7 +85,7 @@ def _flags(record: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
         if "registry" in field.metadata:
             yield from (flag, value.kind)
             yield from _flags(value, prefix=f"{name}.")
-        elif dataclasses.is_dataclass(value):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             inner = default if dataclasses.is_dataclass(default) else None
             yield from _flags(value, inner, f"{name}.")
         elif isinstance(value, bool):
@@ -94,7 +99,7 @@ def _flags(record: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
             yield from (flag, _argument(value))
 
 
-def _argument(value: Any) -> str:
+def _argument(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "null" if value is None else str(value)

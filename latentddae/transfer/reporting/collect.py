@@ -1,5 +1,6 @@
 """Find and read what the commands left in a run folder: results, grids, logs, pictures."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,8 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.jsonl"
 PICTURES = "pictures.json"
 VISUALIZATION = "visualize.json"
+MACHINE = ("commit", "device", "cpu_count", "world_size")  # of environment.jsonl
 PROBES = ("linear", "knn", "finetune")  # kinds of results with one accuracy each
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Visualization:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A line of environment.jsonl: the command for a shell, versions and machine."""
+
+    command: str
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Found:
     """What one run folder holds; sequences are empty where there is nothing."""
 
@@ -108,8 +116,7 @@ class Found:
     visualizations: Sequence[Visualization]
     pictures: Sequence[tuple[str, Path]]
     """(caption, PNG file)"""
-    starts: Sequence[Row]
-    """Commands and versions, one row for each start."""
+    starts: Sequence[Start]
 
     @property
     def probes(self) -> list[Result]:
@@ -135,7 +142,7 @@ def find(run: Path) -> Found:
         confusion=best_confusion(run, read),
         visualizations=[read_visualization(path) for path in _files(run, VISUALIZATION)],
         pictures=_pictures(run),
-        starts=[row for path in _files(run, ENVIRONMENT) for row in read_json_lines(path)],
+        starts=[start for path in _files(run, ENVIRONMENT) for start in read_starts(path)],
     )
 
 
@@ -202,16 +209,37 @@ def best_confusion(run: Path, read: Sequence[Result]) -> Confusion | None:
 def read_visualization(path: Path) -> Visualization:
     """A visualize.json."""
     content = _mapping(path, "of `latentddae visualize`")
-    cell = content["cell"]
-    return Visualization(cell["block"], cell["level"], [_query(row) for row in content["queries"]])
-
-
-def _query(row: Mapping[str, Any]) -> Query:
-    neighbours = [
-        Neighbour(near["image"], near["class"], near["similarity"], near["right"])
-        for near in row["neighbours"]
+    queries = [
+        Query(
+            image=row["image"],
+            label=row["class"],
+            tokens=row["tokens"],
+            neighbours=[
+                Neighbour(near["image"], near["class"], near["similarity"], near["right"])
+                for near in row["neighbours"]
+            ],
+        )
+        for row in content["queries"]
     ]
-    return Query(row["image"], row["class"], row["tokens"], neighbours)
+    return Visualization(content["cell"]["block"], content["cell"]["level"], queries)
+
+
+def read_starts(path: Path) -> list[Start]:
+    """An environment.jsonl."""
+    starts = []
+    for row in read_json_lines(path):
+        command = row.get("command", "")
+        facts = dict(row.get("versions", {}))
+        facts |= {
+            name.replace("_", " "): row[name] for name in MACHINE if row.get(name) is not None
+        }
+        starts.append(
+            Start(
+                command if isinstance(command, str) else shlex.join(map(str, command)),
+                {name: str(value) for name, value in facts.items()},
+            )
+        )
+    return starts
 
 
 def _pictures(run: Path) -> list[tuple[str, Path]]:

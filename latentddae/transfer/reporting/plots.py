@@ -210,8 +210,8 @@ def _cka_map(axes: Axes, cka: np.ndarray, edges: tuple[float, float]) -> None:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
-    """Share of each class (row) that was predicted as each class (column), in percent, from counts
-    (classes, classes)."""
+    """Share of each class (row) that was predicted as each class (column), in percent; `counts` are
+    (C, C) integers for C classes."""
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     named = len(classes) <= NAMED_CLASSES
     side = 2.0 + (0.34 * len(classes) if named else 5.0)

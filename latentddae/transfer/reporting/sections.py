@@ -1,7 +1,6 @@
 """The sections of the report, in order: each turns what runs hold into text, charts and tables."""
 
 import itertools
-import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +105,7 @@ def transfer_results(runs: Sequence[Found]) -> list[Part]:
                 f"All rows share their probes and their {seen['train']:,} training and "
                 f"{seen['test']:,} test samples. Block, noise level, pooling, regularisation and k "
                 f"are chosen on {seen['heldout']:,} held-out training samples; the test split is "
-                "scored once. Each network appears with every pooling; the tag marks the chosen one."
+                "scored once. Each network appears with every pooling; a tag marks the chosen one."
             )
             parts += [Note(note), tables.comparison_table(comparison)]
             parts.append(Note("± is one standard error of a share of that many test samples."))
@@ -393,13 +392,10 @@ def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:
 def reproduction(runs: Sequence[Found], commands: Sequence[str]) -> list[Part]:
     """Command lines as they were given, versions of code and libraries, fingerprints of data."""
     starts = [start for found in runs for start in found.starts]
-    lines = [*commands, *(command_text(start["command"]) for start in starts if "command" in start)]
+    lines = [*commands, *(start.command for start in starts if start.command)]
     facts: dict[str, str] = {"latentddae": __version__}
     for start in starts:
-        facts |= {name: str(value) for name, value in start.get("versions", {}).items()}
-        for key in ("commit", "device", "cpu_count", "world_size"):
-            if start.get(key) is not None:
-                facts[key.replace("_", " ")] = str(start[key])
+        facts |= start.facts
     for name, grid in named_grids(runs):
         facts |= {f"{name} {key}".strip(): value for key, value in grid_facts(grid).items()}
     table = Table(("what", "version"), list(facts.items()))
@@ -411,8 +407,3 @@ def grid_facts(grid: Grid) -> Mapping[str, str]:
     weights = f"{grid.checkpoint.weights} {grid.checkpoint.model_hash}"
     data = {f"data {name}": value for name, value in grid.data.items()}
     return {"checkpoint weights": weights, **data, "seed": str(grid.seed)}
-
-
-def command_text(command: str | Sequence[str]) -> str:
-    """A command as one line for a shell."""
-    return command if isinstance(command, str) else shlex.join(map(str, command))

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def test_everything_in_a_run_folder_is_found(found):
     ]
     assert found.visualizations[0].queries[1].neighbours[2].label == HOSTILE
     assert [caption for caption, _ in found.pictures] == [HOSTILE]
-    assert found.starts[0]["commit"] == "c0ffee"
+    assert found.starts[0].facts == {"torch": HOSTILE, "commit": "c0ffee", "device": "cpu"}
+    assert shlex.split(found.starts[0].command) == ["latentddae", "train", HOSTILE, "a b"]
 
 
 def test_of_a_repeated_command_the_last_result_counts(found):
