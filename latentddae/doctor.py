@@ -1,11 +1,11 @@
 """`latentddae doctor [FOLDER]`: can this machine train, and if not, what is wrong?
 
-Every check tries the thing itself: two ranks meet and add, a compiler compiles, a file is renamed, locked and mapped.
-One line each: ok, warning (it works, but slowly or not for everything) or trouble, with a remedy. Status 1 on trouble.
-Run it on the machine that trains, with the environment of the job and the folder that the runs will be written to.
+Every check tries the thing itself: two ranks meet and add, a compiler compiles, a file is renamed,
+locked and mapped. Each prints lines: ok, warning (it works, but slowly or not for everything) or
+trouble, with a remedy. Status 1 on trouble. Run it on the machine that trains, in the job's
+environment, with the folder that runs will be written to.
 """
 
-import argparse
 import fcntl
 import importlib.util
 import multiprocessing
@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -30,6 +30,8 @@ import torch
 import torch.distributed as torch_dist
 
 from latentddae.core import dist, files, runlog
+from latentddae.core.command import Command
+from latentddae.core.config import positional, require
 from latentddae.core.errors import ConfigError, LatentddaeError, run_command
 from latentddae.core.precision import resolve_precision
 from latentddae.models import attention
@@ -61,42 +63,45 @@ Findings = Iterator[Finding]
 
 
 def versions() -> Findings:
-    """Installed packages against the bounds this package asks for."""
+    """Compare installed packages with the versions that this package requires."""
     from packaging.requirements import Requirement
 
     wrong = False
     for text in metadata.requires("latentddae") or ():
-        wanted = Requirement(text)
-        required = wanted.marker is None
-        if wanted.marker and not any(wanted.marker.evaluate({"extra": e}) for e in OPTIONAL):
+        requirement = Requirement(text)
+        required = requirement.marker is None
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": e}) for e in OPTIONAL
+        ):
             continue
         try:
-            found = metadata.version(wanted.name)
+            installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             if required:
                 wrong = True
                 yield Finding(
                     "trouble",
                     "versions",
-                    f"{wanted.name} is not installed",
+                    f"{requirement.name} is not installed",
                     "pip install -e . in the environment of the job",
                 )
             continue
-        if not wanted.specifier.contains(found, prereleases=True):
+        if not requirement.specifier.contains(installed, prereleases=True):
             wrong = True
             yield Finding(
                 "trouble" if required else "warning",
                 "versions",
-                f"{wanted.name} {found} is installed, {wanted.specifier} is needed",
-                f"pip install '{wanted.name}{wanted.specifier}'",
+                f"{requirement.name} {installed} is installed, {requirement.specifier} is needed",
+                f"pip install '{requirement.name}{requirement.specifier}'",
             )
     if not wrong:
-        known = ", ".join(f"{name} {version}" for name, version in runlog.versions().items())
-        yield Finding("ok", "versions", known)
+        text = ", ".join(f"{name} {version}" for name, version in runlog.versions().items())
+        yield Finding("ok", "versions", text)
 
 
 def imports() -> Findings:
-    """DeepSpeed and the optional kernels import; a wheel made for another torch fails only then."""
+    """Import DeepSpeed and the optional kernels: a wheel built for another
+    torch fails only then."""
     names = {"deepspeed": "deepspeed"} | {
         package: module
         for package, module in KERNELS.items()
@@ -131,7 +136,7 @@ def _accelerator() -> str:
 
 
 def devices() -> Findings:
-    """The GPUs that torch sees, against those of the job and of the machine."""
+    """Compare the GPUs that torch sees with those of the job and of the machine."""
     world = _world_or_one()
     try:
         device = dist.device_for(world)
@@ -151,8 +156,8 @@ def devices() -> Findings:
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
         text = f"GPU {index}: {gpu.name}, {free:.0f} of {total:.0f} GiB free"
         if not any(arch.startswith(f"sm_{gpu.major}") for arch in built_for):
-            wanted = f"torch {torch.__version__} is built for {', '.join(built_for)}"
-            text = f"{text}; {wanted}, not for sm_{gpu.major}{gpu.minor}"
+            builds = f"torch {torch.__version__} is built for {', '.join(built_for)}"
+            text = f"{text}; {builds}, not for sm_{gpu.major}{gpu.minor}"
             yield Finding("trouble", "devices", text, "install a torch that is built for this card")
         elif free < 0.9 * total:
             remedy = "another process holds memory: nvidia-smi names it"
@@ -179,22 +184,21 @@ def _device() -> torch.device:
 
 
 def precision() -> Findings:
-    """What `engine.precision: auto` becomes here."""
-    found = resolve_precision("auto", _device())
-    remedy = (
-        ""
-        if found == "bf16"
-        else f"this {_device().type} has no fast bfloat16: about half the speed"
-    )
-    yield Finding("ok" if found == "bf16" else "warning", "precision", f"auto is {found}", remedy)
+    """What `engine.precision: auto` means on this machine."""
+    resolved = resolve_precision("auto", _device())
+    if resolved == "bf16":
+        yield Finding("ok", "precision", "auto is bf16")
+    else:
+        remedy = f"this {_device().type} has no fast bfloat16: about half the speed"
+        yield Finding("warning", "precision", f"auto is {resolved}", remedy)
 
 
 def attention_backends() -> Findings:
-    """Every backend that should work here, forward and backward, against the definition."""
+    """Run every attention backend, forward and backward, and compare it with the definition."""
     device = _device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = torch.linspace(-1, 1, 3 * 2 * 4 * 64 * 64, device=device).view(3, 2, 4, 64, 64).sin()
-    wanted = attention.math(q, k, v)
+    expected = attention.math(q, k, v)
     for name in attention.BACKENDS:
         try:
             attention.check(name, device, dtype, head_dim=64)
@@ -206,7 +210,7 @@ def attention_backends() -> Findings:
             inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
             out = attention.BACKENDS[name](*inputs)
             out.float().sum().backward()
-            off = (out.float() - wanted).abs().max().item()
+            off = (out.float() - expected).abs().max().item()
         except (RuntimeError, ImportError, NotImplementedError) as error:
             text = f"{name} fails: {_first_line(error)}"
             yield Finding(
@@ -223,7 +227,7 @@ def attention_backends() -> Findings:
 
 
 def ranks() -> Findings:
-    """Two ranks meet and add, with gloo on this machine's network and with NCCL on its GPUs."""
+    """Let two ranks add numbers: with gloo over this machine's network, with NCCL on its GPUs."""
     yield from _meeting("gloo", 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and not torch_dist.is_nccl_available():
@@ -253,9 +257,9 @@ def _meeting(backend: str, size: int) -> Findings:
         if process.is_alive():
             process.kill()
             process.join()
-    found = [answers.get() for _ in range(size) if not answers.empty()]
-    problems = [answer for answer in found if answer]
-    if len(found) == size and not problems:
+    results = [answers.get() for _ in range(size) if not answers.empty()]
+    problems = [answer for answer in results if answer]
+    if len(results) == size and not problems:
         yield Finding("ok", "ranks", f"{size} ranks met and added over {backend}")
         return
     said = problems[0] if problems else "they did not answer"
@@ -269,7 +273,7 @@ def _meeting(backend: str, size: int) -> Findings:
 
 
 def _meet(backend: str, rank: int, size: int, port: int, answers: Any) -> None:
-    """One rank of a meeting: puts an empty string, or what went wrong."""
+    """One of the ranks: puts an empty text into the queue, or what went wrong."""
     try:
         device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
         if backend == "nccl":
@@ -290,7 +294,7 @@ def _meet(backend: str, rank: int, size: int, port: int, answers: Any) -> None:
 
 
 def launcher(env: Mapping[str, str] | None = None) -> Findings:
-    """The variables that tell ranks who they are."""
+    """Check the launcher's variables, which tell each rank its number."""
     env = os.environ if env is None else env
     problems = list(dist.check_launcher_env(env))
     for problem in problems:
@@ -306,7 +310,7 @@ def _cores() -> int:
 
 
 def threads(env: Mapping[str, str] | None = None, cores: int | None = None) -> Findings:
-    """Threads of all ranks of this machine against its processors."""
+    """Compare the threads of all ranks of this machine with its processors."""
     env = os.environ if env is None else env
     cores = _cores() if cores is None else cores
     given = env.get("SLURM_CPUS_PER_TASK", "")
@@ -315,27 +319,31 @@ def threads(env: Mapping[str, str] | None = None, cores: int | None = None) -> F
             "warning",
             "threads",
             f"the task asked for {given} processors and has {cores}",
-            "since Slurm 22.05 a step does not inherit them: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+            "since Slurm 22.05 a step does not inherit them: "
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         )
         return
     tasks = env.get("LOCAL_WORLD_SIZE") or ("1" if "SLURM_STEP_ID" in env else "")
     beside = int(tasks) if tasks.isdigit() else 1  # srun binds each task to processors of its own
-    wanted = env.get("OMP_NUM_THREADS", "")
-    each = int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores
+    given = env.get("OMP_NUM_THREADS", "")
+    each = int(given) if given.isdigit() and int(given) > 0 else cores
     text = f"{beside} ranks here x {each} threads on {cores} processors"
     if beside * each > cores:
-        remedy = f"export OMP_NUM_THREADS={max(1, cores // beside)}: waiting threads cost more than they give"
+        remedy = (
+            f"export OMP_NUM_THREADS={max(1, cores // beside)}: "
+            "waiting threads cost more than they give"
+        )
         yield Finding("warning", "threads", text, remedy)
     else:
         yield Finding("ok", "threads", text)
 
 
 def compiler() -> Findings:
-    """A C++ compiler that finds Python's headers: what `engine.compile` needs, and nothing else."""
+    """Compile a file with Python's headers, as `engine.compile` does; nothing else needs it."""
     needs = "only engine.compile=true needs it: install g++ and Python's development headers"
     names = (os.environ.get("CXX") or "g++", "clang++")
-    found = next((name for name in names if shutil.which(name)), None)
-    if found is None:
+    compiler_name = next((name for name in names if shutil.which(name)), None)
+    if compiler_name is None:
         yield Finding("warning", "compiler", f"none of {', '.join(names)} on PATH", needs)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -343,22 +351,31 @@ def compiler() -> Findings:
         source.write_text("#include <Python.h>\nint answer() { return 42; }\n")
         include = f"-I{sysconfig.get_path('include')}"
         output = str(source.with_suffix(".so"))
-        command = [found, "-shared", "-fPIC", "-fopenmp", include, str(source), "-o", output]
+        command = [
+            compiler_name,
+            "-shared",
+            "-fPIC",
+            "-fopenmp",
+            include,
+            str(source),
+            "-o",
+            output,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[0]
-        yield Finding("warning", "compiler", f"{found} fails: {said}", needs)
+        yield Finding("warning", "compiler", f"{compiler_name} fails: {said}", needs)
     else:
-        yield Finding("ok", "compiler", found)
+        yield Finding("ok", "compiler", compiler_name)
 
 
 def folder(path: Path, need_gb: float = NEED_GB) -> Findings:
-    """What runs need of a file system: room, renames that replace, syncs, locks, memory maps."""
+    """Try what runs need of a file system: space, atomic renames, syncs, locks, memory maps."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free / 1e9
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path) as place:
-            yield from _folder_works(Path(place), path)
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path) as scratch:
+            yield from _folder_works(Path(scratch), path)
     except (OSError, LatentddaeError) as error:
         remedy = "another folder: `latentddae doctor FOLDER`; is it mounted here, writable, full?"
         yield Finding("trouble", "folder", f"{path} cannot be written: {error}", remedy)
@@ -374,22 +391,22 @@ def folder(path: Path, need_gb: float = NEED_GB) -> Findings:
         yield Finding("ok", "folder", f"{path} has {free:.0f} GB free")
 
 
-def _folder_works(place: Path, shown: Path) -> Findings:
+def _folder_works(scratch: Path, shown: Path) -> Findings:
     started = time.perf_counter()
     for text in ("old", "new"):
-        files.write_atomic(place / "file", text)
+        files.write_atomic(scratch / "file", text)
     seconds = time.perf_counter() - started
-    if (place / "file").read_text() != "new":
+    if (scratch / "file").read_text() != "new":
         yield Finding("trouble", "folder", f"{shown}: a rename does not replace", "another folder")
     if seconds > SLOW_SYNC_S:
         text = f"{shown}: two small synced writes take {seconds:.1f} s"
         yield Finding("warning", "folder", text, "save less often, or to another file system")
-    (place / "partial").mkdir()
-    (place / "partial").rename(place / "whole")
-    np.arange(4).tofile(place / "array")
-    if np.memmap(place / "array", np.int64, "r").sum() != 6:
+    (scratch / "partial").mkdir()
+    (scratch / "partial").rename(scratch / "whole")
+    np.arange(4).tofile(scratch / "array")
+    if np.memmap(scratch / "array", np.int64, "r").sum() != 6:
         yield Finding("trouble", "folder", f"{shown}: memory maps are wrong", "another folder")
-    if not _locks_hold(place / "lock"):
+    if not _locks_hold(scratch / "lock"):
         text = (
             f"{shown}: locks are not enforced; two jobs on one run are told apart by a claim file"
         )
@@ -412,37 +429,56 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+CHECKS: dict[str, Callable[[], Findings]] = {  # the quick ones first
+    "versions": versions,
+    "launcher": launcher,
+    "threads": threads,
+    "devices": devices,
+    "precision": precision,
+    "compiler": compiler,
+    "ranks": ranks,
+    "attention": attention_backends,
+    "imports": imports,
+}
+
+
 def examine(path: Path, need_gb: float) -> Findings:
-    """All checks, the quick ones first."""
-    checks: Iterable[Callable[[], Findings]] = (
-        versions,
-        launcher,
-        threads,
-        devices,
-        precision,
-        lambda: folder(path, need_gb),
-        compiler,
-        ranks,
-        attention_backends,
-        imports,
-    )
-    for check in checks:
+    """The findings of all checks, the folder's first."""
+    yield from folder(path, need_gb)
+    for check in CHECKS.values():
         yield from check()
 
 
-def main(argv: list[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check that this machine can train, and if not, say what is wrong and what to do."""
+
+    folder: Path = positional(Path("."))
+    """Folder that runs will be written to."""
+    need_gb: float = NEED_GB
+    """Free space that a run needs, in GB (1e9 bytes)."""
+
+    def __post_init__(self) -> None:
+        require(self, non_negative=("need_gb",))
+
+
+def run(config: DoctorConfig) -> None:
     """Print the findings; LatentddaeError (status 1) on trouble."""
-    parser = argparse.ArgumentParser(prog="latentddae doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("."), help="of the runs")
-    parser.add_argument("--need-gb", type=float, default=NEED_GB, help=f"default {NEED_GB:g}")
-    args = parser.parse_args(argv)
     troubles = 0
-    for finding in examine(args.folder, args.need_gb):
+    for finding in examine(config.folder, config.need_gb):
         print(finding, flush=True)
         troubles += finding.level == "trouble"
     if troubles:
         raise LatentddaeError(f"{troubles} kinds of trouble, see above")
 
+
+def plan(config: DoctorConfig) -> str:
+    """Which checks would run."""
+    return f"check {', '.join(CHECKS)} and the folder {config.folder}"
+
+
+COMMAND = Command("doctor", DoctorConfig, run=run, plan=plan)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(run_command("doctor", main))

@@ -37,6 +37,8 @@ from latentddae.training.job import Evaluation, Job
 from latentddae.training.loop import Loop
 from latentddae.training.process import RunContext, distributed_run
 from latentddae.training.states import State
+from latentddae.transfer.extraction.inputs import check_data
+from latentddae.transfer.protocol.run_probe import RunProbe
 
 
 def train(config: TrainConfig) -> Path:
@@ -88,6 +90,7 @@ class Pretraining:
         self.data = info_of(self.samples)
         self.config = resolve(config, self.data)
         self.monitor = self._open_monitor()
+        self.probe = dist.on_all_ranks(self._open_probe)
         self.model = zoo.build(self.config.model, seed=config.seed).to(context.device)
 
     def _open_monitor(self) -> Monitor | None:
@@ -101,6 +104,15 @@ class Pretraining:
                 lambda: monitors.append(Monitor(config.monitor, run, shards, config.seed))
             )
         return monitors[0] if monitors else None
+
+    def _open_probe(self) -> RunProbe | None:
+        """Open the probe before training starts, for the same reason."""
+        config = self.config
+        if not config.monitor.probe.every_images:
+            return None
+        probe = RunProbe(config.monitor.probe, config.data.path, config.model.depth)
+        check_data(self.data.spec, probe.train)
+        return probe
 
     def job(self) -> Job:
         """As the loop takes it."""
@@ -129,6 +141,11 @@ class Pretraining:
                     every_images=config.monitor.every_images,
                     score=self.score_samples,
                     rank0_only=True,
+                ),
+                Evaluation(
+                    event="probe",
+                    every_images=config.monitor.probe.every_images,
+                    score=self.score_probe,
                 ),
             ),
             snapshot=lambda state, folder: export(state, folder, WEIGHTS["ema"]),
@@ -170,6 +187,13 @@ class Pretraining:
         assert self.monitor is not None
         folder = export(state, self.context.run / "export")
         return self.monitor.evaluate(zoo.load(folder, device=self.context.device))
+
+    def score_probe(self, state: State) -> dict[str, object]:
+        """Probe the EMA weights of a state; all ranks share the work (a collective)."""
+        probe, device = self.probe, self.context.device
+        assert probe is not None
+        folder = dist.on_rank0(lambda: export(state, self.context.run / "export"))
+        return probe.score(dist.on_all_ranks(lambda: zoo.load(folder, device=device)))
 
 
 COMMAND = Command("train", TrainConfig, run=train, plan=plan)

@@ -1,4 +1,5 @@
-"""Every kind of trouble is made, not imagined: the doctor finds it, says what to do, and leaves with status 1."""
+"""Every kind of trouble is made, not imagined: the doctor finds it, says what to do,
+and leaves with status 1."""
 
 import os
 import shutil
@@ -81,7 +82,7 @@ def test_a_deepspeed_that_does_not_import(packages: Path) -> None:
 
 
 def test_a_kernel_made_for_another_torch(packages: Path) -> None:
-    """xFormers imports all the same and says so in a warning (USER_PAINS 27, 41)."""
+    """xFormers imports all the same and says so in a warning."""
     said = "xFormers can't load C++/CUDA extensions. xFormers was built for PyTorch 2.1"
     (packages / "xformers").mkdir()
     (packages / "xformers" / "__init__.py").touch()

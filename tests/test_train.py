@@ -1,4 +1,5 @@
-"""The training loop: exact resume, the same run on any number of ranks, refusals that leave nothing behind."""
+"""The training loop: exact resume, the same run on any number of ranks, refusals
+that leave nothing behind."""
 
 import dataclasses
 import json
@@ -37,7 +38,8 @@ def start(*arguments: object) -> int:
 
 
 def tensors(run: Path, images: int) -> dict[str, torch.Tensor]:
-    """All saved pieces of a state, from all ranks; copies, since the files may be damaged on purpose."""
+    """All saved pieces of a state, from all ranks; copies, since the files may
+    be damaged on purpose."""
     folder = run / "state" / f"images-{images:012d}"
     out: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -56,12 +58,14 @@ def losses(run: Path) -> list[float]:
     + [pytest.param("bf16", 1, marks=pytest.mark.slow)],
 )
 def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path, ranks) -> None:
-    """10 steps + restart + 10 equal 20 steps bit for bit: weights, moments, average, metrics, next keys."""
+    """10 steps + restart + 10 equal 20 steps bit for bit: weights, moments,
+    average, metrics, next keys."""
     options = (f"engine.precision={precision}", "engine.micro_batch=4")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks(lambda: start(whole, tiny_shards, *options), size) == [0] * size
     for total in (10 * STEP, 20 * STEP):
-        action = lambda: start(parts, tiny_shards, *options, f"total_images={total}")  # noqa: E731, B023
+        length = f"total_images={total}"
+        action = lambda: start(parts, tiny_shards, *options, length)  # noqa: E731, B023
         assert ranks(action, size) == [0] * size
     expected, seen = tensors(whole, 20 * STEP), tensors(parts, 20 * STEP)
     assert expected.keys() == seen.keys()
@@ -80,8 +84,8 @@ def test_interrupted_equals_uninterrupted(precision, size, tiny_shards, tmp_path
 
 
 def test_one_and_two_ranks_see_the_same_run(tiny_shards, tmp_path, ranks) -> None:
-    """Same global batch, same draws: only the order of summation differs. Four micro-batches on one rank are two on
-    each of two (USER_PAINS 46)."""
+    """Same global batch, same draws: only the order of summation differs. Four micro-batches on one
+    rank are two on each of two."""
     for size in (1, 2):
         run = tmp_path / str(size)
         action = lambda: start(run, tiny_shards, "engine.micro_batch=4")  # noqa: E731, B023
@@ -120,7 +124,8 @@ def test_loss_falls(tiny_shards, tmp_path, ranks) -> None:
 
 
 def test_a_signal_saves_and_asks_to_be_requeued(tiny_shards, tmp_path, ranks) -> None:
-    """SIGTERM to one of two ranks: both save the same step and leave with 75; the rerun ends like the whole run."""
+    """SIGTERM to one of two ranks: both save the same step and leave with 75; the rerun
+    ends like the whole run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = ("total_images=1280", "log_every_images=16", "diagnostics_images=0")
     assert ranks(lambda: start(whole, tiny_shards, *options), 2) == [0, 0]
@@ -237,7 +242,8 @@ def poison(monkeypatch, where: Callable[[torch.Tensor], torch.Tensor]) -> None:
 def test_a_non_finite_batch_is_skipped_by_all_ranks(
     tiny_shards, tmp_path, ranks, monkeypatch, capfd
 ) -> None:
-    """One poisoned sample on one rank: nobody steps, the average stays, the keys are logged, training goes on."""
+    """One poisoned sample on one rank: nobody steps, the average stays, the keys are
+    logged, training goes on."""
     run = tmp_path / "run"
     poison(monkeypatch, lambda position: position == 3 * STEP + 1)
     options = (f"save.every_images={STEP}", "save.keep_last=30")
@@ -271,7 +277,8 @@ def test_steps_that_stay_non_finite_stop_the_run(
 def test_a_hanging_rank_says_where_and_all_ranks_leave(
     tiny_shards, tmp_path, ranks, monkeypatch, capfd
 ) -> None:
-    """A read that never returns on one rank: it names part, shard and keys; nobody is left behind (USER_PAINS 3)."""
+    """A read that never returns on one rank: it names part, shard and keys;
+    nobody is left behind."""
     honest, run = Loader.batch_at, tmp_path / "run"
 
     def stuck(self, images_seen):

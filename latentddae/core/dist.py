@@ -1,6 +1,6 @@
-"""Ranks: who am I, how many are we, and the few collectives we use. The only reader of launcher variables.
+"""Ranks and the collectives that the package uses. Nothing else reads launcher variables.
 
-`deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all end up in the same `World`.
+`deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all give the same `World`.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from latentddae.core.errors import ConfigError, LatentddaeError
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 DEFAULT_TIMEOUT_S = 1800.0
 _NEW_GROUP = torch_dist.new_group  # see _set_default_group_timeout
@@ -41,9 +42,11 @@ class World:
 
 
 def world_from_environment(env: Mapping[str, str] | None = None) -> World:
-    """What the launcher says: RANK/WORLD_SIZE (deepspeed, torchrun), else a multi-task srun step, else one process.
+    """This process by the launcher's variables: RANK and WORLD_SIZE (deepspeed, torchrun), else a
+    multi-task srun step, else a single process.
 
-    Raises ConfigError for variables that make no sense, and in a batch script of several tasks that forgot `srun`.
+    Raises ConfigError for inconsistent variables, and in a batch script of several tasks without
+    `srun`.
     """
     env = os.environ if env is None else env
     try:
@@ -55,8 +58,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
         elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
             if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
                 raise ConfigError(
-                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was not "
-                    "started by srun: put `srun` before the command, or --ntasks=1"
+                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was "
+                    "not started by srun: put `srun` before the command, or --ntasks=1"
                 )
             rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
             world = World(rank, size, int(env["SLURM_LOCALID"]), "slurm")
@@ -82,8 +85,8 @@ def check_launcher_env(env: Mapping[str, str]) -> Iterator[str]:
         by_torchrun = "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env
         if not by_torchrun and tasks != "1":
             yield (
-                f"RANK={world.rank} and WORLD_SIZE={world.size} hide Slurm's {tasks} tasks: every task "
-                "believes that it is the same rank"
+                f"RANK={world.rank} and WORLD_SIZE={world.size} hide Slurm's {tasks} tasks: every "
+                "task believes that it is the same rank"
             )
     if world.launcher == "environment" and world.size > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
@@ -92,10 +95,10 @@ def check_launcher_env(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.device:
-    """CUDA where there is one (device 0 if the launcher shows only one, else the local rank), else the CPU.
+    """This rank's GPU (device 0 if the launcher shows only one, else the local rank), or the CPU.
 
-    Raises ConfigError for a local rank without a GPU, and for a job that was given GPUs and sees none: training
-    on its CPUs would look like work.
+    Raises ConfigError for a local rank without a GPU, and for a job that was given GPUs and sees
+    none: it would silently train on its CPUs.
     """
     env = os.environ if env is None else env
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -103,8 +106,9 @@ def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.devi
         promised = env.get("SLURM_GPUS_ON_NODE", "0")
         if promised != "0":
             raise ConfigError(
-                f"the job has GPUs (SLURM_GPUS_ON_NODE={promised}) and torch {torch.__version__} sees none (CUDA_"
-                f"VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES')!r}); `latentddae doctor` looks for the cause"
+                f"the job has GPUs (SLURM_GPUS_ON_NODE={promised}) and torch {torch.__version__} "
+                f"sees none (CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES')!r}); "
+                "`latentddae doctor` looks for the cause"
             )
         return torch.device("cpu")
     index = 0 if count == 1 else world.local_rank
@@ -114,7 +118,8 @@ def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.devi
 
 
 def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
-    """Join the process group (gloo on CPU, NCCL on CUDA) and export the launcher variables DeepSpeed wants."""
+    """Join the process group (gloo on CPU, NCCL on CUDA) and export the launcher's variables, which
+    DeepSpeed reads."""
     world = world_from_environment()
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -127,7 +132,7 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     timeout = timedelta(seconds=timeout_s)
     _set_default_group_timeout(timeout)
     if world.size == 1 and "MASTER_PORT" not in os.environ:
-        # No rendezvous to make: nothing listens on a port.
+        # A single process needs no rendezvous: nothing listens on a port.
         torch_dist.init_process_group(
             backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
@@ -143,9 +148,9 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """The port where the ranks of a step meet: its own for every job, step and restart that may share a node.
+    """The rendezvous port of a step, different for jobs, steps and restarts that may share a node.
 
-    Below 32768, where Linux starts to hand out ports to outgoing connections.
+    Below 32768, where Linux starts to assign ports to outgoing connections.
     """
     job, step, restart = (
         int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -154,8 +159,8 @@ def slurm_port(env: Mapping[str, str]) -> int:
 
 
 def _set_default_group_timeout(timeout: timedelta) -> None:
-    """Let every group made from now on have our timeout: torch would give it half an hour, and DeepSpeed, which
-    makes its own, passes none on."""
+    """Make `timeout` the default of every group created from now on: torch's is half an hour, and
+    DeepSpeed creates its own groups without passing one."""
 
     @functools.wraps(_NEW_GROUP)
     def with_timeout(*args: Any, **kwargs: Any) -> Any:
@@ -194,11 +199,12 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 def barrier() -> None:
+    """Wait until every rank has called it."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Value) -> Value:
     """Rank 0's value, on every rank."""
     if not torch_dist.is_initialized():
         return value
@@ -207,7 +213,7 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Value) -> list[Value]:
     """Every rank's value, in rank order, on every rank."""
     if not torch_dist.is_initialized():
         return [value]
@@ -288,7 +294,7 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
-    """The sum over ranks, in place; the tensor is returned."""
+    """The sum over ranks, in place, of a tensor of any shape; returns it (a collective)."""
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor
@@ -304,7 +310,8 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 def max_tensor(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over ranks, in place; the tensor is returned."""
+    """The elementwise maximum over ranks, in place, of a tensor of any shape; returns it (a
+    collective)."""
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
     return tensor

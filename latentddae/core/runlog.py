@@ -76,7 +76,8 @@ def environment(device: str, world_size: int) -> dict[str, object]:
 
 
 class RunLog:
-    """Rank 0's metrics: a JSON line per row, and its numbers for TensorBoard and, if asked, wandb."""
+    """Rank 0's metrics: a JSON line per row, and its numbers for
+    TensorBoard and, if asked, wandb."""
 
     def __init__(
         self,

@@ -1,1 +1,2 @@
-"""The DeepSpeed engine, the weight average, the resume state and the signals that interrupt a run."""
+"""The DeepSpeed engine, the weight average, the resume state and the
+signals that interrupt a run."""

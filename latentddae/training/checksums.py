@@ -46,7 +46,7 @@ def checksums(
 def named_sums(
     kinds: Sequence[str], names: Sequence[str], tables: Sequence[Tensor]
 ) -> dict[str, dict[str, int]]:
-    """The ranks' (kinds, names) checksums added up: by kind, then by parameter."""
+    """Add up the ranks' checksums, (K, N) int64 for K kinds and N names: by kind, then by name."""
     total = torch.stack(list(tables)).sum(dim=0).tolist()
     return {
         kind: dict(zip(names, row, strict=True)) for kind, row in zip(kinds, total, strict=True)

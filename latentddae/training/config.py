@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from latentddae.core import config as configuration
 from latentddae.core.config import require, transient
@@ -21,6 +21,47 @@ from latentddae.training.step_hooks import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A probe of the EMA weights while a run trains. Off unless `every_images` is set."""
+
+    every_images: int = 0
+    """How often, in images seen; 0: never."""
+    kind: Literal["ridge", "knn"] = "ridge"
+    """ridge is the probe of `latentddae grid`, its penalty chosen on the held-out samples; knn is
+    cosine k-NN."""
+    data: str = ""
+    """Labelled data folder of the same encoding; empty: the training data."""
+    split: str = "train"
+    """Split that is probed. A part of it is held out and scored; test is never read."""
+    level: float = 0.1
+    """Noise level s of the input."""
+    block: int | None = None
+    """Block whose output is probed; none: the middle one."""
+    pool: str = "mean"
+    """Pooling over the tokens."""
+    noise_samples: int = 1
+    """Features are averaged over this many noises."""
+    k: int = 20
+    """Neighbours that vote, for knn."""
+    limit: int | None = 50_000
+    """Use at most this many samples, chosen by key; none: all."""
+    holdout: float = 0.2
+    """Fraction of the samples that is held out and scored."""
+    seed: int = 0
+    """Seed of noise, held-out part and subset."""
+    batch: int = 128
+    """Images per batch and rank. Changes the speed, not the features."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            positive=("noise_samples", "k", "limit", "batch"),
+            non_negative=("every_images",),
+            fraction=("holdout",),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     """Samples and scores while a run trains. Off unless `every_images` is set."""
 
@@ -36,6 +77,7 @@ class MonitorConfig:
     """Split of the data whose loss is logged; empty: none."""
     heldout_images: int = 1000
     """Its samples that are used."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
         require(

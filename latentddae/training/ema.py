@@ -1,8 +1,9 @@
 """Exponential moving average (EMA) of the weights, in fp32, on each rank's shard of the masters.
 
-An average has the same flat layout as the masters: one fused update per step, no communication, memory
-divided by the number of ranks. Averaging the bf16 weights instead would lose every small update.
-Several half-lives can be kept at once, because which one is best is known only at the end of a run.
+An average has the same flat layout as the masters: one fused update per step, no
+communication, memory divided by the number of ranks. Averaging the bf16 weights instead would
+lose every small update. Several half-lives can be kept at once, because which one is best is
+known only at the end of a run.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ class EmaConfig:
     """How fast the EMA forgets; the clock is images seen."""
 
     halflife_images: int = 1_774_000
-    """Images after which an old weight counts half. The default is DiT's 0.9999 at a batch of 256."""
+    """Images after which an old weight counts half. The default is DiT's
+    0.9999 at a batch of 256."""
     extra_halflives_images: tuple[int, ...] | None = None
     """Half-lives of further averages."""
     rampup: float | None = 0.05
@@ -38,7 +40,8 @@ class EmaConfig:
         return {"ema": self.halflife_images, **{f"ema-{images}": images for images in extra}}
 
     def decay(self, images: int, batch: int, name: str = "ema") -> float:
-        """The weight of the old average in the update after the step that ends at `images` images."""
+        """The weight of the old average in the update after the step that
+        ends at `images` images."""
         halflife = float(self.halflives()[name])
         if self.rampup is not None:
             halflife = min(halflife, images * self.rampup)

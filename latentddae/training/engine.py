@@ -6,8 +6,8 @@
     grad_norm = engine.step(learning_rate)
     if engine.applied(): ...  # ask when the next step's work is queued
 
-The surface is the same under every ZeRO stage: `fragments`, `masters` and `moments` are what this rank keeps
-(training/partitions.py), `broadcast_masters` publishes it to the other ranks.
+The surface is the same under every ZeRO stage: `fragments`, `masters` and `moments` are what this
+rank keeps (training/partitions.py), `broadcast_masters` publishes it to the other ranks.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ class Engine:
             )
         names = {parameter: name for name, parameter in trainable.items()}
         if self.config.zero_stage == 0 and self.world.size == 1:
-            # Single process: skip DeepSpeed's all-reduce, which would flatten and copy every gradient
-            # (7 % of a DiT-S/2 step on a CPU).
+            # Single process: skip DeepSpeed's all-reduce, which would flatten and copy every
+            # gradient (7 % of a DiT-S/2 step on a CPU).
             self._engine.enable_backward_allreduce = False
         self._layout = layout_of(
             self.config.zero_stage,
@@ -101,7 +101,8 @@ class Engine:
             fragment.of(self.masters).copy_(piece)
 
     def _keep_non_trainable_state(self) -> None:
-        """Copy frozen parameters to rank 0 before DeepSpeed casts and cuts them; note the buffers."""
+        """Copy frozen parameters to rank 0 before DeepSpeed casts and cuts
+        them; note the buffers."""
         parameters = dict(self.model.named_parameters())
         stored = self.model.state_dict().keys() - parameters.keys()
         self._buffers = [n for n, _ in self.model.named_buffers() if n in stored]
@@ -112,7 +113,8 @@ class Engine:
         }
 
     def non_trainable_state(self) -> dict[str, Tensor]:
-        """Frozen parameters as given and persistent buffers, by name: rank 0 has all, the others {}."""
+        """Frozen parameters as given and persistent buffers, by name: rank 0
+        has all, the others {}."""
         if not self.world.is_main:
             return {}
         return self._frozen | {name: self.model.get_buffer(name) for name in self._buffers}
@@ -150,7 +152,8 @@ class Engine:
                     block.compile(dynamic=False)  # in place: the names of the weights stay
 
     def _start_optimizer_state(self, trainable: list[nn.Parameter]) -> None:
-        """Make the optimizer's state now: torch makes it at the first step, too late to load into."""
+        """Make the optimizer's state now: torch makes it at the first step,
+        too late to load into."""
         owners = [part.owner for part in self._layout.partitions]
         for owner in owners if self.config.zero_stage else trainable:
             self._optimizer.state[owner] = {
@@ -160,7 +163,8 @@ class Engine:
 
     @property
     def fragments(self) -> list[Fragment]:
-        """What this rank stores, saves and loads; the ranks' fragments tile every parameter once."""
+        """What this rank stores, saves and loads; the ranks' fragments
+        tile every parameter once."""
         return self._layout.fragments
 
     def optimizer_state(self, name: str) -> list[Tensor]:
@@ -188,8 +192,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss ()."""
-        # DeepSpeed opens a micro-batch when its engine calls the network; we call the network itself.
-        # Without these two lines ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
+        # DeepSpeed opens a micro-batch when its engine calls the network, which we call ourselves.
+        # Without these lines ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
         if self.config.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
         loss.register_hook(lambda _: self._engine._backward_prologue())
@@ -198,7 +202,8 @@ class Engine:
             self._engine.step()  # counts the micro-batch; the optimizer waits for the boundary
 
     def step(self, lr: float) -> Tensor:
-        """Apply the accumulated gradient; all ranks skip together if it is not finite (see `applied`).
+        """Apply the accumulated gradient; all ranks skip together if it is not
+        finite (see `applied`).
 
         Returns the gradient's norm before clipping: () on the device, not read back.
         """
@@ -248,7 +253,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         # By its full name: the attribute deepspeed.comm.torch is torch itself.
         backend: Any = importlib.import_module("deepspeed.comm.torch")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Its shared-memory all-reduce is compiled at first use: a minute, and many nodes lack a compiler.
+        # Its shared-memory all-reduce is compiled at first use: it takes a minute, and many nodes
+        # have no compiler.
         backend.build_shm_op = lambda: None
         # ZeRO-3 calls an old name of a collective at every step.
         warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)

@@ -94,8 +94,9 @@ def export(
 ) -> Path:
     """Write the portable checkpoint of a state (see zoo.save) and return its folder.
 
-    `halflife` picks one of several averages. Raises ConfigError if there is no such average, DataError
-    if the state does not hold the tensors of its model, WriteError if the folder cannot be written.
+    `halflife` picks one of several averages. Raises ConfigError if there is no such
+    average, DataError if the state does not hold the tensors of its model, WriteError if
+    the folder cannot be written.
     """
     reader, info = StateReader(state), state.info
     ema = configuration.build(EmaConfig, info["ema_config"])

@@ -1,4 +1,5 @@
-"""A job: everything in which pretraining and fine-tuning differ, as the one training loop takes it."""
+"""A job: everything in which pretraining and fine-tuning differ, as the one
+training loop takes it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -72,7 +72,8 @@ def parameter_groups(
     config: OptimConfig,
     lr_scale: Callable[[str], float] | None = None,
 ) -> list[ParameterGroup]:
-    """Trainable parameters grouped by (`lr_scale` of their name, weight decay), in the order given."""
+    """Trainable parameters grouped by (`lr_scale` of their name, weight
+    decay), in the order given."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:

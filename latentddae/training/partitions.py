@@ -1,8 +1,9 @@
 """Which piece of which parameter this rank stores, under every ZeRO stage.
 
-A rank stores its fp32 masters in flat *partitions*; a `Fragment` says which piece of which parameter
-is where in them. The EMA and the resume state share that layout, so neither ever gathers a parameter
-and neither depends on the stage. Only this file knows how DeepSpeed names its own tensors.
+A rank stores its fp32 masters in flat *partitions*; a `Fragment` says which piece of which
+parameter is where in them. The EMA and the resume state share that layout, so neither ever
+gathers a parameter and neither depends on the stage. Only this file knows how DeepSpeed
+names its own tensors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,8 @@ def _replicated(
     names: Mapping[nn.Parameter, str],
     world: World,
 ) -> Layout:
-    """No ZeRO: every rank holds everything and takes an equal share of it to average and to save."""
+    """No ZeRO: every rank holds everything and takes an equal share of it
+    to average and to save."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = sum(p.numel() for p in parameters)
     low, high = (total * r // world.size for r in (world.rank, world.rank + 1))
@@ -128,8 +130,8 @@ def _masters_cut(zero: Any, names: Mapping[nn.Parameter, str]) -> Layout:
 
 
 def _weights_cut(zero: Any, names: Mapping[nn.Parameter, str], world: World) -> Layout:
-    """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank stores its pieces
-    end to end."""
+    """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank stores
+    its pieces end to end."""
     fragments = []
     for index, group in enumerate(zero.fp16_groups):
         offset = 0

@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: remembered when they arrive, acted on between steps.
 
-SIGUSR1 (Slurm's warning), SIGTERM (preemption) and Ctrl-C only set a flag. All ranks then agree at the
-end of a step, save once and leave with exit status 75. Further signals change nothing, not even while
-saving; only a second Ctrl-C stops immediately.
+SIGUSR1 (Slurm's warning), SIGTERM (preemption) and Ctrl-C only set a flag. All ranks then agree at
+the end of a step, save once and leave with exit status 75. Further signals change nothing, not even
+while saving; only a second Ctrl-C stops immediately.
 
 A file named STOP in the run folder does the same. It is a request to the running process: one that
 exists at the start was meant for an earlier process, and one that was obeyed is removed, so that a
@@ -78,7 +78,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def raising(self, where: str) -> Iterator[None]:
-        """For work that needs no save afterwards: a signal ends it immediately with `error(where)`."""
+        """For work that needs no save afterwards: a signal ends it
+        immediately with `error(where)`."""
         if self.reason is not None:
             raise self.error(where)
         self._saved = where
@@ -88,7 +89,8 @@ class StopRequest:
             self._saved = ""
 
     def restore(self) -> None:
-        """Restore the previous handlers; after a request, ignore signals while the process leaves."""
+        """Restore the previous handlers; after a request, ignore signals
+        while the process leaves."""
         for number, handler in self._previous.items():
             if self.reason is None:
                 signal.signal(number, handler)

@@ -1,9 +1,9 @@
 """`latentddae compare-curve RUN --reference FILE`: is my loss curve right?
 
-A reference holds the mean and standard deviation over seeds of the training loss, and of the loss in
-each quarter of the noise axis, at the images seen where they were logged. A run is `inside` if nearly
-all of its points are within a band around the mean. `--write FILE` makes a reference of several runs
-of one recipe.
+A reference holds the mean and standard deviation over seeds of the training loss, and of the loss
+in each quarter of the noise axis, at the images seen where they were logged. A run is `inside` if
+nearly all of its points are within a band around the mean. `--write FILE` makes a reference of
+several runs of one recipe.
 """
 
 import math

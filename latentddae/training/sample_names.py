@@ -26,7 +26,8 @@ class SampleNames:
         return self.keys(self.loader.indices(images - self.global_batch + np.arange(count)))
 
     def of_rank(self, images: int) -> str:
-        """What this rank reads for the step after `images`: "at 512 images; shards ...; keys ..."."""
+        """What this rank reads for the step after `images`: "at 512 images;
+        shards ...; keys ..."."""
         local = self.global_batch // self.world.size
         indices = self.loader.indices(images + self.world.rank * local + np.arange(local))
         shards = ", ".join(self.loader.shards_of(indices)[:NAMED])

@@ -5,9 +5,9 @@
     saver.poll()            # at later log rows: publishes the state once all ranks have written
     saver.finish()          # waits for the pending state
 
-The main thread only copies and takes part in collectives. Hashing, writing and fsync are done by one
-thread per rank, which never takes part in a collective. A pending state is invisible until every rank
-has written; until then a restart finds the older ones.
+The main thread only copies and takes part in collectives. Hashing, writing and fsync are done by
+one thread per rank, which never takes part in a collective. A pending state is invisible until
+every rank has written; until then a restart finds the older ones.
 """
 
 import shutil

@@ -61,7 +61,7 @@ class StateReader:
         return out
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter in its own shape (...), float32."""
+        """A parameter, any shape (its own), float32."""
         shape = self.shapes[name]
         return self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape)
 
@@ -70,7 +70,7 @@ class StateReader:
         return {name: file.get_tensor(key) for name, (file, key) in self._non_trainable.items()}
 
     def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of one kind, (...) in its own shape, in the model's order."""
+        """Every parameter of one kind, any shape (its own), in the model's order."""
         for name in self.shapes:
             yield name, self.whole(kind, name)
 

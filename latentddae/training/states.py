@@ -1,10 +1,11 @@
 """The resume state of a run: complete or invisible, checked to the bit, readable at any world size.
 
 `RUN/state/images-000000012800/` holds one safetensors file per rank with named pieces of the master
-weights, the optimizer's state and the EMA, and `state.json`, written last, with their hashes. Rank 0
-renames the folder from a temporary name after every rank has finished, so a folder under its final
-name is complete. A piece is stored as `KIND/START/NAME`: elements from START on of the flattened
-parameter NAME. Frozen parameters and buffers are whole in rank 0's file as `non_trainable/0/NAME`.
+weights, the optimizer's state and the EMA, and `state.json`, written last, with their hashes. Rank
+0 renames the folder from a temporary name after every rank has finished, so a folder under its
+final name is complete. A piece is stored as `KIND/START/NAME`: elements from START on of the
+flattened parameter NAME. Frozen parameters and buffers are whole in rank 0's file as
+`non_trainable/0/NAME`.
 
 `state.json` also holds a checksum of every parameter that does not depend on how it was cut. It is
 compared once the values are back in the engine, at any world size and ZeRO stage.
@@ -70,7 +71,7 @@ def partitions(engine: Engine, ema: Ema) -> Partitions:
     }
 
 
-# Writing: `prepare_folder` and `commit` are collectives; `write_rank_file` is not, a thread may run it.
+# Writing. `prepare_folder` and `commit` are collectives; a thread may run `write_rank_file`.
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def commit(
     """
     results = dist.gather_objects((rank_file, problem))
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
-    return _publish(hidden, [file for file, _ in results], problems, info)
+    return _publish(hidden, [file for file, _ in results if file], problems, info)
 
 
 @dist.rank0
@@ -263,7 +264,8 @@ def newest_intact(
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged state and keep it for inspection: the run will write another in its place."""
+    """Rename a damaged state and keep it for inspection: the run will
+    write another in its place."""
     aside = path.with_name(f"{DAMAGED}{path.name}")
     with contextlib.suppress(OSError):  # the next save reports a folder that cannot be written
         shutil.rmtree(aside, ignore_errors=True)

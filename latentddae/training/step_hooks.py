@@ -66,7 +66,8 @@ class Profiler:
         self._enter("step", f"step {number}")
 
     def enter_part(self, part: str) -> None:
-        """A part of the step begins ("forward", "backward", ...); it gets its own bar in the trace."""
+        """A part of the step begins ("forward", "backward", ...); it gets
+        its own bar in the trace."""
         if self._profile is not None:
             self._enter("part", part)
 

@@ -19,7 +19,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 PARTS = ("data", "forward", "backward", "optimizer", "ema", "log", "other", "pause")
-"""`log` is measuring and writing rows, `other` the loop's own work, `pause` saving and evaluating."""
+"""`log` is measuring and writing rows, `other` the loop's own work, `pause`
+saving and evaluating."""
 
 Mark = TypeVar("Mark")
 

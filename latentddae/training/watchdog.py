@@ -1,14 +1,15 @@
 """A rank that hangs reports where and exits, so that no job waits for days in a dead collective.
 
-Every rank has a watchdog thread. The loop announces each of its parts with `enter`. A part that takes
-longer than the limit is reported (rank, part, shards, keys, what the other ranks do, stacks of all
-threads), and the process exits with status 75. The ranks that wait for it time out and exit likewise.
+Every rank has a watchdog thread. The loop announces each of its parts with `enter`. A part that
+takes longer than the limit is reported (rank, part, shards, keys, what the other ranks do,
+stacks of all threads), and the process exits with status 75. The ranks that wait for it time
+out and exit likewise.
 
 A rank that cannot report itself (stopped, dead, its interpreter locked) is named by the others: the
-rank that finds a hang asks all ranks through the rendezvous store, and a second thread on each answers
-with its part. A rank that does not answer is reported as silent; if it runs on this host it is killed,
-because it cannot exit on its own. The stacks of a locked interpreter are printed by faulthandler's own
-thread, which does not need the interpreter.
+rank that finds a hang asks all ranks through the rendezvous store, and a second thread on each
+answers with its part. A rank that does not answer is reported as silent; if it runs on this host it
+is killed, because it cannot exit on its own. The stacks of a locked interpreter are printed by
+faulthandler's own thread, which does not need the interpreter.
 
 A job that was suspended as a whole (by Slurm, or Ctrl-Z) has not hung: time in which the watchdog
 thread did not run does not count.

@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require, to_dict
@@ -27,12 +24,11 @@ from latentddae.core.files import exclusive, read_json, text_hash, write_atomic,
 from latentddae.data.subsets import Concat, SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grids, results
-from latentddae.transfer.extraction.extract import BATCH, Progress, extract
+from latentddae.transfer.extraction.extract import BATCH, Progress
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.pooling import POOLS, check_pools
 from latentddae.transfer.extraction.spec import (
     Block,
-    Cell,
     FeatureSpec,
     blocks_of,
     check_blocks,
@@ -46,6 +42,7 @@ from latentddae.transfer.grids import Grid, GridCell
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.protocol import search
 from latentddae.transfer.protocol.rerank import Reranking, rerank, shortlist
+from latentddae.transfer.protocol.ridge_cells import ridge_scores
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
 from latentddae.transfer.reporting import plots
 from latentddae.transfer.results import CheckpointInfo, DataInfo, LevelUnits, Result
@@ -230,64 +227,28 @@ def judge_level(run: GridRun, level: float, tell: Progress | None = None) -> Lev
     """All cells of one noise level from one pass over train, of which each rank sees a part. A
     collective."""
     started = time.monotonic()
-    labels = torch.from_numpy(labels_of(run.train, run.split.train))
-    heldout = torch.from_numpy(run.split.heldout)
-    rank_rows = dist.rank_slice(len(labels))
-    statistics: dict[Cell, ridge.Statistics] = {}
-    kept: dict[Cell, list[Tensor]] = {}
-    seen = rank_rows.start
-    for part in extract(
+    scores = ridge_scores(
         run.checkpoint,
         run.train,
-        run.split.train[rank_rows],
+        run.split,
         run.spec_at(level),
         batch=run.batch,
         progress=tell,
-    ):
-        rows = slice(seen, seen + len(part.index))
-        aside = heldout[rows]
-        for cell, value in part.values.items():
-            if cell not in statistics:
-                statistics[cell] = ridge.Statistics.start(value, len(run.train.classes))
-                kept[cell] = []
-            statistics[cell].add(value[~aside], labels[rows][~aside])
-            kept[cell].append(value[aside])
-        seen = rows.stop
-    cells = []
-    for cell, sums in statistics.items():
-        reduce_over_ranks(sums)
-        features = torch.from_numpy(dist.all_gather_rows(torch.cat(kept.pop(cell)).numpy()))
-        judge = functools.partial(_judge_cell, sums, features, labels[heldout], level, cell)
-        cells.append(dist.on_rank0(judge))
+    )
+    cells = [
+        GridCell(
+            level=level,
+            block=block,
+            pool=pool,
+            width=score.width,
+            accuracy=score.accuracy,
+            l2=score.l2,
+            accuracies=score.accuracies,
+        )
+        for (block, pool), score in scores.items()
+    ]
     units = describe_level(run.checkpoint.objective, level)
     return LevelResult(units, tuple(cells), round(time.monotonic() - started, 3))
-
-
-def reduce_over_ranks(statistics: ridge.Statistics) -> None:
-    """Add the samples of all ranks. A collective."""
-    world = dist.world_from_environment()
-    if world.size > 1:
-        device = dist.device_for(world)
-        statistics.reduce(
-            dist.broadcast_object, lambda sums: dist.sum_tensor(sums.to(device)).cpu()
-        )
-
-
-def _judge_cell(
-    statistics: ridge.Statistics, features: Tensor, labels: Tensor, level: float, cell: Cell
-) -> GridCell:
-    """Ridge probes at every penalty, scored on held-out features (N, width), labels (N,)."""
-    scores = ridge.accuracies(ridge.solve(statistics, standardise=True), features, labels)
-    best = max(range(len(scores)), key=lambda i: scores[i])
-    return GridCell(
-        level=level,
-        block=cell[0],
-        pool=cell[1],
-        width=features.shape[1],
-        accuracy=scores[best],
-        l2=ridge.L2_GRID[best],
-        accuracies=tuple(scores),
-    )
 
 
 def assemble(run: GridRun, done: Sequence[LevelResult], judged: Sequence[GridCell]) -> Grid:

@@ -48,7 +48,8 @@ def test_nonsense_is_refused() -> None:
 
 
 def test_a_batch_script_that_forgot_srun_is_refused() -> None:
-    """Slurm sets these in the script of a job with two tasks; one process would wait for the other for ever."""
+    """Slurm sets these in the script of a job with two tasks; one process would wait
+    for the other for ever."""
     env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     with pytest.raises(ConfigError, match="put `srun` before"):
         world_from_environment(env)
@@ -101,7 +102,7 @@ def see(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
 
 
 def test_device_is_the_only_one_or_the_local_rank(monkeypatch) -> None:
-    """USER_PAINS 48: with one GPU per task every rank sees device 0 alone."""
+    """With one GPU per task every rank sees device 0 alone."""
     see(monkeypatch, 1)
     assert device_for(World(5, 8, 5), {}) == torch.device("cuda", 0)
     see(monkeypatch, 8)
@@ -119,7 +120,8 @@ def test_a_gpu_job_without_a_gpu_stops(monkeypatch) -> None:
 
 
 def test_groups_of_deepspeed_get_our_timeout(ranks) -> None:
-    """Its data-parallel group is made without one, and torch's default of half an hour would hide a hang."""
+    """Its data-parallel group is made without one, and torch's default of half an
+    hour would hide a hang."""
 
     def waits_for_a_rank_that_never_comes() -> int:
         from latentddae.training.engine import _import_deepspeed
@@ -178,7 +180,8 @@ def test_collectives(ranks: int, tmp_path) -> None:
 
 
 def test_agreement_comes_one_call_later_on_every_rank(ranks) -> None:
-    """Each rank wishes at its own time; all hear of each wish at the same call, without waiting for it."""
+    """Each rank wishes at its own time; all hear of each wish at the same call,
+    without waiting for it."""
     wishes = {0: [0, 0, 1, 0, 0, 0], 1: [0, 1, 0, 0, 1, 0]}
 
     def ask() -> None:

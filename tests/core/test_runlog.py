@@ -1,4 +1,5 @@
-"""The run folder's log: lines that survive a restart, valid JSON, the same numbers for TensorBoard and wandb."""
+"""The run folder's log: lines that survive a restart, valid JSON, the same numbers for
+TensorBoard and wandb."""
 
 import json
 import math
@@ -30,7 +31,8 @@ def write(run: Path, after: int, *rows: dict) -> None:
 
 
 def test_the_lost_part_is_cut_away_on_resume(tmp_path) -> None:
-    """A run killed at 40 whose state is of 20: lines and points after 20 are those of the second try."""
+    """A run killed at 40 whose state is of 20: lines and points after 20 are
+    those of the second try."""
     first = [{"images": i, "loss": i / 100} for i in (10, 20, 30, 40)]
     write(tmp_path, 0, *first, {"images": 35, "event": "loss spike", "loss": 9.0})
     with open(tmp_path / "metrics.jsonl", "a") as file:

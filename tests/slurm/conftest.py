@@ -1,7 +1,8 @@
 """A real Slurm of two nodes on this machine: real sbatch, srun, scancel, scontrol requeue.
 
-Two `slurmd` under different node names share the host; munge has a key of its own. Everything lies in one folder
-and is stopped by its pid files. Needs Debian's packages slurm-wlm and munge, which CI installs.
+Two `slurmd` under different node names share the host; munge has a key of its own. Everything
+lies in one folder and is stopped by its pid files. Needs Debian's packages slurm-wlm and
+munge, which CI installs.
 """
 
 import contextlib
@@ -52,10 +53,14 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=1000 State=UNKNOWN
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 \\
+    RealMemory=1000 State=UNKNOWN
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 \\
+    RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP \\
+    OverSubscribe=NO PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP \\
+    OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 """
 
 

@@ -1,4 +1,5 @@
-"""Jobs on a real Slurm of two nodes: warned, preempted, requeued, they end in the weights of an undisturbed run."""
+"""Jobs on a real Slurm of two nodes: warned, preempted, requeued, they end in the weights
+of an undisturbed run."""
 
 import sys
 import time
@@ -28,7 +29,8 @@ Submit = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def submit(slurm) -> Submit:
-    """Submit a shipped script from the repository's root, to run on CPUs; returns the job's number."""
+    """Submit a shipped script from the repository's root, to run on CPUs;
+    returns the job's number."""
     slurm.env |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
     def submit(script: str, *arguments: object, options: tuple[str, ...] = ()) -> str:
@@ -60,7 +62,8 @@ def begun(run: Path) -> list[dict[str, object]]:
 
 
 def assert_same_weights(run: Path, other: Path) -> None:
-    """Everything a run ends in, to the last bit: its last state, rank by rank, and the portable weights."""
+    """Everything a run ends in, to the last bit: its last state, rank by rank,
+    and the portable weights."""
     state = sorted((run / "state").glob("images-*"))[-1]
     found = [*state.glob("*.safetensors"), *(run / "export").glob("*.safetensors")]
     assert len(found) == 4
@@ -195,7 +198,8 @@ def test_a_rival_ends_and_a_cancelled_job_stays_away(slurm, submit, tiny_shards,
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_torchrun_on_every_node(slurm, submit, tiny_shards, tmp_path, whole) -> None:
-    """One task per node, warned and requeued; two nodes with a process each are the same two ranks."""
+    """One task per node, warned and requeued; two nodes with a process each
+    are the same two ranks."""
     run = tmp_path / "run"
     config = "configs/pretrain/dit_xl_2_imagenet256_uncond.yaml"
     job = submit(

@@ -1,5 +1,5 @@
-"""What the job scripts do, with an `srun` and a `scontrol` that only note what they were told: every layout of ranks,
-every exit status, frozen code, and how they explain themselves."""
+"""What the job scripts do, with an `srun` and a `scontrol` that only note what they were told:
+every layout of ranks, every exit status, frozen code, and how they explain themselves."""
 
 import json
 import os
@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [path for path in SCRIPTS if path.name != "env.sh"]
 
-# Starts the command on "nodes" x "tasks" ranks, as srun would, and leaves with the largest exit status.
+# Starts the command on "nodes" x "tasks" ranks, as srun would, and leaves with the largest status.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 status=0 pids=()
 trap 'kill -s USR1 "${pids[@]}"' USR1
 for ((rank = 0; rank < FAKE_NODES * FAKE_TASKS; rank++)); do
-    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % FAKE_TASKS)) SLURM_NODEID=$((rank / FAKE_TASKS)) SLURM_STEP_ID=0 \\
+    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % FAKE_TASKS)) \\
+    SLURM_NODEID=$((rank / FAKE_TASKS)) SLURM_STEP_ID=0 \\
         SLURM_NTASKS=$((FAKE_NODES * FAKE_TASKS)) "$@" &
     pids+=($!)
 done
@@ -115,7 +116,7 @@ with open(f"{os.environ['NOTES']}/{os.environ['SLURM_PROCID']}", "w") as file:
 
 @pytest.mark.parametrize(("nodes", "tasks"), [(1, 1), (1, 8), (2, 4)])
 def test_every_rank_knows_its_place(job: FakeSlurm, tmp_path, nodes: int, tasks: int) -> None:
-    """USER_PAINS 19: rank, world, local rank, meeting point; and what a submitting shell left over is gone."""
+    """Rank, world, local rank, meeting point; and what a submitting shell left over is gone."""
     (tmp_path / "probe.py").write_text(PROBE)
     stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
     fakes = {"FAKE_NODES": str(nodes), "FAKE_TASKS": str(tasks), "NOTES": str(tmp_path)}
@@ -129,7 +130,7 @@ def test_every_rank_knows_its_place(job: FakeSlurm, tmp_path, nodes: int, tasks:
     assert [w.local_rank for w in worlds] == list(range(tasks)) * nodes
     assert {env["MASTER_ADDR"] for env in seen} == {"first-host"}
     assert {dist.slurm_port(env) for env in seen} == {10000 + 471100 % 22000}
-    assert {env["OMP_NUM_THREADS"] for env in seen} == {"12"}  # USER_PAINS 48
+    assert {env["OMP_NUM_THREADS"] for env in seen} == {"12"}
     assert {env["SRUN_CPUS_PER_TASK"] for env in seen} == {"12"}
 
 
@@ -192,7 +193,8 @@ def test_warned_before_it_listened_comes_back(job: FakeSlurm) -> None:
 
 
 def test_a_warning_that_comes_while_a_step_finishes(job: FakeSlurm) -> None:
-    """The step is done, the job is not: it comes back for the rest instead of starting the next step."""
+    """The step is done, the job is not: it comes back for the rest instead of
+    starting the next step."""
     status, out = signalled(job, signal.SIGUSR1, listening(job, "exit 0"))
     assert (status, out, job.goes_on) == (75, "the next step\n", True)
 

@@ -1,5 +1,5 @@
-"""Runs of a few thousand weights: at the level of the engine, where every loss is a pure function of images
-seen, and as the command `train`.
+"""Runs of a few thousand weights: at the level of the engine, where every loss is a pure function
+of images seen, and as the command `train`.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,9 @@ class Toy:
         if model is None:
             model = zoo.build(MODEL, seed=1)
             randomize_gates(model, seed=2)
-        config = EngineConfig(zero_stage=stage, precision=precision, **settings)  # type: ignore[arg-type]
+        config = EngineConfig(  # type: ignore[arg-type]
+            zero_stage=stage, precision=precision, **settings
+        )
         engine = Engine(model, config, OPTIM, world, torch.device("cpu"), BATCH)
         ema = EmaConfig(halflife_images=10 * BATCH, extra_halflives_images=(40 * BATCH,))
         return cls(engine, Ema(ema, engine.masters))
@@ -96,7 +98,8 @@ class Toy:
         return self
 
     def whole(self) -> dict[str, torch.Tensor]:
-        """Every parameter, moment and average, whole, and the weights the model computes with (a collective)."""
+        """Every parameter, moment and average, whole, and the weights the model
+        computes with (a collective)."""
         out = {}
         for kind, flat in states.partitions(self.engine, self.ema).items():
             for name, shape in self.engine.shapes.items():
@@ -146,7 +149,8 @@ def start(tiny_shards: Path) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def content() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """Everything a run has come to: each parameter, moment and average of its newest intact state, whole."""
+    """Everything a run has come to: each parameter, moment and average of its
+    newest intact state, whole."""
 
     def of(run: Path) -> dict[str, torch.Tensor]:
         state = states.find(run / "state")

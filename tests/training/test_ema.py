@@ -27,10 +27,13 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def train_and_compare(stage: int, precision: str, micro: int) -> None:
-    """50 steps; after each one gather the full fp32 weights and average them in fp64 beside the sharded EMA."""
+    """50 steps; after each one gather the full fp32 weights and average them in fp64
+    beside the sharded EMA."""
     world = dist.start()
     model = zoo.build(MODEL, seed=1)
-    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=micro)  # type: ignore[arg-type]
+    config = EngineConfig(  # type: ignore[arg-type]
+        zero_stage=stage, precision=precision, micro_batch=micro
+    )
     initial = {n: p.detach().double().flatten() for n, p in model.named_parameters()}
     ends = np.cumsum([value.numel() for value in initial.values()])
     offsets = dict(zip(initial, [0, *ends[:-1].tolist()], strict=True))

@@ -1,4 +1,5 @@
-"""The engine with any module: frozen tensors, own rates, recomputed and compiled blocks, bad gradients."""
+"""The engine with any module: frozen tensors, own rates, recomputed and compiled
+blocks, bad gradients."""
 
 import os
 import subprocess
@@ -149,7 +150,8 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(stage, precision, in_ranks
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_clipping_is_to_the_global_norm(stage, in_ranks, toy) -> None:
-    """The same gradient, clipped harder, with Adam's epsilon out of the way: only the norm is reported alike."""
+    """The same gradient, clipped harder, with Adam's epsilon out of the way: only the
+    norm is reported alike."""
 
     def run() -> tuple[float, float]:
         out = []
@@ -184,7 +186,7 @@ def test_recomputed_blocks_change_nothing_but_memory(stage, every, in_ranks, toy
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_give_the_same_losses(backend, in_ranks, toy, monkeypatch) -> None:
-    """The blocks alone are compiled, each once, and no name of a weight changes (USER_PAINS 45).
+    """The blocks alone are compiled, each once, and no name of a weight changes.
 
     By default without the last step, machine code, which takes a minute of a compiler.
     """
@@ -223,7 +225,7 @@ def test_an_update_of_the_average_makes_no_collective(in_ranks, toy, monkeypatch
 
 
 def test_an_engine_starts_without_compiler_or_cuda_toolkit(tmp_path) -> None:
-    """Nothing is built at first use (USER_PAINS 41): five steps with an empty PATH."""
+    """Nothing is built at first use: five steps with an empty PATH."""
     code = (
         "import torch\n"
         "from latentddae.core import dist\n"
@@ -232,7 +234,8 @@ def test_an_engine_starts_without_compiler_or_cuda_toolkit(tmp_path) -> None:
         "from latentddae.training.optimizers import OptimConfig\n"
         "from latentddae.training.deepspeed_config import EngineConfig\n"
         "model = zoo.build('dit_s_2', input_size=8, hidden_size=16, depth=1, num_heads=2)\n"
-        "engine = Engine(model, EngineConfig(), OptimConfig(), dist.start(), torch.device('cpu'), 2)\n"
+        "cpu = torch.device('cpu')\n"
+        "engine = Engine(model, EngineConfig(), OptimConfig(), dist.start(), cpu, 2)\n"
         "for _ in range(5):\n"
         "    engine.backward(model(torch.randn(2, 4, 8, 8), torch.rand(2)).square().mean())\n"
         "    engine.step(1e-3)\n"

@@ -1,4 +1,4 @@
-"""Portable weights out of any state: the model's own tensors, bit for bit, read one at a time (USER_PAINS 15)."""
+"""Portable weights out of any state: the model's own tensors, bit for bit, read one at a time."""
 
 import subprocess
 import sys
@@ -129,7 +129,7 @@ def test_tensors_that_are_not_the_models_are_refused(change, message, runs, tmp_
 
 
 def test_frozen_parameters_and_buffers_survive(toy, in_ranks, tmp_path) -> None:
-    """Bit-equal through bf16 and ZeRO, though no optimizer knows them (USER_PAINS 17)."""
+    """Bit-equal through bf16 and ZeRO, though no optimizer knows them."""
     frozen = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
     config = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
@@ -170,7 +170,9 @@ with torch.device("meta"):
     buffers = {n: b.shape for n, b in zoo.build(model).named_buffers()}
 size = {n: torch.Size(s).numel() for n, s in shapes.items()}
 entries = {
-    f"{kind}/0/{n}": safetensors_stream.Entry(torch.float32, (size[n],), lambda n=n: torch.zeros(size[n]))
+    f"{kind}/0/{n}": safetensors_stream.Entry(
+        torch.float32, (size[n],), lambda n=n: torch.zeros(size[n])
+    )
     for kind in ("master", "ema") for n in shapes
 } | {f"non_trainable/0/{n}": safetensors_stream.entry(torch.zeros(s)) for n, s in buffers.items()}
 path = folder / "images-000000000001"
@@ -179,7 +181,9 @@ safetensors_stream.write(path / "rank-00000-of-00001.safetensors", entries, {})
 info = {
     "images": 1, "shapes": shapes, "files": {"rank-00000-of-00001.safetensors": {}},
     "model": config.to_dict(model), "objective": config.to_dict(OBJECTIVES["flow"]()),
-    "latents": LatentSpec(kind="moments", channels=4, size=32, scaling_factor=1.0, autoencoder="x").to_dict(),
+    "latents": LatentSpec(
+        kind="moments", channels=4, size=32, scaling_factor=1.0, autoencoder="x"
+    ).to_dict(),
     "classes": [], "ema_config": {}, "data": {}, "conditional": False, "contract": {"seed": 0},
 }
 def anonymous():

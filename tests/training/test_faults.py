@@ -1,6 +1,7 @@
-"""Kills, full disks, bad numbers, broken data: the run is resumable and ends in the bits of an uninterrupted one.
+"""Kills, full disks, bad numbers, broken data: the run is resumable and ends in the bits
+of an uninterrupted one.
 
-The faults are real ones, made in the rank's process by wrapped functions (RELIABILITY G1, G11, G13, G19, G20).
+The faults are real ones, made in the rank's process by wrapped functions.
 """
 
 import contextlib
@@ -40,8 +41,8 @@ def mine(rank: int) -> bool:
 def kill_while_saving(
     kills: int, stage: int, total: int, folder: Path, ranks, start, same, monkeypatch, seed: int = 0
 ) -> None:
-    """A state after every step, one rank's writer late by up to 0.3 s; both ranks or one are killed at a random
-    moment of a save. Every start continues what the one before has left."""
+    """A state after every step, one rank's writer late by up to 0.3 s; both ranks or one are killed
+    at a random moment of a save. Every start continues what the one before has left."""
     options = (f"engine.zero_stage={stage}", f"total_images={total}", "log_every_images=64")
     whole, run = folder / "whole", folder / "run"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
@@ -151,7 +152,8 @@ FULL = {  # moment -> function that is about to run
 
 
 def fill_up(moment: str, rank: int, disk: Path, ranks, start, monkeypatch, capfd) -> list[int]:
-    """The run stops with one line, what it had saved is intact, and with room it goes on; its statuses."""
+    """The run stops with one line, what it had saved is intact, and with room it
+    goes on; its statuses."""
     owner, name = FULL[moment]
     honest, calls, run = getattr(owner, name), [], disk / "run"
 
@@ -216,7 +218,8 @@ def test_a_read_only_disk(disk, ranks, start, capfd) -> None:
 
 
 def poison(source: str, bad: Callable[[int], bool], monkeypatch) -> None:
-    """Rank 1's latents, losses or gradients are not numbers in the steps that start at such images."""
+    """Rank 1's latents, losses or gradients are not numbers in the steps
+    that start at such images."""
     if source == "latents":
         honest_batch = Loader.batch_at
 
@@ -277,7 +280,7 @@ def go_wrong(source: str, span: str, run: Path, ranks, start, content, monkeypat
 def test_numbers_that_are_none(
     source, span, tmp_path, ranks, start, content, monkeypatch, capfd
 ) -> None:
-    """Of one rank; tests/test_train.py has the loss (USER_PAINS 5)."""
+    """Of one rank; tests/test_train.py has the loss."""
     go_wrong(source, span, tmp_path / "run", ranks, start, content, monkeypatch, capfd)
 
 

@@ -97,7 +97,8 @@ def count_reads(counts: list[str]) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_no_value_is_read_between_two_lines(stage, tiny_shards, tmp_path, ranks) -> None:
-    """Ten more steps read nothing more: what is read belongs to the start and to the one line at the end."""
+    """Ten more steps read nothing more: what is read belongs to the start and to
+    the one line at the end."""
 
     def reads(steps: int) -> list[list[str]]:
         def action() -> int:
@@ -189,8 +190,8 @@ def test_lines_stand_at_multiples_however_often_a_run_was_interrupted(
 ) -> None:
     run, every = tmp_path / "run", f"log_every_images={4 * STEP}"
     for steps in (6, 11, 20):
-        action = lambda: start(run, tiny_shards, every, f"total_images={steps * STEP}")  # noqa: E731, B023
-        assert ranks(action) == [0]
+        length = f"total_images={steps * STEP}"
+        assert ranks(lambda: start(run, tiny_shards, every, length)) == [0]  # noqa: B023
     assert [row["step"] for row in rows(run)] == [4, 6, 8, 11, 12, 16, 20]
 
 
@@ -233,11 +234,11 @@ def test_a_spike_is_told_once_with_the_keys_of_its_batch(
 
 
 def test_a_jump_after_a_restart_is_told(tiny_shards, tmp_path, ranks, monkeypatch, capfd) -> None:
-    """An honest restart says nothing; one that loses what was learned, here a scale, says so (USER_PAINS 1)."""
+    """An honest restart says nothing; one that loses what was learned, here a scale, says so."""
     run, every = tmp_path / "run", f"log_every_images={8 * STEP}"
     for steps in (32, 64):
-        action = lambda: start(run, tiny_shards, every, f"total_images={steps * STEP}")  # noqa: E731, B023
-        assert ranks(action) == [0]
+        length = f"total_images={steps * STEP}"
+        assert ranks(lambda: start(run, tiny_shards, every, length)) == [0]  # noqa: B023
     assert events(run) == []
     newest = states.complete_states(run / "state")[-1]
     assert len(newest.info["recent_losses"]) == 64
@@ -252,11 +253,12 @@ def test_a_jump_after_a_restart_is_told(tiny_shards, tmp_path, ranks, monkeypatc
 def test_every_start_leaves_what_it_takes_to_run_it_again(
     tiny_shards, tmp_path, ranks, monkeypatch
 ) -> None:
-    """Versions, commit, command, seed, settings, data: a row of the ledger; no secret (USER_PAINS 22)."""
+    """Versions, commit, command, seed, settings, data: a row of the ledger; no secret."""
     run = tmp_path / "run"
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     for total in (2, 4):
-        assert ranks(lambda: start(run, tiny_shards, f"total_images={total * STEP}")) == [0]  # noqa: B023
+        length = f"total_images={total * STEP}"
+        assert ranks(lambda: start(run, tiny_shards, length)) == [0]  # noqa: B023
     first, second = files.read_json_lines(run / "environment.jsonl")
     assert (first["images"], second["images"]) == (0, 2 * STEP)
     assert {"torch", "deepspeed", "latentddae"} <= first["versions"].keys()

@@ -1,4 +1,5 @@
-"""Warnings about the loss: one for each spike, one for a jump after a restart, none for honest noise."""
+"""Warnings about the loss: one for each spike, one for a jump after a restart,
+none for honest noise."""
 
 import numpy as np
 import pytest

@@ -49,7 +49,7 @@ def test_losses_of_one_rank_do_not_depend_on_the_stage(stage, precision, losses)
     ("stage", "precision"), [(0, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_micro_batches_sum_to_the_gradient_of_the_whole(stage, precision, in_ranks, toy) -> None:
-    """USER_PAINS 14, in one number: the first moment after two steps holds both gradients."""
+    """The first moment after two steps holds both gradients."""
 
     def moments(*setup: str | int, **settings: int) -> torch.Tensor:
         def action() -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole(stage, precision, in_ran
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_accumulation_and_buckets_change_nothing(stage, losses) -> None:
-    """USER_PAINS 14: gradients are summed in fp32 over micro-batches and ranks, whatever the buffers."""
+    """Gradients are summed in fp32 over micro-batches and ranks, whatever the buffers."""
     whole, parts = losses(stage, "bf16", 2), losses(stage, "bf16", 2, micro_batch=2)
     assert gap(parts, whole) <= TOLERANCE["bf16"]
     small = {"zero_optimization": {"reduce_bucket_size": 700}}

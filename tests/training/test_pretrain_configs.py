@@ -1,4 +1,5 @@
-"""The shipped pretraining configurations: the published recipes, and networks of the published sizes."""
+"""The shipped pretraining configurations: the published recipes, and networks
+of the published sizes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "pretrain"
 FILES = sorted(path for path in FOLDER.glob("dit_*.yaml") if path.stem != "dit_recipe")
 
-# Published totals at 32x32x4 with 1000 classes and learned variance; they count the fixed position table.
+# Published totals at 32x32x4 with 1000 classes and learned variance. They count the fixed position
+# table.
 PUBLISHED = {"s": 32_963_360, "b": 130_512_416, "l": 458_102_816, "xl": 675_129_632}
 PUBLISHED_512 = 676_014_368
 CLASSES = 1000

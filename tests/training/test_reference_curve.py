@@ -1,4 +1,4 @@
-"""Reference curves: a run of the recipe is inside, a wrong one is outside and says where (USER_PAINS 21)."""
+"""Reference curves: a run of the recipe is inside, a wrong one is outside and says where."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""A saved run goes on as if it had never stopped, on any number of ranks and under any ZeRO stage."""
+"""A saved run goes on as if it had never stopped, on any number of ranks
+and under any ZeRO stage."""
 
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
 def test_resume_is_exact_from_every_kind_of_save_point(
     stage, precision, ranks, start, tmp_path
 ) -> None:
-    """RELIABILITY G2 with the real command: inside an epoch, on its edge (96 samples), at the end of a run."""
+    """Inside an epoch, on its edge (96 samples), at the end of a run."""
     options = (
         f"engine={{zero_stage: {stage}, precision: {precision}, micro_batch: 4}}",
         "optim={lr: 1e-3, warmup_images: 48, schedule: inverse_sqrt, decay_images: 64}",
@@ -142,7 +143,7 @@ SLOW = pytest.mark.slow
 def test_export_has_the_models_keys_and_the_masters_values(
     stage, precision, compile, ranks, start, tmp_path, monkeypatch
 ) -> None:
-    """USER_PAINS 15: one file from every stage, compiled (here without machine code) or not."""
+    """One file from every stage, compiled (here without machine code) or not."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: real(m, backend="aot_eager"))
     engine = f"engine={{zero_stage: {stage}, precision: {precision}, compile: {compile}}}"

@@ -1,4 +1,5 @@
-"""Which states stay, which become portable snapshots, whether there is space, and writing in the background."""
+"""Which states stay, which become portable snapshots, whether there is space, and
+writing in the background."""
 
 import shutil
 import time
@@ -25,8 +26,8 @@ def snapshots(run: Path) -> list[int]:
 
 
 def test_keep_last_and_keep_every(tmp_path, ranks, start, content) -> None:
-    """Two full states stay, and the average at every multiple as a checkpoint that every command takes
-    (USER_PAINS 47); snapshots do not depend on where the run was interrupted."""
+    """Two full states stay, and the average at every multiple as a checkpoint that every command
+    takes; snapshots do not depend on where the run was interrupted."""
     options = ("save.keep_last=2", "save.every_images=32", "save.keep_every=80")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ranks(lambda: start(whole, *options), 2) == [0, 0]
@@ -51,7 +52,8 @@ def test_keep_last_and_keep_every(tmp_path, ranks, start, content) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 16, 100])
 def test_every_multiple_has_one_milestone(batch) -> None:
-    """The step that reaches a multiple, whatever the batch; steps longer than a multiple are all milestones."""
+    """The step that reaches a multiple, whatever the batch; steps longer than a
+    multiple are all milestones."""
     ends = range(batch, 5000, batch)
     found = [end for end in ends if is_milestone(end, 250, batch)]
     assert found == sorted({end for end in ends if end // 250 > (end - batch) // 250})
@@ -166,7 +168,8 @@ def test_a_run_that_will_not_fit_is_refused_before_its_first_step(
 
 
 def test_space_is_checked_before_each_save(tmp_path, ranks, start, monkeypatch, capfd) -> None:
-    """It fills up while the run goes: the states before stay, and the run goes on once there is room."""
+    """It fills up while the run goes: the states before stay, and the run goes
+    on once there is room."""
     honest = files.check_space
 
     def fills_up(folder, needed, what):
@@ -205,8 +208,8 @@ def test_saving_in_the_background_gives_the_same_states(tmp_path, ranks, start, 
 
 
 def test_a_state_on_its_way_is_of_its_own_moment(toy, in_ranks, tmp_path, monkeypatch) -> None:
-    """A slow disk: training goes on meanwhile, the state is that of the moment it was asked for, and it is
-    invisible until both ranks have written."""
+    """A slow disk: training goes on meanwhile, the state is that of the moment it was asked for,
+    and it is invisible until both ranks have written."""
     honest, disk_is_ready = safetensors_stream.write, tmp_path / "ready"
 
     def slow(path, entries, metadata):
@@ -239,7 +242,7 @@ def test_a_state_on_its_way_is_of_its_own_moment(toy, in_ranks, tmp_path, monkey
 def test_a_failed_write_in_the_background_stops_all_ranks(
     tmp_path, ranks, start, monkeypatch, capfd
 ) -> None:
-    """Whatever goes wrong in one rank's thread, no rank waits for it (USER_PAINS 32)."""
+    """Whatever goes wrong in one rank's thread, no rank waits for it."""
     honest = safetensors_stream.write
 
     def broken(path, entries, metadata):

@@ -1,4 +1,5 @@
-"""Signals and STOP files: one complete state and status 75, whenever they come; crash loops end (G3, G21)."""
+"""Signals and STOP files: one complete state and status 75, whenever they come;
+crash loops end (G3, G21)."""
 
 import dataclasses
 import os
@@ -119,7 +120,7 @@ def test_signals_at_30_random_moments(tmp_path, ranks, start, same, monkeypatch)
 
 
 def test_more_signals_change_nothing(tmp_path, ranks, start, monkeypatch) -> None:
-    """A hail of them on both ranks, through a slow save and until the process has left (USER_PAINS 20)."""
+    """A hail of them on both ranks, through a slow save and until the process has left."""
     honest, run = safetensors_stream.write, tmp_path / "run"
 
     def slow(*arguments):
@@ -227,7 +228,8 @@ def test_handlers_are_given_back_unless_the_process_is_to_leave(tmp_path) -> Non
 
 
 def test_a_crash_loop_ends(tmp_path, ranks, start, monkeypatch, capfd) -> None:
-    """Three starts that get no further, then no more; --retry allows another, progress starts the count anew."""
+    """Three starts that get no further, then no more; --retry allows another, progress
+    starts the count anew."""
     run, honest = tmp_path / "run", Loop.step
     options = ("save.every_images=64", "total_images=160")
 

@@ -1,4 +1,5 @@
-"""A state is what was saved, to the bit, or it is not used: checksums, 38 kinds of damage, the contract, the lock."""
+"""A state is what was saved, to the bit, or it is not used: checksums, 38 kinds of damage,
+the contract, the lock."""
 
 import itertools
 import json
@@ -108,7 +109,8 @@ def test_a_state_records_the_checksums_of_its_parameters(trained) -> None:
 def test_a_value_that_changes_on_the_way_back_stops_the_start(
     run, ranks, start, monkeypatch, capfd
 ) -> None:
-    """Whatever stands between file and engine: the parameter is named, on another number of ranks too."""
+    """Whatever stands between file and engine: the parameter is named, on
+    another number of ranks too."""
     honest = state_reader.StateReader.read
 
     def bent(self, kind, name, start, numel):
@@ -123,7 +125,7 @@ def test_a_value_that_changes_on_the_way_back_stops_the_start(
     assert folder(run).exists()
 
 
-# Damage (RELIABILITY G8)
+# Damage
 
 
 def flip(path: Path, place: float) -> None:
@@ -236,7 +238,7 @@ def test_a_killed_writer_and_deleter_leave_nothing_that_is_read(run) -> None:
 
 
 def test_a_damaged_state_is_set_aside_and_written_anew(run, ranks, start, same, capfd) -> None:
-    """The run passes the same place again: its state there is a good one (USER_PAINS 28)."""
+    """The run passes the same place again: its state there is a good one."""
     honest = Path(shutil.copytree(run, run.with_name("honest")))
     flip(rank_file(run, 1), 0.9)
     options = (f"save.every_images={OLDER}", f"total_images={NEWEST}")
@@ -283,7 +285,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
     assert "holds a run but no intact state" in capfd.readouterr().err
 
 
-# The contract (RELIABILITY G15)
+# The contract
 
 REFUSED = {
     "optim.lr": "2e-3",
@@ -333,7 +335,8 @@ def test_18_changed_settings_are_refused_by_name(run, ranks, start, capfd) -> No
 
 
 def test_what_does_not_change_the_result_may_change(run, ranks, start) -> None:
-    """Length, layout, precision of nothing: other ranks, stage, micro-batch, threads, saving, logging."""
+    """Length, layout, precision of nothing: other ranks, stage, micro-batch,
+    threads, saving, logging."""
     changes = (
         "total_images=176",
         "engine.zero_stage=2",
@@ -350,7 +353,7 @@ def test_what_does_not_change_the_result_may_change(run, ranks, start) -> None:
     assert states.find(run / "state").images == 176
 
 
-# One process at a time, and no secrets (RELIABILITY G17, G18)
+# One process at a time, and no secrets
 
 
 def test_10_second_jobs_are_refused_and_touch_nothing(run, ranks, start, capfd) -> None:
@@ -412,7 +415,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, ranks, start, cap
 
 
 def test_saving_changes_no_live_tensor(toy, in_ranks, tmp_path) -> None:
-    """Nor does it cost a step: the same run with and without saves (USER_PAINS 1)."""
+    """Nor does it cost a step: the same run with and without saves."""
 
     def both() -> bool:
         run = toy.start(stage=1).train(3)

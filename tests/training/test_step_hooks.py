@@ -1,4 +1,5 @@
-"""A profile holds the steps that were asked for; garbage is collected at the steps that were set."""
+"""A profile holds the steps that were asked for; garbage is collected at
+the steps that were set."""
 
 import gc
 import json
