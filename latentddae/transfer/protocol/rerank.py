@@ -77,7 +77,7 @@ def fewer_samples(train: SampleSet, split: Split, seed: int) -> Split:
     return Split(train=split.train[keep], heldout=split.heldout[keep])
 
 
-def judge(
+def score_cells(
     run: Reranking, cells: Sequence[GridCell], progress: Progress | None = None
 ) -> list[GridCell]:
     """Cells of one noise level with their held-out accuracy under the linear probe, from one pass.
@@ -127,7 +127,7 @@ def rerank(
     pending = [level for level, group in judged.items() if group is None]
     with progress_bar(len(pending) * len(run.split.train)) as bar:
         for level in pending:
-            group = judge(run, by_level[level], bar.update)
+            group = score_cells(run, by_level[level], bar.update)
             dist.on_rank0(functools.partial(_write, run, by_level[level], group))
             judged[level] = group
     return [cell for group in judged.values() for cell in group or []]
