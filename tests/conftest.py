@@ -64,10 +64,11 @@ def _free_port() -> int:
 def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 120) -> list[int]:
     """Run `action` in `size` real processes that form a group; return their exit statuses.
 
-    The processes are forked from this one, so the heavy imports are paid once. An exception counts as status 1
-    and prints its traceback. Nothing is left running.
+    The processes are forked from this one, so the heavy imports are paid once. An exception counts
+    as status 1 and prints its traceback. Nothing is left running.
     """
-    # Imported before forking, see above; what follows deepspeed itself is loaded by its first engine.
+    # Imported before forking, see above; what follows deepspeed itself is loaded by
+    # its first engine.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch._dynamo
 
@@ -80,7 +81,8 @@ def run_ranks(action: Callable[[], int | None], size: int = 1, timeout: float = 
         if pid == 0:
             status = 1
             try:
-                # torch mends its thread pool at its first use after a fork; two threads must not race to it.
+                # torch mends its thread pool at its first use after a fork; two threads must not
+                # race to it.
                 torch.set_num_threads(1)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

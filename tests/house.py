@@ -1,6 +1,7 @@
 """The rules of the house as numbers: `python tests/house.py` prints them, `-v` with every offender.
 
-What is counted and where each limit comes from stands beside each count; tests/test_house.py holds them.
+What is counted and where each limit comes from stands beside each count;
+tests/test_house.py holds them.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def outside_references() -> Count:
 
 
 def functions() -> Iterator[tuple[Path, str, Function, ast.ClassDef | None]]:
-    """(file, dotted name, function, its class) of every function and method; no nested functions."""
+    """(file, dotted name, function, its class) of every function and method but nested ones."""
     for path, tree in trees().items():
         for node in tree.body:
             if isinstance(node, Function):
@@ -282,8 +283,16 @@ def missing_shapes() -> Count:
     return Count("array functions without a shape", len(offenders), 0, tuple(offenders))
 
 
+PRAGMA = r"  # (?:type: ignore|noqa|pragma)"
+
+
 def long_lines() -> Count:
-    places = occurrences(r"^.{101,}$", ("latentddae", "tests", "benchmarks", "data_prep"), (".py",))
+    """Comments for tools do not count, as in ruff."""
+    places = occurrences(
+        rf"^(?!.{{1,100}}{PRAGMA}).{{101,}}$",
+        ("latentddae", "tests", "benchmarks", "data_prep"),
+        (".py",),
+    )
     return Count("lines over 100 characters", len(places), 0, tuple(places))
 
 

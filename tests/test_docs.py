@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its commands parse, its files exist, its links lead somewhere."""
+"""The documentation tells the truth: commands parse, files exist, links lead somewhere."""
 
 import ast
 import importlib

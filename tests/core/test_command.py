@@ -78,7 +78,8 @@ def test_flags_settings_and_file_agree(tmp_path) -> None:
         "levels: [0.3, 0.4]\nnoisy_input: false\nmetric: mean\nlimit: 7\nextra: {churn: 2}\n"
     )
     flags = read(
-        *MINIMUM, "--data.workers=3", "--model", "big", "--model.width", "5", "--noise-samples", "4",
+        *MINIMUM, "--data.workers=3", "--model", "big", "--model.width", "5",
+        "--noise-samples", "4",
         "--levels", "0.3", "--levels", "0.4", "--no-noisy-input", "--metric", "mean", "--limit=7",
         "--extra", "churn=2",
     )  # fmt: skip

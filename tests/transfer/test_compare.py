@@ -1,4 +1,6 @@
-"""The comparison table: baselines are what they say, pixels are the same samples, rows survive a kill."""
+"""The comparison table: baselines are what they say, pixels are the same samples, rows
+survive a kill.
+"""
 
 import json
 import shutil
@@ -31,7 +33,8 @@ from .conftest import make_grid
 
 GROUPS = [
     ("ddae", "mean"), ("ddae", "grid2"), ("latents", None), ("pixels", None),
-    ("untrained", "mean"), ("untrained", "grid2"), ("random_gates", "mean"), ("random_gates", "grid2"),
+    ("untrained", "mean"), ("untrained", "grid2"),
+    ("random_gates", "mean"), ("random_gates", "grid2"),
 ]  # fmt: skip
 SETTINGS = CompareSettings(baseline_levels=(0.1,))
 

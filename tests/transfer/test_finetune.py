@@ -248,7 +248,7 @@ def test_shipped_recipes_are_complete(name) -> None:
     path = Path(__file__).parents[2] / "configs" / "transfer" / f"finetune_{name}.yaml"
     told = ["checkpoint=c", "data.path=d", "run=r"]
     config = configuration.load(finetune.FinetuneConfig, path, told)
-    if name in ("ldae", "mae"):  # FACTS: both papers' tables
+    if name in ("ldae", "mae"):  # both papers' tables
         assert config.global_batch == 1024 and config.optim.weight_decay == 0.05
         assert (config.mix.mixup, config.mix.cutmix, config.mix.smoothing) == (0.8, 1.0, 0.1)
         assert config.ema.decay(10**9, 1024) == pytest.approx(0.9999, abs=1e-8)

@@ -1,4 +1,6 @@
-"""The noise-conditional classifier: one head for all levels, keyed draws, a curve that falls with noise."""
+"""The noise-conditional classifier: one head for all levels, keyed draws, a curve that
+falls with noise.
+"""
 
 import json
 

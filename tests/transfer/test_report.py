@@ -1,4 +1,4 @@
-"""The report: one file, nothing from elsewhere, everything escaped, and it opens in a real browser."""
+"""The report: one file, nothing from elsewhere, everything escaped, opens in a real browser."""
 
 import base64
 import csv

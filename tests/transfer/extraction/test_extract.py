@@ -1,4 +1,6 @@
-"""Features: keyed by sample, the same in any batch and order, and no block runs that nobody asked for."""
+"""Features: keyed by sample, the same in any batch and order, and no block runs that
+nobody asked for.
+"""
 
 from dataclasses import replace
 

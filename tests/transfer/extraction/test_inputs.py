@@ -1,4 +1,6 @@
-"""What all transfer commands are given: which weights are judged is said, and doubtful ones are named."""
+"""What all transfer commands are given: which weights are judged is said, and doubtful
+ones are named.
+"""
 
 import json
 import shutil

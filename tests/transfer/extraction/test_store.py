@@ -1,4 +1,4 @@
-"""Features on disk: every row once, on any number of ranks, after any kill, and nothing half done."""
+"""Features on disk: every row once, on any number of ranks, after any kill, nothing half done."""
 
 import json
 from dataclasses import asdict, replace
