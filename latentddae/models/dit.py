@@ -119,7 +119,8 @@ class DiTConfig:
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero).
 
-    Tokens (N, T, D) float32 and a condition (N, D) -> (N, T, D) float32.
+    Tokens (N, T, D) float32 and a condition (N, D) -> (N, T, D) float32. `branch_scale` (N, 2)
+    multiplies the two gates: 0 drops a branch of a sample (drop path).
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -129,10 +130,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
         self.adaLN_modulation = Modulation(dim, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, branch_scale: Tensor | None = None) -> Tensor:
         dtype = self.attn.qkv.weight.dtype
         parts = self.adaLN_modulation(c).chunk(6, dim=1)  # six (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        if branch_scale is not None:
+            factors = branch_scale.to(c.dtype)
+            gate_msa, gate_mlp = gate_msa * factors[:, :1], gate_mlp * factors[:, 1:]
         branch = self.attn(modulate(x, shift_msa, scale_msa).to(dtype))
         x = torch.addcmul(x, gate_msa[:, None], branch.to(x.dtype))
         branch = self.mlp(modulate(x, shift_mlp, scale_mlp).to(dtype))
@@ -204,7 +208,7 @@ class DiT(nn.Module):
         """
         tokens, c = self._embed(x, t, y)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self._run_block(number, tokens, c)
+            tokens = self.run_block(number, tokens, c)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 
     def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
@@ -212,15 +216,23 @@ class DiT(nn.Module):
         when asked."""
         tokens, c = self._embed(x, t, y)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self._run_block(number, tokens, c)
+            tokens = self.run_block(number, tokens, c)
             yield number, tokens
 
-    def _run_block(self, number: int, tokens: Tensor, c: Tensor) -> Tensor:
+    def run_block(
+        self, number: int, tokens: Tensor, c: Tensor, branch_scale: Tensor | None = None
+    ) -> Tensor:
+        """The output of block `number` (N, T, D), from its input and the condition (N, D).
+
+        `branch_scale`: see `Block`. Every `checkpoint_blocks`-th block keeps no activations.
+        """
         block, every = self.blocks[number - 1], self.checkpoint_blocks
         if every and number % every == 0 and torch.is_grad_enabled():
             # A block draws nothing, so there is no generator state to keep.
-            return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
-        return block(tokens, c)
+            return checkpoint(
+                block, tokens, c, branch_scale, use_reentrant=False, preserve_rng_state=False
+            )
+        return block(tokens, c, branch_scale)
 
     def taps(
         self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]

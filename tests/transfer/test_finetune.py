@@ -17,9 +17,8 @@ from latentddae.data.subsets import Subset, shard_layout
 from latentddae.models import zoo
 from latentddae.training import state_reader, states
 from latentddae.transfer import finetune, results
-from latentddae.transfer.finetuning.classifier import Classifier, layer_decay, path_factors
+from latentddae.transfer.finetuning.classifier import Classifier, drop_path, layer_decay
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
-from latentddae.transfer.results import Result
 
 CONFIG = Path(__file__).parent / "finetune.yaml"
 STEP = 16
@@ -50,8 +49,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
-def result(run: Path) -> Result:
-    (line,) = results.read(run / results.RESULTS)
+def result(run: Path) -> results.Result:
+    (line,) = results.read(run / "results.jsonl")
     return line
 
 
@@ -68,9 +67,9 @@ def test_interrupted_equals_uninterrupted(size, start, tmp_path, ranks) -> None:
     assert expected.keys() == seen.keys() and expected
     assert all(torch.equal(expected[key], seen[key]) for key in expected)
     assert losses(whole) == losses(parts)
-    found = results.read(parts / results.RESULTS)
-    assert [r.n_seen["images"] for r in found] == [10 * STEP, 20 * STEP]
-    assert found[-1].accuracy == result(whole).accuracy
+    lines = results.read(parts / "results.jsonl")
+    assert [line.n_seen["images"] for line in lines] == [10 * STEP, 20 * STEP]
+    assert lines[-1].accuracy == result(whole).accuracy
 
 
 def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
@@ -81,8 +80,8 @@ def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
     np.testing.assert_allclose(losses(one), losses(two), rtol=1e-5)
     a, b = result(one), result(two)
     assert a.n_seen == b.n_seen
-    accuracies = (results.number(r.values, "heldout_accuracy_model") for r in (a, b))
-    assert next(accuracies) == pytest.approx(next(accuracies), abs=0.1)
+    name = "heldout_accuracy_model"
+    assert a.values[name] == pytest.approx(b.values[name], abs=0.1)
 
 
 def test_a_trained_trunk_learns_planted_classes(start, tmp_path, ranks) -> None:
@@ -179,14 +178,14 @@ def test_layer_decay_reaches_the_optimizer(start, tmp_path, ranks) -> None:
 
 def test_drop_path_is_keyed_linear_and_unbiased() -> None:
     position = torch.arange(4000)
-    factors = path_factors(0.4, 3, seed=0, position=position)
+    factors = drop_path(0.4, 3, seed=0, position=position)
     assert factors is not None and factors.shape == (4000, 3, 2)
-    assert torch.equal(factors[1000:], path_factors(0.4, 3, 0, position[1000:]))  # type: ignore[arg-type]
+    assert torch.equal(factors[1000:], drop_path(0.4, 3, 0, position[1000:]))  # type: ignore[arg-type]
     dropped = (factors == 0).float().mean(dim=(0, 2))
     torch.testing.assert_close(dropped, torch.tensor([0.0, 0.2, 0.4]), atol=0.02, rtol=0)
     torch.testing.assert_close(factors.mean(dim=(0, 2)), torch.ones(3), atol=0.03, rtol=0)
     assert (factors[:, 2, 0] != factors[:, 2, 1]).any()  # attention and MLP each draw
-    assert path_factors(0.0, 3, 0, position) is None
+    assert drop_path(0.0, 3, 0, position) is None
 
 
 def test_a_dropped_path_is_the_block_without_its_branch(checkpoint) -> None:

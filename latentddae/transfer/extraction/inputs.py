@@ -1,19 +1,16 @@
 """What every transfer command opens: a checkpoint and data that fit each other."""
 
-import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from latentddae import __version__
 from latentddae.core import dist
 from latentddae.core.config import require
-from latentddae.core.errors import ConfigError, UsageError
-from latentddae.core.files import append_json_line, read_json_lines, state_dict_hash, text_hash
+from latentddae.core.errors import ConfigError
+from latentddae.core.files import state_dict_hash
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
@@ -23,9 +20,7 @@ from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.trunk import BATCH
 from latentddae.transfer.results import CheckpointInfo, DataInfo
 
-RESULTS = "results.jsonl"
 Weights = Literal["ema", "model"]
-CHECKPOINT_HELP = "portable checkpoint folder, or a control: timm:NAME@FILE (or @download, @random)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +75,8 @@ def open_checkpoint(source: str, weights: Weights = "ema") -> Checkpoint:
     checkpoint = zoo.load(source, weights=weights, device=device)
     if weights == "ema" and ema_not_warmed_up(checkpoint.info):
         print(
-            f"{source}: the average is still mostly initial weights after "
-            f"{checkpoint.info['images_seen']} images; --weights model takes the raw ones",
+            f"{source}: the EMA is still mostly initial weights after "
+            f"{checkpoint.info['images_seen']} images; --weights model takes the last ones",
             file=sys.stderr,
         )
     return checkpoint
@@ -99,29 +94,29 @@ def ema_not_warmed_up(info: Mapping[str, Any]) -> bool:
 
 
 def open_shards(root: Path, split: str, checkpoint: Checkpoint) -> ShardSet:
-    """One split of a data folder, refused if the checkpoint was trained on other latents."""
+    """One split of a data folder. ConfigError if the checkpoint was trained on other latents."""
     shards = ShardSet(root, split)
     check_data(checkpoint.latents, shards)
     return shards
 
 
-def check_data(spec: LatentSpec | None, shards: SampleSet) -> None:
-    """Refuse shards that were not made by the autoencoder, at the scale and shape the network was
-    trained on. A network without a spec takes images of any size."""
+def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:
+    """ConfigError for samples of another autoencoder, scale or shape than the network was trained
+    on. A network without a spec takes images of any size."""
     if spec is None:
-        if shards.spec.kind != "image" or shards.spec.channels != 3:
+        if samples.spec.kind != "image" or samples.spec.channels != 3:
             raise ConfigError(
-                f"{shards.root} holds latents, the network reads images: encode the source with "
+                f"{samples.root} holds latents, the network reads images: encode the source with "
                 "--autoencoder none"
             )
         return
-    theirs = shards.spec
-    if not spec.autoencoder_sha256:  # a published file says which autoencoder, not which bytes
-        theirs = dataclasses.replace(theirs, autoencoder_sha256="")
-    if theirs.codec_fingerprint != spec.codec_fingerprint:
+    stored = samples.spec
+    if not spec.autoencoder_sha256:  # published weights name their autoencoder without its hash
+        stored = replace(stored, autoencoder_sha256="")
+    if stored.codec_fingerprint != spec.codec_fingerprint:
         raise ConfigError(
-            f"the shards were encoded by {shards.spec.autoencoder} {shards.spec.shape} "
-            f"(codec {shards.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
+            f"the shards were encoded by {samples.spec.autoencoder} {samples.spec.shape} "
+            f"(codec {samples.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
             f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
             "checkpoint's autoencoder"
         )
@@ -137,24 +132,3 @@ def describe_checkpoint(
         model_hash=state_dict_hash(checkpoint.model.state_dict())[:16],
         images_seen=checkpoint.info.get("images_seen"),
     )
-
-
-def record(out: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """Append a result line once: a rerun that gives the same row adds nothing. Returns the line
-    with its id."""
-    line = json.loads(json.dumps({"id": text_hash(row), **row, "version": __version__}))
-    path = out / RESULTS
-    if all(old.get("id") != line["id"] for old in read_json_lines(path)):
-        append_json_line(path, line)
-    return line
-
-
-def numbers(text: str, kind: type, name: str) -> tuple[Any, ...]:
-    """A comma-separated list from the command line."""
-    try:
-        values = tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UsageError(f"{name}: expected numbers separated by commas, got {text!r}") from error
-    if not values:
-        raise UsageError(f"{name}: the list is empty")
-    return values
