@@ -78,7 +78,7 @@ def features(config: FeaturesConfig) -> None:
     meta = extract_to_disk(open_extraction(config), config.out)
     if world.is_main:
         for level in meta["levels"]:
-            print("noise level " + ", ".join(f"{unit}={level[unit]}" for unit in level))
+            print("noise level " + ", ".join(f"{unit}={value}" for unit, value in level.items()))
         source = meta["checkpoint"]
         print(
             f"{config.out}: {meta['n_seen']} samples, blocks {meta['blocks']}, pools "

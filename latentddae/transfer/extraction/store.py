@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -31,8 +31,15 @@ from latentddae.core.files import (
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
-from latentddae.transfer.extraction.spec import Cell, FeatureSpec, check_blocks, describe_level
+from latentddae.transfer.extraction.spec import (
+    Block,
+    Cell,
+    FeatureSpec,
+    check_blocks,
+    describe_level,
+)
 from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.results import Fingerprints, LevelUnits
 
 FORMAT = 2
 META, PLAN = "meta.json", "plan.json"
@@ -42,21 +49,36 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples of a split at one noise level."""
+    """Consecutive samples of a split at one noise level: an entry of the journal."""
 
     split: str
     level: float
     start: int
     stop: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The chunk as an entry of the journal."""
-        return {
-            "split": self.split,
-            "level": self.level,
-            "start": self.start,
-            "stop": self.stop,
-        }
+
+class Provenance(TypedDict):
+    """Everything that decides the numbers of a folder."""
+
+    kind: str
+    format: int
+    checkpoint: Mapping[str, object]
+    levels: list[LevelUnits]
+    blocks: list[Block]
+    pools: list[str]
+    seed: int
+    noise_samples: int
+    noisy_input: bool
+    precision: str
+    data: dict[str, Fingerprints]
+    classes: list[str]
+
+
+class Meta(Provenance):
+    """The content of meta.json."""
+
+    n_seen: dict[str, int]
+    version: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +86,7 @@ class Extraction:
     """What a folder of features is made from."""
 
     checkpoint: Checkpoint
-    checkpoint_info: Mapping[str, Any]
+    checkpoint_info: Mapping[str, object]
     """How meta.json describes the checkpoint."""
     samples: Mapping[str, SampleSet]
     """Split -> its samples, all of which are extracted."""
@@ -88,8 +110,8 @@ def file_name(split: str, level: float, cell: Cell) -> str:
     return f"{split}-s{level:.6f}-block{cell[0]}-{cell[1]}.npy"
 
 
-def provenance(extraction: Extraction) -> dict[str, Any]:
-    """Everything that decides the numbers, as meta.json records it."""
+def provenance(extraction: Extraction) -> Provenance:
+    """What meta.json records of an extraction before it runs."""
     checkpoint, first = extraction.checkpoint, extraction.specs[0]
     blocks = check_blocks(first.blocks, checkpoint.model.config.depth)
     return {
@@ -108,9 +130,7 @@ def provenance(extraction: Extraction) -> dict[str, Any]:
     }
 
 
-def extract_to_disk(
-    extraction: Extraction, out: Path, *, show_progress: bool = True
-) -> dict[str, Any]:
+def extract_to_disk(extraction: Extraction, out: Path, *, show_progress: bool = True) -> Meta:
     """Write a folder of features and return its meta.json. Collective: every rank calls it.
 
     A finished folder of the same provenance is left as it is. Raises ConfigError if `out` holds
@@ -139,7 +159,7 @@ def check_out(extraction: Extraction, out: Path) -> bool:
 def pending_chunks(extraction: Extraction, partial: Path) -> list[Chunk]:
     """The chunks that no journal in the unfinished folder lists yet."""
     done = _read_journals(partial)
-    return [chunk for chunk in all_chunks(extraction) if chunk.to_dict() not in done]
+    return [chunk for chunk in all_chunks(extraction) if chunk not in done]
 
 
 def all_chunks(extraction: Extraction) -> list[Chunk]:
@@ -152,20 +172,21 @@ def all_chunks(extraction: Extraction) -> list[Chunk]:
     ]
 
 
-def _read_finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+def _read_finished(out: Path, plan: Provenance) -> Meta | None:
     """The meta.json of a finished folder of the same provenance; None if there is no folder."""
     if not out.exists():
         return None
     if not (out / META).is_file():
         raise ConfigError(f"{out} exists and holds no {META}: choose another --out")
     meta = read_json(out / META, "the description of features")
-    different = [key for key in plan if meta.get(key) != json.loads(json.dumps(plan[key]))]
+    expected = json.loads(json.dumps(plan))
+    different = [key for key in expected if meta.get(key) != expected[key]]
     if different:
         raise ConfigError(f"{out} holds features with another {', '.join(different)}")
-    return dict(meta)
+    return cast(Meta, meta)
 
 
-def _prepare(extraction: Extraction, partial: Path, plan: dict[str, Any]) -> None:
+def _prepare(extraction: Extraction, partial: Path, plan: Provenance) -> None:
     """Keep an unfinished folder of the same plan, else make one with all files at full length."""
     same = json.loads(json.dumps(plan))
     if (partial / PLAN).is_file() and json.loads((partial / PLAN).read_text()) == same:
@@ -184,9 +205,10 @@ def _prepare(extraction: Extraction, partial: Path, plan: dict[str, Any]) -> Non
         write_json(partial / PLAN, plan)  # last: without it the folder is made anew
 
 
-def _read_journals(partial: Path) -> list[dict[str, Any]]:
-    files = sorted(partial.glob("done-*.jsonl"))
-    return [entry for file in files for entry in read_json_lines(file)]
+def _read_journals(partial: Path) -> set[Chunk]:
+    """The chunks whose rows are on disk."""
+    files = partial.glob("done-*.jsonl")
+    return {Chunk(**entry) for file in files for entry in read_json_lines(file)}
 
 
 def _fill(
@@ -200,7 +222,7 @@ def _fill(
     with open(partial / f"done-{rank}.jsonl", "a") as journal:
         for chunk in chunks:
             _fill_chunk(extraction, partial, chunk, tell)
-            journal.write(json.dumps(chunk.to_dict()) + "\n")
+            journal.write(json.dumps(asdict(chunk)) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -234,17 +256,15 @@ def _as_float16(value: torch.Tensor, cell: Cell) -> np.ndarray:
     return half.numpy()
 
 
-def _publish(
-    extraction: Extraction, partial: Path, out: Path, plan: dict[str, Any]
-) -> dict[str, Any]:
+def _publish(extraction: Extraction, partial: Path, out: Path, plan: Provenance) -> Meta:
     """Count what was written, write meta.json and give the folder its name."""
     seen = dict.fromkeys(extraction.samples, 0)
-    for entry in {json.dumps(entry): entry for entry in _read_journals(partial)}.values():
-        seen[entry["split"]] += entry["stop"] - entry["start"]
+    for chunk in _read_journals(partial):
+        seen[chunk.split] += chunk.stop - chunk.start
     n_seen = {split: count // len(extraction.levels) for split, count in seen.items()}
     if n_seen != {split: len(samples) for split, samples in extraction.samples.items()}:
         raise DataError(f"{partial}: {n_seen} samples were written; run the same command again")
-    meta = {**plan, "n_seen": n_seen, "version": __version__}
+    meta: Meta = {**plan, "n_seen": n_seen, "version": __version__}
     write_json(partial / META, meta)
     for file in [partial / PLAN, *partial.glob("done-*.jsonl")]:
         file.unlink()
@@ -258,7 +278,7 @@ class FeatureStore:
     """A finished folder of features."""
 
     folder: Path
-    meta: Mapping[str, Any]
+    meta: Meta
 
     @classmethod
     def open(cls, folder: Path) -> "FeatureStore":

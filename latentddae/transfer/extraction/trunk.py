@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.precision import DTYPES, Precision, resolve_precision
 from latentddae.diffusion.objective import Objective
 from latentddae.models.frozen_trunk import Output, fold, foldable
+from latentddae.models.network import Network
 from latentddae.models.timm_backbone import Backbone, BackboneTrunk
 from latentddae.models.zoo import Checkpoint
 
@@ -39,7 +40,7 @@ class Trunk(Protocol):
 class PlainTrunk:
     """Any network with a `stream` of blocks, unchanged."""
 
-    model: Any
+    model: Network
     network_t: Tensor
     images_at_once: int = IMAGES_AT_ONCE
 
@@ -84,7 +85,7 @@ def timestep(objective: Objective, level: float) -> Tensor:
     return torch.full((1,), t)
 
 
-def null_labels(model: Any, count: int) -> Tensor | None:
+def null_labels(model: Network, count: int) -> Tensor | None:
     """The null label of each of `count` samples, (count,) int64; None for an unconditional network.
 
     ConfigError for a conditional network that was trained without label dropout.
