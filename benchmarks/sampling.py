@@ -63,7 +63,7 @@ def diffusers_state(model: DiT) -> dict[str, Tensor]:
 
 
 def diffusers_transformer(model: DiT) -> Any:
-    """diffusers' DiTTransformer2DModel with our weights and DiT's own time embedding and epsilon."""
+    """diffusers' DiTTransformer2DModel with our weights, and DiT's time embedding and epsilon."""
     from diffusers import DiTTransformer2DModel
 
     config = model.config

@@ -47,7 +47,7 @@ def imported(folder: str) -> dict[str, str]:
         ours |= {path.stem for path in (ROOT / folder).rglob("*")}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in top_names(ast.parse(path.read_text())):
-            if name not in sys.stdlib_module_names and name not in ours:
+            if name not in sys.stdlib_module_names | {"_typeshed"} | ours:
                 out.setdefault(name, str(path.relative_to(ROOT)))
     return out
 

@@ -1,1 +1,1 @@
-"""The ground floor: errors, configuration, files, ranks, random numbers. Imports nothing else of the package."""
+"""Errors, configuration, files, ranks, random numbers. Imports nothing else of the package."""

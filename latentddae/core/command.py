@@ -3,9 +3,10 @@
     COMMAND = Command("knn", KnnConfig, run=knn, plan=describe)
     main = COMMAND.main
 
-The fields of the record give the flags (`--noise-samples 4`, `--optim.lr 1e-4`, `--no-noisy-input`),
-`key=value` settings, `--config FILE.yaml`, `--help` (from the docstrings below the fields),
-`--print-config` and `--dry-run`. Later arguments win over earlier ones, all of them over the file.
+The fields of the record give the flags (`--noise-samples 4`, `--optim.lr 1e-4`,
+`--no-noisy-input`), `key=value` settings, `--config FILE.yaml`, `--help` (from the docstrings below
+the fields), `--print-config` and `--dry-run`. Later arguments win over earlier ones, all of them
+over the file.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """What can go wrong for a user, and the exit status each kind leaves with.
 
-Every command runs through `run_command`: an error of ours becomes one line on stderr, never a traceback.
+Every command runs through `run_command`: a LatentddaeError becomes one line on stderr, never a
+traceback.
 """
 
 import sys
@@ -20,7 +21,7 @@ class UsageError(LatentddaeError):
 
 
 class DataError(LatentddaeError):
-    """Data or numbers are bad: an unreadable image, a truncated shard, a loss that stays non-finite."""
+    """Bad data or numbers: an unreadable image, a truncated shard, a loss that stays non-finite."""
 
     exit_code = 65
 

@@ -137,9 +137,9 @@ def text_hash(value: Any) -> str:
 def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
     """Hold a folder for this process; a second holder gets an InUseError naming the first.
 
-    The lock is the kernel's: it is gone when the process is, however it died. Where a file system has none, a file
-    that the holder touches stands for it. A folder that was made for the lock and holds nothing else at the end,
-    because what it was for was refused, is removed again. Raises WriteError if the folder cannot be written.
+    The kernel's lock ends with the process, however it died. On a file system without locks, a file
+    that the holder touches replaces it. A folder that was made for the lock and is still empty at
+    the end is removed again. Raises WriteError if the folder cannot be written.
     """
     new, path = not folder.exists(), folder / ".lock"
     me = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
@@ -180,7 +180,7 @@ BEATS = 6  # a claim that does not change for so many beats has lost its holder
 
 @contextlib.contextmanager
 def _claimed(folder: Path, me: str) -> Iterator[None]:
-    """Hold a folder by a file of its own, touched every BEAT_S; no clock of another machine is trusted."""
+    """Hold a folder by a file in it, touched every BEAT_S; no other machine's clock is trusted."""
     claim, stop = folder / CLAIM, threading.Event()
     if claim.exists():
         if _is_alive(claim):

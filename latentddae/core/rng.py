@@ -1,8 +1,10 @@
-"""Random numbers as a pure function of (seed, purpose, position): nothing to save, the same on any layout.
+"""Random numbers as a pure function of (seed, purpose, position): the same on any
+layout, with nothing to save.
 
-A counter-based generator, Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"),
-written on int64 tensors so that it runs on any device and gives the same bits everywhere. `position` names a
-sample: its global place in the training order, its index among generated images, or a hash of its key.
+A counter-based generator, Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy
+as 1, 2, 3"), written on int64 tensors so that it runs on any device and gives the same bits
+everywhere. `position` names a sample: its global place in the training order, its index among
+generated images, or a hash of its key.
 """
 
 import hashlib
@@ -21,11 +23,14 @@ ROUNDS = 10
 def philox(
     counter: Sequence[Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words per counter: four int64 tensors in [0, 2^32) -> four of the broadcast shape."""
+    """Four 32-bit words per counter: four int64 tensors (N,) in [0, 2^32) -> four (N,).
+
+    Any shapes that broadcast will do.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # An int64 product wraps, but its 64 bits are right; the shift's copied sign bits are masked away.
+        # An int64 product wraps, but its 64 bits are right; the copied sign bits are masked.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         high0, high1 = (product0 >> 32) & MASK, (product1 >> 32) & MASK
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & MASK, high0 ^ c3 ^ k1, product0 & MASK

@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time and hashed on the way: memory holds a tensor, not the file.
+"""Safetensors files written tensor by tensor and hashed on the way; memory holds one tensor.
 
 The format (github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header
 that maps names to dtype, shape and place, then the tensors' bytes. The library writes from a

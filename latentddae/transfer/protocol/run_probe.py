@@ -1,4 +1,4 @@
-"""The probe with which a pretraining run scores itself: one cell of its EMA weights, held-out top-1.
+"""The probe by which a pretraining run scores itself: held-out top-1 of one cell, EMA weights.
 
 With kind=ridge the score is the one that `latentddae grid` gives for that cell with the same seed,
 holdout and limit. With kind=knn held-out samples are classified by their neighbours among the rest.
