@@ -30,3 +30,9 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"precision bf16: {name} has no bfloat16; use fp32 or auto")
     return "bf16" if precision == "bf16" else "fp32"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for norms and sums over weights of `dtype`: float32 for half precision, else
+    `dtype` itself."""
+    return torch.promote_types(dtype, torch.float32)

@@ -4,7 +4,8 @@
 which themselves need the networks.
 """
 
-from latentddae.models.dit import DiT, DiTConfig
+from latentddae.models.dit import DiT
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.unet import UNet, UNetConfig
 
 __all__ = ["DiT", "DiTConfig", "UNet", "UNetConfig"]

@@ -13,163 +13,40 @@ float32.
     tokens = model.taps(x, t, y, blocks=[3])    # {3: (N, T, D)}
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
+from latentddae.core.precision import compute_dtype
+from latentddae.models.dit_blocks import (
+    Block,
+    FinalLayer,
+    WideHead,
+    rotary_table,
+    run_block,
+    unpatchify,
+)
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.dit_state import check_state
 from latentddae.models.inspection import block_maxima, count_macs
 from latentddae.models.layers import (
     Float32Linear,
     LabelEmbedder,
-    Mlp,
+    LayerNorm,
     Modulation,
     PatchEmbed,
-    SelfAttention,
+    RegisterTokens,
+    RMSNorm,
+    SharedModulation,
     TimeEmbedder,
-    compute_dtype,
-    modulate,
     modulation_layers,
-    sincos_table,
 )
 from latentddae.models.network import Condition, Conditioning, as_condition
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """The shape of a DiT. The defaults are DiT-XL/2 at 256 pixels without learned sigma."""
-
-    kind: ClassVar[str] = "dit"
-
-    input_size: int = 32
-    """Height and width of the latents."""
-    patch_size: int = 2
-    """Height and width of a patch, in latent pixels; one patch is one token."""
-    in_channels: int = 4
-    """Channels of the latents."""
-    hidden_size: int = 1152
-    """Width of the tokens."""
-    depth: int = 28
-    """Number of blocks."""
-    num_heads: int = 16
-    """Attention heads per block."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLPs, in multiples of hidden_size."""
-    num_classes: int = 1000
-    """Labels are 0 ... num_classes - 1, the null label is num_classes. 0: unconditional, without a
-    label table."""
-    learn_sigma: bool = False
-    """Twice the output channels; the second half parametrises the reverse variance (DDPM)."""
-
-    def __post_init__(self) -> None:
-        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        require(self, positive=sizes, non_negative=("num_classes",))
-        if int(self.hidden_size * self.mlp_ratio) <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
-
-    def for_data(
-        self, *, size: int, channels: int, num_classes: int, learn_sigma: bool
-    ) -> "DiTConfig":
-        """This shape for latents of `size` and `channels`, labels and an objective.
-
-        Raises ValueError where they do not fit.
-        """
-        return replace(
-            self,
-            input_size=size,
-            in_channels=channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-        )
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens along one side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an image, T."""
-        return self.grid_size**2
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the prediction."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero).
-
-    Tokens (N, T, D) float32 and a condition (N, D) -> (N, T, D) float32. `branch_scale` (N, 2)
-    multiplies the two gates: 0 drops a branch of a sample (drop path).
-    """
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        self.attn = SelfAttention(dim, config.num_heads)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
-        self.adaLN_modulation = Modulation(dim, 6)
-
-    def forward(self, x: Tensor, c: Tensor, branch_scale: Tensor | None = None) -> Tensor:
-        dtype = self.attn.qkv.weight.dtype
-        parts = self.adaLN_modulation(c).chunk(6, dim=1)  # six (N, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        if branch_scale is not None:
-            factors = branch_scale.to(c.dtype)
-            gate_msa, gate_mlp = gate_msa * factors[:, :1], gate_mlp * factors[:, 1:]
-        branch = self.attn(modulate(x, shift_msa, scale_msa).to(dtype))
-        x = torch.addcmul(x, gate_msa[:, None], branch.to(x.dtype))
-        branch = self.mlp(modulate(x, shift_mlp, scale_mlp).to(dtype))
-        out = None if torch.is_grad_enabled() else x  # our own sum, not the caller's tokens
-        return torch.addcmul(x, gate_mlp[:, None], branch.to(x.dtype), out=out)
-
-
-class FinalLayer(nn.Module):
-    """Tokens to patches: (N, T, D), (N, D) -> (N, T, p * p * out_channels) float32."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        self.linear = nn.Linear(dim, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = Modulation(dim, 2)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(x, shift, scale).to(self.linear.weight.dtype)).to(x.dtype)
-
-
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Patches to an image: (N, T, p * p * C) -> (N, C, H, W).
-
-    Patches are (row, column, channel) with the channel fastest, and go row by row.
-    """
-    return rearrange(
-        patches,
-        "n (rows columns) (p q c) -> n c (rows p) (columns q)",
-        rows=math.isqrt(patches.shape[1]),
-        p=patch_size,
-        q=patch_size,
-    )
+from latentddae.models.positions import RotaryTable, sincos_table
 
 
 class DiT(nn.Module):
@@ -190,8 +67,13 @@ class DiT(nn.Module):
         # A buffer, never a frozen parameter: optimizers, ZeRO and EMA must not see it. Stored under
         # the published name; a file's copy is checked against ours and then left alone.
         self.register_buffer("pos_embed", torch.empty(1, config.tokens, dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.feat_rope = rotary_table(config)
+        count = config.register_tokens
+        self.registers = RegisterTokens(count, dim) if count else None
+        self.adaLN_shared = Modulation(dim, config.modulations) if config.shared_adaln else None
+        self.blocks = nn.ModuleList(Block(config, self.feat_rope) for _ in range(config.depth))
+        self.wide_head = WideHead(config) if config.head_width else None
+        self.final_layer = FinalLayer(config.head if config.head_width else config)
         self.register_load_state_dict_pre_hook(_check_before_loading)
         self._fill_pos_embed()
         self.initialize(seed)
@@ -206,33 +88,35 @@ class DiT(nn.Module):
 
         No labels means the null label. An unconditional model ignores labels.
         """
-        tokens, c = self._embed(x, t, y)
+        tokens, c = self.input_tokens(x), self.embed_condition(t.expand(len(x)), y)
+        condition = self.block_condition(c)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self.run_block(number, tokens, c)
+            tokens = self.run_block(number, tokens, condition)
+        tokens = self.of_image(tokens)
+        if self.wide_head is not None:
+            tokens, c = self.wide_head(x, tokens, c)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 
     def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, output of block k (N, T, D) float32) for k = 1 ... depth, running block k only
         when asked."""
-        tokens, c = self._embed(x, t, y)
+        tokens, c = self.input_tokens(x), self.embed_condition(t.expand(len(x)), y)
+        condition = self.block_condition(c)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self.run_block(number, tokens, c)
-            yield number, tokens
+            tokens = self.run_block(number, tokens, condition)
+            yield number, self.of_image(tokens)
 
     def run_block(
-        self, number: int, tokens: Tensor, c: Tensor, branch_scale: Tensor | None = None
+        self, number: int, tokens: Tensor, condition: Tensor, branch_scale: Tensor | None = None
     ) -> Tensor:
-        """The output of block `number` (N, T, D), from its input and the condition (N, D).
+        """The output of block `number` (N, R + T, D), from its input and `block_condition`.
 
         `branch_scale`: see `Block`. Every `checkpoint_blocks`-th block keeps no activations.
         """
-        block, every = self.blocks[number - 1], self.checkpoint_blocks
-        if every and number % every == 0 and torch.is_grad_enabled():
-            # A block draws nothing, so there is no generator state to keep.
-            return checkpoint(
-                block, tokens, c, branch_scale, use_reentrant=False, preserve_rng_state=False
-            )
-        return block(tokens, c, branch_scale)
+        every = self.checkpoint_blocks
+        recompute = every > 0 and number % every == 0
+        block = self.blocks[number - 1]
+        return run_block(block, tokens, condition, branch_scale, recompute=recompute)
 
     def taps(
         self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]
@@ -274,12 +158,17 @@ class DiT(nn.Module):
         attentions = [cast(Block, block).attn for block in self.blocks]
         return block_maxima(list(self.blocks), attentions, self.stream(x, t, y))
 
-    def _embed(self, x: Tensor, t: Tensor, y: Conditioning) -> tuple[Tensor, Tensor]:
-        """Tokens (N, T, D) and the condition (N, D), both float32."""
-        return self.patch_tokens(x), self.embed_condition(t.expand(len(x)), y)
+    def input_tokens(self, x: Tensor) -> Tensor:
+        """What the first block reads, registers first: (N, C, H, W) -> (N, R + T, D) float32."""
+        tokens = self.patch_tokens(x)
+        return tokens if self.registers is None else self.registers(tokens)
+
+    def of_image(self, tokens: Tensor) -> Tensor:
+        """The tokens of the image among a block's: (N, R + T, D) -> (N, T, D)."""
+        return tokens if self.registers is None else tokens[:, self.config.register_tokens :]
 
     def patch_tokens(self, x: Tensor) -> Tensor:
-        """What the first block reads: (N, C, H, W) -> (N, T, D) float32."""
+        """Patches with their positions: (N, C, H, W) -> (N, T, D) float32."""
         size = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if x.shape[1:] != size:
             raise ConfigError(
@@ -302,6 +191,11 @@ class DiT(nn.Module):
             c = c + self.y_embedder(label).to(c.dtype)
         return c
 
+    def block_condition(self, c: Tensor) -> Tensor:
+        """What the blocks' own modulations read: the condition (N, D) itself, or with `shared_adaln`
+        the modulation that all blocks have in common (N, parts * D)."""
+        return c if self.adaLN_shared is None else self.adaLN_shared(c)
+
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> None:
         """Draw fresh weights by DiT's recipe: Xavier for linear layers and patches, small normals
@@ -313,12 +207,13 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj
-        assert patch.bias is not None
-        nn.init.xavier_uniform_(
-            rearrange(patch.weight, "d c p q -> d (c p q)"), generator=generator
-        )
-        nn.init.zeros_(patch.bias)
+        for module in self.modules():
+            if isinstance(module, PatchEmbed):
+                patch = module.proj
+                assert patch.bias is not None
+                matrix = rearrange(patch.weight, "d c p q -> d (c p q)")
+                nn.init.xavier_uniform_(matrix, generator=generator)
+                nn.init.zeros_(patch.bias)
         for module in self.modules():
             if isinstance(module, Float32Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -327,6 +222,20 @@ class DiT(nn.Module):
         for layer in (*modulation_layers(self), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self._initialize_options(generator)
+
+    def _initialize_options(self, generator: torch.Generator) -> None:
+        """Norms that change nothing, no offsets, small registers; last, for the sake of what was drawn
+        before."""
+        for module in self.modules():
+            if isinstance(module, (LayerNorm, RMSNorm)) and module.weight is not None:
+                nn.init.ones_(module.weight)
+            if isinstance(module, LayerNorm) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, SharedModulation):
+                nn.init.zeros_(module.offset)
+        if self.registers is not None:
+            nn.init.normal_(self.registers.tokens, std=0.02, generator=generator)
 
     def _fill_pos_embed(self) -> None:
         if not self.pos_embed.is_meta:
@@ -352,14 +261,23 @@ def _label_of(condition: Condition) -> Tensor | None:
 
 
 def _check_before_loading(model: DiT, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Refuse a state dict of another config, and put our position table in the place of its own."""
+    """Refuse a state dict of another config, and put our fixed tables in the place of its own."""
     entries = {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
     if not {"x_embedder.proj.weight", "final_layer.linear.weight"} <= entries.keys():
         return  # not a whole DiT; the strict load lists what is missing
-    table = sincos_table(model.config.hidden_size, model.config.grid_size).to(torch.float32)
-    check_state(entries, vars(model.config), table)
-    if not model.pos_embed.is_meta:
-        table = model.pos_embed.detach()
-    state[f"{prefix}pos_embed"] = table
+    tables = _fixed_tables(model)
+    check_state(entries, vars(model.config), tables)
+    for name, table in tables.items():
+        buffer = model.get_buffer(name)
+        state[f"{prefix}{name}"] = table if buffer.is_meta else buffer.detach()
+
+
+def _fixed_tables(model: DiT) -> dict[str, Tensor]:
+    """What the buffers hold by definition, by name in the state dict: float32."""
+    tables = {"pos_embed": sincos_table(model.config.hidden_size, model.config.grid_size)}
+    for name, module in model.named_modules():
+        if isinstance(module, RotaryTable):
+            tables |= {f"{name}.{key}": table for key, table in module.tables().items()}
+    return {name: table.to(torch.float32) for name, table in tables.items()}

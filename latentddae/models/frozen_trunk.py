@@ -1,7 +1,8 @@
 """A DiT at one noise level: adaLN folds into the weights exactly, and a plain ViT is left.
 
 At fixed time and label the modulation is constant. LN(x) (1 + scale) + shift before a layer W, b is
-LN(x) before the layer W diag(1 + scale), b + W shift; a gate after a layer multiplies its rows.
+LN(x) before the layer W diag(1 + scale), b + W shift; a gate after a layer multiplies its rows. The
+scale of an RMSNorm folds in the same way.
 Folding costs about as much as one image and is done once per noise level.
 
     trunk = fold(model, network_t, depth=6, dtype=torch.bfloat16)
@@ -10,7 +11,7 @@ Folding costs about as much as one image and is done once per noise level.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard, cast
 
@@ -20,8 +21,20 @@ from torch.nn import functional as F
 
 from latentddae.core.errors import ConfigError
 from latentddae.models.attention import attention
-from latentddae.models.dit import Block, DiT, DiTConfig
-from latentddae.models.layers import LAYER_NORM_EPS, SelfAttention, gelu, merge_heads, modulate
+from latentddae.models.dit import DiT
+from latentddae.models.dit_blocks import Block
+from latentddae.models.dit_config import DiTConfig
+from latentddae.models.layers import (
+    LAYER_NORM_EPS,
+    Mlp,
+    NormName,
+    RMSNorm,
+    SelfAttention,
+    gelu,
+    merge_heads,
+    modulate,
+    swiglu,
+)
 
 FOLDABLE = {
     "input_size",
@@ -33,6 +46,16 @@ FOLDABLE = {
     "mlp_ratio",
     "num_classes",
     "learn_sigma",
+    "qk_norm",
+    "norm",
+    "mlp",
+    "rope",
+    "adaln_shift",
+    "shared_adaln",
+    "register_tokens",
+    "head_width",
+    "head_depth",
+    "head_heads",
 }
 """Fields of DiTConfig that fold whatever their value; any other one must be at its default."""
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}
@@ -86,16 +109,23 @@ class FoldedBlock:
     proj: Layer
     fc1: Layer
     fc2: Layer
+    gated: bool
+    """Whether `fc1` computes both the gate and the values of a SwiGLU."""
     attention: SelfAttention
-    """The network's own layer, of which the head split is used and no weight."""
-    shift: Tensor
+    """The network's own layer, of which the head split is used and no product."""
+    norm: nn.Module
+    shift: Tensor | None
     scale: Tensor
-    """(D,) each: the modulation that `qkv` has folded in."""
+    """The network's norm before attention and its modulation (1, D), which `qkv` has folded in."""
 
     def attend(self, x: Tensor) -> Tensor:
         """The attention branch of normalised tokens: (N, T, D) -> (N, T, D)."""
         q, k, v = self.attention.split_heads(self.qkv(x))
         return self.proj(merge_heads(attention(q, k, v)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The MLP of normalised tokens up to its last product: (N, T, D) -> (N, T, hidden)."""
+        return swiglu(self.fc1(x)) if self.gated else self.fc1(x, activate=True)
 
 
 @dataclass(eq=False)
@@ -152,26 +182,28 @@ class FoldedTrunk:
 
         All outputs share memory: pool or copy one before asking for the next.
         """
-        tokens = self.model.patch_tokens(x)
+        model = self.model
+        tokens = model.input_tokens(x)
         for number, block in enumerate(self.blocks, start=1):
             tokens.add_(block.attend(self._normed(tokens)))
-            hidden = block.fc1(self._normed(tokens), activate=True)
-            output = Output(tokens, block.fc2, hidden)
-            if number < len(self.blocks):
-                output.tokens()  # the next block needs them all
-            yield number, output
+            hidden = block.hidden(self._normed(tokens))
+            if number < len(self.blocks):  # the next block needs them all
+                tokens.add_(block.fc2(hidden))
+                yield number, Output(model.of_image(tokens))
+            else:
+                yield number, Output(model.of_image(tokens), block.fc2, model.of_image(hidden))
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
-        """Tokens of block k after the LayerNorm, scale and shift of that block's attention.
+        """Tokens of block k after the norm, scale and shift of that block's attention.
 
         (N, T, D) -> (N, T, D). Tames the few huge channels of the residual stream (DiTF, arXiv
         2505.18584).
         """
-        modulation = self.blocks[block - 1]
-        return modulate(tokens, modulation.shift[None], modulation.scale[None])
+        folded = self.blocks[block - 1]
+        return modulate(tokens, folded.shift, folded.scale, folded.norm)
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return layer_norm(tokens).to(self.dtype)
+        return NORMS[self.model.config.norm](tokens).to(self.dtype)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -182,6 +214,17 @@ def layer_norm(x: Tensor) -> Tensor:
     centred = x - x.mean(dim=-1, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     return centred.mul_(length.square_().div_(x.shape[-1]).add_(LAYER_NORM_EPS).rsqrt_())
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Each row with mean square 1, without a scale: (..., D) -> (..., D)."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * length.square_().div_(x.shape[-1]).add_(LAYER_NORM_EPS).rsqrt_()
+
+
+NORMS: Mapping[NormName, Callable[[Tensor], Tensor]] = {"layer": layer_norm, "rms": rms_norm}
 
 
 def foldable(model: object) -> TypeGuard[DiT]:
@@ -206,28 +249,36 @@ def fold(model: DiT, network_t: Tensor, *, depth: int, dtype: torch.dtype) -> Fo
     if not foldable(model):
         raise ConfigError(f"a network of this kind does not fold: {model.config}")
     c = model.embed_condition(network_t.reshape(1).to(model.pos_embed.device))
+    c = model.block_condition(c)
     blocks = tuple(_folded(cast(Block, block), c, dtype) for block in model.blocks[:depth])
     return FoldedTrunk(model, blocks, dtype)
 
 
 def _folded(block: Block, c: Tensor, dtype: torch.dtype) -> FoldedBlock:
-    """The block under the condition `c` (1, D)."""
-    parts = block.adaLN_modulation(c)[0].chunk(6)  # six (D,)
+    """The block under the condition `c` (1, D), see DiT.block_condition."""
+    parts = block.modulation(c)  # (1, D) each
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+    mlp = block.mlp
+    first, last = (mlp.fc1, mlp.fc2) if isinstance(mlp, Mlp) else (mlp.w12, mlp.w3)
 
-    def after_norm(layer: nn.Linear, shift: Tensor, scale: Tensor) -> Layer:
-        weight = layer.weight.to(c.dtype)
-        return Layer.of(weight * (1 + scale), layer.bias + weight @ shift, dtype)
+    def after_norm(layer: nn.Linear, norm: nn.Module, shift: Tensor | None, scale: Tensor) -> Layer:
+        weight, factor = layer.weight.to(c.dtype), 1 + scale
+        if isinstance(norm, RMSNorm):
+            factor = factor * norm.weight
+        bias = layer.bias if shift is None else layer.bias + weight @ shift[0]
+        return Layer.of(weight * factor, bias, dtype)
 
     def gated(layer: nn.Linear, gate: Tensor) -> Layer:
-        return Layer.of(layer.weight * gate[:, None], layer.bias * gate, dtype)
+        return Layer.of(layer.weight * gate.mT, layer.bias * gate[0], dtype)
 
     return FoldedBlock(
-        qkv=after_norm(block.attn.qkv, shift_msa, scale_msa),
+        qkv=after_norm(block.attn.qkv, block.norm1, shift_msa, scale_msa),
         proj=gated(block.attn.proj, gate_msa),
-        fc1=after_norm(block.mlp.fc1, shift_mlp, scale_mlp),
-        fc2=gated(block.mlp.fc2, gate_mlp),
+        fc1=after_norm(first, block.norm2, shift_mlp, scale_mlp),
+        fc2=gated(last, gate_mlp),
+        gated=not isinstance(mlp, Mlp),
         attention=block.attn,
+        norm=block.norm1,
         shift=shift_msa,
         scale=scale_msa,
     )

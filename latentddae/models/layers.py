@@ -9,42 +9,25 @@ not decayed.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Literal
 
-import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentddae.core.precision import compute_dtype
 from latentddae.models.attention import attention
+from latentddae.models.positions import RotaryTable
 
 LAYER_NORM_EPS = 1e-6
+HEAD_LAYER_NORM_EPS = 1e-5
 TIME_EMBED_DIM = 256
 """Channels of the sinusoidal time embedding, before its MLP."""
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 GELU_CHUNK_ELEMENTS = 2**17
 """Elements that the CPU GELU handles in one go, so that they stay in the cache."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for norms and sums over weights of `dtype`: float32 for half precision, else
-    `dtype` itself."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def sincos_table(dim: int, grid_size: int) -> Tensor:
-    """Fixed 2-D position embedding (MAE, arXiv 2111.06377): (1, T, dim) float64.
-
-    The T = grid_size^2 tokens go row by row. The first half of the channels encodes the column, the
-    second half the row, each as [sin | cos] of position * 10000^(-k / (dim / 4)).
-    """
-    quarter = dim // 4
-    frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
-    column = repeat(np.arange(grid_size), "column -> (row column)", row=grid_size)
-    row = repeat(np.arange(grid_size), "row -> (row column)", column=grid_size)
-    angles = [position[:, None] * frequencies for position in (column, row)]
-    waves = [wave for angle in angles for wave in (np.sin(angle), np.cos(angle))]
-    return torch.from_numpy(rearrange(waves, "wave token channel -> 1 token (wave channel)"))
 
 
 def sinusoidal_embedding(position: Tensor, dim: int, *, sin_first: bool = False) -> Tensor:
@@ -105,18 +88,80 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(label)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then scale and shift per sample (adaLN).
+class LayerNorm(nn.Module):
+    """Each row with mean 0 and variance 1 in float32 at least: (..., D) -> (..., D).
 
-    (N, T, D), (N, D), (N, D) -> (N, T, D).
+    `affine` adds a learned scale and bias.
     """
-    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+    def __init__(self, dim: int, eps: float = LAYER_NORM_EPS, affine: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shape = (dim,)
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        weight, bias = (p if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(dtype), self.shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Each row with mean square 1, times a learned scale (arXiv 1910.07467), in float32 at least:
+    (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, eps: float = LAYER_NORM_EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+
+
+NormName = Literal["layer", "rms"]
+BLOCK_NORMS: Mapping[str, Callable[[int], nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm}
+"""Before modulation: a plain LayerNorm, or an RMSNorm with its scale."""
+HEAD_NORMS: Mapping[str, Callable[[int], nn.Module]] = {
+    "layer": lambda dim: LayerNorm(dim, HEAD_LAYER_NORM_EPS, affine=True),
+    "rms": RMSNorm,
+}
+"""Of queries and keys, head by head."""
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without parameters: (..., D) -> (..., D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+def modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    norm: Callable[[Tensor], Tensor] = layer_norm,
+) -> Tensor:
+    """A norm, then scale and shift by the condition (adaLN); no shift is zero.
+
+    (N, T, D) -> (N, T, D); `shift` and `scale` are (N, D), or (N, T, D) where every token has a
+    condition of its own.
+    """
+    normed = norm(x)
     out = None if torch.is_grad_enabled() else normed  # overwritten where autograd keeps nothing
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None], out=out)
+    factor = 1 + over_tokens(scale)
+    if shift is None:
+        return torch.mul(normed, factor, out=out)
+    return torch.addcmul(over_tokens(shift), normed, factor, out=out)
+
+
+def over_tokens(x: Tensor) -> Tensor:
+    """One value per sample spread over its tokens: (N, D) -> (N, 1, D); (N, T, D) as it is."""
+    return x if x.ndim == 3 else x[:, None]
 
 
 class Modulation(nn.Sequential):
-    """SiLU and a linear layer, from the condition to `parts` vectors: (N, D) -> (N, parts * D)."""
+    """SiLU and a linear layer, from the condition to `parts` vectors: (..., D) -> (..., parts * D)."""
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
@@ -132,19 +177,56 @@ class Modulation(nn.Sequential):
         return linear(self[0](input).to(linear.weight.dtype)).to(input.dtype)
 
 
+class SharedModulation(nn.Module):
+    """A block's share of a modulation that all blocks have in common: an offset of its own.
+
+    (N, parts * D) -> (N, parts * D). This is the adaLN-single of PixArt (arXiv 2310.00426).
+    """
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(parts * dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.offset.to(input.dtype)
+
+
+class RegisterTokens(nn.Module):
+    """Learned tokens before those of the image (arXiv 2309.16588): (N, T, D) -> (N, count + T, D)."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, count, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        registers = self.tokens.to(x.dtype).expand(len(x), -1, -1)
+        return torch.cat([registers, x], dim=1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention: (N, T, D) -> (N, T, D).
 
     Whatever is done to queries and keys before their product is done in `split_heads`, which the
-    forward pass, the folded trunk (models/frozen_trunk.py) and the diagnostics share.
+    forward pass, the folded trunk (models/frozen_trunk.py) and the diagnostics share: the norm
+    `qk_norm`, then the rotation `rotary` by the position.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_norm: NormName | None = None,
+        rotary: RotaryTable | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.attention_backend = "auto"  # see attention.choose
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = HEAD_NORMS[qk_norm](self.head_dim) if qk_norm else None
+        self.k_norm = HEAD_NORMS[qk_norm](self.head_dim) if qk_norm else None
+        # In a tuple it is no submodule of every layer: the network holds the one table.
+        self._rotary = (rotary,) if rotary else ()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +239,16 @@ class SelfAttention(nn.Module):
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values from their common product: (N, T, 3 D) -> three (N, H, T, d)."""
         q, k, v = rearrange(qkv, "n t (three h d) -> three n h t d", three=3, h=self.num_heads)
+        if self.q_norm is not None or self._rotary:
+            q, k = self._prepared(q, self.q_norm), self._prepared(k, self.k_norm)
         return q, k, v
+
+    def _prepared(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Queries or keys as their product takes them, computed in float32 at least."""
+        out = x.to(compute_dtype(x.dtype)) if norm is None else norm(x)
+        for rotary in self._rotary:
+            out = rotary(out)
+        return out.to(x.dtype)
 
     def largest_logit(self, x: Tensor) -> Tensor:
         """The largest |q k^T| / sqrt(d) over samples, heads and tokens: (N, T, D) -> () float32."""
@@ -196,6 +287,24 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """Two linear layers with a gated SiLU between (arXiv 2002.05202): (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(swiglu(self.w12(x)))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(first half) times the second half: (..., 2 H) -> (..., H)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def gelu(x: Tensor) -> Tensor:

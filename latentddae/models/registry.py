@@ -8,22 +8,35 @@ from dataclasses import replace
 from typing import Any
 
 from latentddae.core.errors import ConfigError
-from latentddae.models.dit import DiT, DiTConfig
+from latentddae.models.dit import DiT
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.network import Network, NetworkConfig, TrainableConfig
 from latentddae.models.unet import UNet, UNetConfig
 
-DIT_SIZES = {  # size -> depth, width, heads (arXiv 2212.09748, table 1)
+SIZES = {  # size -> depth, width, heads (arXiv 2212.09748, table 1)
     "s": (12, 384, 6),
     "b": (12, 768, 12),
     "l": (24, 1024, 16),
     "xl": (28, 1152, 16),
+    "1p0b": (24, 1536, 24),
+    "1p6b": (28, 1792, 28),
 }
-DIT_PATCHES = (2, 4, 8)
+DITS = {
+    f"dit_{size}_{patch}": (size, patch) for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)
+}
+SITS = {f"sit_{size}_2": (size, 2) for size in ("s", "b", "l", "xl")}
+LIGHTNING_DITS = {
+    f"lightningdit_{size}_{patch}": (size, patch)
+    for size in ("b", "l", "xl", "1p0b", "1p6b")
+    for patch in (1, 2)
+    if (size, patch) != ("l", 1)  # never published
+}
 
 
 def dit_config(size: str, patch_size: int) -> DiTConfig:
-    """The published settings: 32x32x4 latents, 1000 classes, learned sigma."""
-    depth, hidden_size, num_heads = DIT_SIZES[size]
+    """The published settings of DiT and SiT: 32x32x4 latents, 1000 classes, twice the output channels
+    (SiT ignores the second half)."""
+    depth, hidden_size, num_heads = SIZES[size]
     return DiTConfig(
         patch_size=patch_size,
         hidden_size=hidden_size,
@@ -33,13 +46,25 @@ def dit_config(size: str, patch_size: int) -> DiTConfig:
     )
 
 
+def lightningdit_config(size: str, patch_size: int) -> DiTConfig:
+    """The published settings of LightningDiT (arXiv 2501.01423): patch 1 on the 16x16x32 latents of
+    VA-VAE, patch 2 on SD-VAE's 32x32x4."""
+    input_size, in_channels = (16, 32) if patch_size == 1 else (32, 4)
+    return replace(
+        dit_config(size, patch_size),
+        input_size=input_size,
+        in_channels=in_channels,
+        learn_sigma=False,
+        norm="rms",
+        mlp="swiglu",
+        rope=True,
+    )
+
+
 DDPMPP = UNetConfig(channel_mults=(2, 2, 2), blocks_per_level=4, resample="residual")
 CONFIGS: Mapping[str, TrainableConfig] = {
-    **{
-        f"dit_{size}_{patch}": dit_config(size, patch)
-        for size in DIT_SIZES
-        for patch in DIT_PATCHES
-    },
+    **{name: dit_config(*shape) for name, shape in (DITS | SITS).items()},
+    **{name: lightningdit_config(*shape) for name, shape in LIGHTNING_DITS.items()},
     "ddpm_cifar10": UNetConfig(),
     "ddpmpp_cifar10": DDPMPP,
     "ddpmpp_tiny_imagenet": UNetConfig(

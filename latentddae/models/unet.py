@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.precision import compute_dtype
 from latentddae.models.attention import attention
 from latentddae.models.inspection import block_maxima, count_macs
-from latentddae.models.layers import Float32Linear, compute_dtype, largest_logit, merge_heads
+from latentddae.models.layers import Float32Linear, largest_logit, merge_heads
 from latentddae.models.network import Condition, Conditioning, as_condition
 
 GROUPS = 32

@@ -11,9 +11,10 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.attention import BACKENDS, PACKAGES
-from latentddae.models.dit import unpatchify
+from latentddae.models.dit_blocks import unpatchify
 from latentddae.models.dit_state import shape_of_state
-from latentddae.models.layers import gelu, sincos_table
+from latentddae.models.layers import gelu
+from latentddae.models.positions import sincos_table
 from latentddae.models.untrained import randomize_gates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -180,6 +181,14 @@ def test_shapes(learn_sigma: bool, patch: int) -> None:
         "mlp_ratio": 4.0,
         "num_classes": 10,
         "learn_sigma": learn_sigma,
+        "qk_norm": False,
+        "norm": "layer",
+        "mlp": "gelu",
+        "rope": False,
+        "adaln_shift": True,
+        "shared_adaln": False,
+        "register_tokens": 0,
+        "head_width": 0,
     }
 
 

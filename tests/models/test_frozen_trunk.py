@@ -7,7 +7,7 @@ import torch
 
 from latentddae.core.errors import ConfigError
 from latentddae.models import frozen_trunk, zoo
-from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.frozen_trunk import Layer, fold, foldable
 from latentddae.models.layers import gelu, modulate
 from latentddae.models.untrained import randomize_gates

@@ -1,7 +1,7 @@
 """The shipped pretraining configurations: the published recipes, and networks
 of the published sizes."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +90,57 @@ def test_recipe_is_the_published_one(path: Path) -> None:
     epochs = config.total_images / 1_281_167
     assert epochs == pytest.approx(64 if lightning else 80, abs=0.1)
     assert config.conditional == ("uncond" not in path.stem)
+
+
+LADDER = sorted((FOLDER / "lightningdit").glob("*.yaml"))
+STEPS: list[set[str]] = [  # what each rung changes; the run's name and folder of latents aside
+    {"objective"},
+    {"global_batch", "optim", "ema"},
+    {"optim"},
+    {"objective"},
+    {"objective"},
+    {"model"},
+    {"model"},
+    {"model"},
+    {"model"},
+]
+
+
+def test_every_rung_of_the_ladder_is_one_step() -> None:
+    below = load(FOLDER / "dit_xl_2_imagenet256.yaml")
+    assert [path.stem.split("_")[0] for path in LADDER] == [str(n) for n in range(1, 10)]
+    for path, step in zip(LADDER, STEPS, strict=True):
+        command = (
+            f"# deepspeed latentddae/train.py --config configs/pretrain/lightningdit/{path.name}"
+        )
+        assert path.read_text().splitlines()[0] == command
+        rung = load(path)
+        changed = {
+            f.name for f in fields(TrainConfig) if getattr(rung, f.name) != getattr(below, f.name)
+        }
+        assert changed - {"run", "data"} == step, path.stem
+        assert ("data" in changed) == (path.stem == "9_va_vae")
+        for record in step - {"global_batch"}:  # one field, but where a batch moves three
+            ours, theirs = (configuration.to_dict(getattr(c, record)) for c in (rung, below))
+            if "name" not in ours or ours["name"] == theirs["name"]:
+                assert len([key for key in ours if ours[key] != theirs[key]]) == 1, (
+                    path.stem,
+                    record,
+                )
+        below = rung
+
+
+def test_the_ladder_ends_at_lightningdit() -> None:
+    top = load(LADDER[-1])
+    data = {"input_size": 16, "in_channels": 32, "num_classes": CLASSES, "learn_sigma": False}
+    assert replace(top.model, **data) == zoo.REGISTRY["lightningdit_xl_1"]
+    assert (top.objective.kind, top.objective.time, top.objective.cosine_weight) == (
+        "flow",
+        "data",
+        1,
+    )
+    assert top.objective.noise_distribution.kind == "logit_normal"
+    assert (top.optim.lr, top.optim.betas, top.global_batch) == (2e-4, (0.9, 0.95), 1024)
+    assert top.engine.clip_grad_norm == 0 and top.conditional
+    for images in (1024, top.total_images):
+        assert top.ema.decay(images, 1024) == pytest.approx(0.9999, abs=1e-9)

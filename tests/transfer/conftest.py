@@ -10,7 +10,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
-from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.inputs import describe_checkpoint

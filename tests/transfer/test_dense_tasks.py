@@ -14,7 +14,7 @@ from latentddae.data.encoding.autoencoder import open_autoencoder
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
-from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_config import DiTConfig
 from latentddae.transfer import correspond, segment
 from latentddae.transfer.correspond import Pair
 from latentddae.transfer.extraction import token_maps

@@ -1,6 +1,7 @@
 """Fine-tuning: exact resume, the same on any ranks, layer decay and drop path by formula, a control that is fresh."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from latentddae.data.loader import Loader
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Subset, shard_layout
 from latentddae.models import zoo
+from latentddae.models.untrained import randomize_gates
 from latentddae.training import state_reader, states
 from latentddae.transfer import finetune, results
 from latentddae.transfer.finetuning.classifier import Classifier, drop_path, layer_decay
@@ -188,14 +190,35 @@ def test_drop_path_is_keyed_linear_and_unbiased() -> None:
     assert drop_path(0.0, 3, 0, position) is None
 
 
-def test_a_dropped_path_is_the_block_without_its_branch(checkpoint) -> None:
+EVERY_OPTION: dict[str, Any] = {
+    "qk_norm": True,
+    "norm": "rms",
+    "mlp": "swiglu",
+    "rope": True,
+    "register_tokens": 2,
+    "head_width": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        EVERY_OPTION,
+        EVERY_OPTION | {"shared_adaln": True},
+        EVERY_OPTION | {"adaln_shift": False},
+    ],
+)
+def test_a_dropped_path_is_the_block_without_its_branch(checkpoint, options) -> None:
     """Block 2 fully dropped equals the trunk cut before it; dropping per sample touches no other."""
+    network = zoo.build(checkpoint.model.config, seed=1, **options)
+    randomize_gates(network, 2)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.full((3,), 0.1)
 
     def built(block: int) -> Classifier:
-        trunk = zoo.build(checkpoint.model.config)
-        trunk.load_state_dict(checkpoint.model.state_dict())
+        trunk = zoo.build(network.config)
+        trunk.load_state_dict(network.state_dict())
         model = Classifier(trunk, block, classes=4)
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
         return model

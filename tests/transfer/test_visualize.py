@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from latentddae.core.errors import ConfigError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
-from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_config import DiTConfig
 from latentddae.transfer import visualize
 from latentddae.transfer.report import write_report
 

@@ -23,7 +23,7 @@ from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
 from latentddae.models.convert.foreign import ForeignFile, Stated, heads_of
-from latentddae.models.dit import DiTConfig
+from latentddae.models.dit_config import DiTConfig
 from latentddae.models.dit_state import shape_of_state
 from latentddae.models.portable import Checkpoint, Weights, network_with
 

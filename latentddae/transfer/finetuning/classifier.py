@@ -66,6 +66,7 @@ class Classifier(nn.Module):
         (self.block,) = check_blocks([block], trunk.config.depth)
         self.trunk = trunk
         self.trunk.blocks = trunk.blocks[:block]
+        self.trunk.wide_head = None
         self.trunk.final_layer = nn.Identity()  # type: ignore[assignment]
         width = trunk.config.hidden_size
         self.norm = NORMS[norm](width)
@@ -82,11 +83,12 @@ class Classifier(nn.Module):
         `branch_scales` (N, block, 2) multiplies the gates of each block's attention and MLP, see
         `drop_path`.
         """
-        tokens, c = self.trunk.patch_tokens(x), self.trunk.embed_condition(t)
+        tokens = self.trunk.input_tokens(x)
+        condition = self.trunk.block_condition(self.trunk.embed_condition(t))
         for number in range(1, self.block + 1):
             scale = None if branch_scales is None else branch_scales[:, number - 1]
-            tokens = self.trunk.run_block(number, tokens, c, scale)
-        pooled = self.norm(pool_mean(tokens))
+            tokens = self.trunk.run_block(number, tokens, condition, scale)
+        pooled = self.norm(pool_mean(self.trunk.of_image(tokens)))
         return self.head(pooled.to(self.head.weight.dtype)).float()
 
 
