@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion.flow import Flow
-from latentddae.diffusion.samplers import euler
+from latentddae.diffusion.samplers import Sampling, sample
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.dit_state import heads_of_state, shape_of_state
 from latentddae.models.layers import LayerNorm, RMSNorm, SelfAttention
@@ -78,8 +78,8 @@ def test_golden_lightning_losses_and_sample(name: str) -> None:
     torch.testing.assert_close(Flow(time="data").loss(*args), io["loss_mse"], rtol=1e-5, atol=0)
     both = Flow(time="data", cosine_weight=1).loss(*args)
     torch.testing.assert_close(both, io["loss_mse"] + io["loss_cos"], rtol=1e-5, atol=0)
-    sample = euler(Flow(time="data"), model, io["x_noise"], io["y"], steps=10)
-    torch.testing.assert_close(sample.float(), io["euler10_sample"], rtol=1e-4, atol=1e-5)
+    images = sample(Flow(time="data"), model, io["x_noise"], io["y"], Sampling(steps=10))
+    torch.testing.assert_close(images, io["euler10_sample"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_rotation_of_a_file_is_checked_and_not_taken() -> None:
