@@ -299,7 +299,7 @@ def describe_result(run: Comparison, entry: Entry) -> Result:
         },
         cell=cell,
         data=DataInfo(
-            name=subject.data_name,
+            name=entry.train.root.resolve().name,
             train=entry.train.fingerprints,
             test=entry.test.fingerprints,
             train_split=entry.train.split,

@@ -77,7 +77,7 @@ def heat_map(grid: Grid, pool: str) -> bytes:
     pooling. Thin frames: cells judged again by the full probe; thick frame: the chosen cell."""
     percent = 100 * grid.accuracies(pool)
     rows, columns = percent.shape
-    canvas = figure(1.5 + 0.54 * columns, 1.1 + 0.36 * rows)
+    canvas = figure(max(3.6, 1.5 + 0.54 * columns), 1.1 + 0.36 * rows)  # the title needs 3.6
     axes = canvas.subplots()
     image = axes.imshow(percent, origin="lower", aspect="auto", cmap="viridis")
     axes.set_xticks(range(columns), [level_text(level) for level in grid.levels])
