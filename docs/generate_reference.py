@@ -37,9 +37,7 @@ def commands() -> Iterator[tuple[str, str, str, Command[Any]]]:
     """(job, name, one line of help, command) of every command, in the order of `--help`."""
     for job, entries in cli.GROUPS.items():
         for name, (module, line) in entries.items():
-            command = getattr(importlib.import_module(module), "COMMAND", None)
-            if command is not None:
-                yield job, name, line, command
+            yield job, name, line, importlib.import_module(module).COMMAND
 
 
 class Part(NamedTuple):

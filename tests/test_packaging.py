@@ -22,7 +22,6 @@ TOOLS = {  # run, or imported through another package (torch.utils.tensorboard)
     *("pytest-timeout", "ruff", "mypy", "types-pyyaml", "pre-commit", "ninja", "zensical"),
     "tensorboard",
 }
-PENDING = {"jinja2", "fsspec"}
 OURS = {"latentddae", "harness", "conftest", "house"}
 
 
@@ -93,14 +92,14 @@ def test_the_rest_imports_what_is_declared(folder: str) -> None:
 
 def test_what_is_declared_is_imported() -> None:
     tools = {module_of(name) for name in TOOLS}
-    assert declared() - set(imported("latentddae")) - tools - PENDING == set()
+    assert declared() - set(imported("latentddae")) - tools == set()
     everywhere = {
         name
         for folder in ("latentddae", "tests", "benchmarks", "data_prep", "docs")
         for name in imported(folder)
     }
     groups = declared(*PROJECT["optional-dependencies"])
-    assert groups - everywhere - tools - PENDING == set()
+    assert groups - everywhere - tools == set()
 
 
 def test_no_requirement_names_an_index_or_an_address() -> None:
