@@ -196,6 +196,50 @@ def test_mentions_of_commands_name_real_flags(page: Path) -> None:
         check_latentddae(words[1:], complete=False)
 
 
+FOREIGN_FLAGS = {
+    *("--signal", "--requeue", "--gpu-bind", "--kill-on-bad-exit", "--wait", "--dependency"),
+    *("--nodes", "--no-build-isolation", "--local_rank", "--num_gpus", "--local-dir", "--pid"),
+}
+"""Of sbatch, srun, pip, hf and the launchers."""
+
+
+@cache
+def all_flags() -> frozenset[str]:
+    """Every flag of every command, with aliases, negations and those that all have."""
+    flags = {f"--{name}" for name in command.EVERYWHERE}
+    for home, _ in cli.COMMANDS.values():
+        for option in command.options(importlib.import_module(home).COMMAND.config):
+            flags |= {option.flag, f"--no-{option.flag[2:]}", f"--{option.alias}"}
+    return frozenset(flags)
+
+
+GUIDE = [page for page in PAGES if page.parent.name != "reference"]
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_flags_named_on_a_page_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    ours = re.sub(r"`(?!latentddae)[a-z]+ [^`]*`", "", text)  # lines of other programs
+    for code in re.findall(r"`([^`]+)`", ours):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code):
+            if re.search(r"[A-Z]|^--(key|name|a\.b)$", flag):
+                continue  # a placeholder
+            if flag.startswith(("--sampler.", "--objective.", "--model.")):
+                continue  # depends on what is chosen
+            known = {*all_flags(), *FOREIGN_FLAGS, "--check", "--demo"}
+            assert flag.rstrip(".") in known, f"{flag} in {code}"
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_settings_named_on_a_page_exist(page: Path) -> None:
+    """`optim.lr`, `engine.zero_stage=2`: dotted names of settings of a run."""
+    flags = all_flags()
+    records = "data|optim|ema|engine|save|profile|monitor|guidance"
+    for name in re.findall(rf"`((?:{records})(?:\.[a-z_]+)+)(?==|:|`)", page.read_text()):
+        if name not in ("ema.safetensors", "data.heldout", "guidance.py"):
+            assert f"--{name.replace('_', '-')}" in flags, name
+
+
 def test_a_wrong_command_line_would_be_noticed(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in (
