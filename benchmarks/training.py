@@ -59,7 +59,7 @@ def batches() -> Iterator[dict[str, Tensor]]:
         positions = torch.arange(first, first + BATCH)
         yield {
             "x0": rng.normal(0, "x0", positions, (4, 32, 32)),
-            "y": positions % 1000,
+            "condition": positions % 1000,
             "t": OBJECTIVE.sample_timesteps(rng.uniform(0, "time", positions)),
             "noise": rng.normal(0, "noise", positions, (4, 32, 32)),
         }
