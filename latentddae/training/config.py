@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from latentddae.core import config as configuration
 from latentddae.core.config import require, transient
@@ -12,7 +12,9 @@ from latentddae.data.subsets import SampleSet
 from latentddae.data.training_data import DataConfig
 from latentddae.diffusion import OBJECTIVES
 from latentddae.diffusion.flow import Flow
+from latentddae.diffusion.objective import Objective
 from latentddae.models import DiTConfig, zoo
+from latentddae.models.network import TrainableConfig
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
 from latentddae.training.optimizers import OptimConfig
@@ -160,10 +162,10 @@ class TrainConfig(RunConfig):
     """
 
     data: DataConfig
-    model: Any = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
+    model: TrainableConfig = configuration.choice(lambda: zoo.REGISTRY, DiTConfig)
     """A name of the zoo, and fields to override; input size, channels and classes come from the
     data."""
-    objective: Any = configuration.choice(lambda: OBJECTIVES, Flow)
+    objective: Objective = configuration.choice(lambda: OBJECTIVES, Flow)
     """A diffusion objective by name, and fields to override."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     conditional: bool = False

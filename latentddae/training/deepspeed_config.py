@@ -15,6 +15,9 @@ from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.core.precision import Precision, resolve_precision
 
+Settings = dict[str, Any]
+"""DeepSpeed's settings: nested, of many types."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -35,7 +38,7 @@ class EngineConfig:
     """torch.compile each block."""
     attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
     """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: Settings = field(default_factory=dict)
     """Raw DeepSpeed settings over the derived ones: buffers, overlap and reports only."""
 
     def __post_init__(self) -> None:
@@ -139,12 +142,12 @@ DERIVED_KEYS = {
 
 def deepspeed_config(
     config: EngineConfig, precision: str, plan: BatchPlan, world_size: int
-) -> dict[str, Any]:
+) -> Settings:
     """The DeepSpeed dictionary: derived from our settings, with `config.deepspeed` laid over it.
 
     Raises ConfigError if the overlay conflicts with ours, naming the setting to use instead.
     """
-    settings: dict[str, Any] = {
+    settings: Settings = {
         "train_batch_size": plan.micro * plan.accumulation * world_size,
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
@@ -168,7 +171,7 @@ def deepspeed_config(
 
 def derive(
     config: EngineConfig, global_batch: int, world_size: int, device: torch.device
-) -> tuple[str, BatchPlan, dict[str, Any]]:
+) -> tuple[str, BatchPlan, Settings]:
     """Precision, cut of the batch and DeepSpeed dictionary on this device and number of ranks.
 
     Raises ConfigError for settings that are refused.
@@ -180,12 +183,12 @@ def derive(
 
 
 def _overlaid(
-    derived: dict[str, Any], overlay: Mapping[str, Any], plan: BatchPlan, world_size: int
-) -> dict[str, Any]:
+    derived: Settings, overlay: Mapping[str, object], plan: BatchPlan, world_size: int
+) -> Settings:
     out = copy.deepcopy(derived)
     for path, value in _leaves(overlay):
         *parents, last = path
-        ours: Any = derived
+        ours = derived
         for key in parents:
             ours = ours.get(key, {})
         holds = ours.get(last, False if last == "enabled" else None)
@@ -202,8 +205,8 @@ def _overlaid(
 
 
 def _leaves(
-    overlay: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
+    overlay: Mapping[str, object], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
     for key, value in overlay.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, (*path, str(key)))
@@ -217,7 +220,7 @@ def _within(path: str, paths: Iterable[str]) -> str:
     return max(above, key=len, default="")
 
 
-def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int) -> str:
+def _refusal(path: str, value: object, ours: object, plan: BatchPlan, world_size: int) -> str:
     """The error message: the refused setting, what holds instead, the nearest valid setting."""
     start = f"engine.deepspeed.{path}={value}"
     owner = _within(path, DERIVED_KEYS)
@@ -232,7 +235,7 @@ def _refusal(path: str, value: Any, ours: Any, plan: BatchPlan, world_size: int)
     return f"{start} conflicts with {holds}; {nearest}"
 
 
-def _nearest(path: str, value: Any, plan: BatchPlan, world_size: int) -> str:
+def _nearest(path: str, value: object, plan: BatchPlan, world_size: int) -> str:
     """Our valid setting that is closest to a refused value; empty if there is none."""
     share = plan.micro * plan.accumulation
     if path == "bf16.enabled":

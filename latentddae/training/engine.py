@@ -36,7 +36,7 @@ from latentddae.training.partitions import Fragment, layout_of
 class Engine:
     """A model under ZeRO: fp32 masters, optimizer, gradient accumulation and clipping.
 
-    Any module will do. Parameters that need no gradient and persistent buffers stay as they are, in
+    Every module will do. Parameters that need no gradient and persistent buffers stay as they are, in
     full precision (`non_trainable_state`). Blocks to compile or to recompute are the members of
     lists named `blocks`.
     """

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from latentddae.core import dist
 from latentddae.core.dist import World
 
+ZeroOptimizer = Any
+"""DeepSpeed's optimizer, which has another class and no types under every stage."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -38,7 +41,7 @@ class Partition:
     """A flat range of a tensor that the optimizer updates."""
 
     owner: Tensor
-    """Any shape. The key of the optimizer's state."""
+    """The key of the optimizer's state: a tensor of any shape."""
     start: int
     numel: int
 
@@ -59,7 +62,7 @@ class Layout:
 
 def layout_of(
     zero_stage: int,
-    zero: Any,
+    zero: ZeroOptimizer,
     optimizer: torch.optim.Optimizer,
     state_names: Sequence[str],
     names: Mapping[nn.Parameter, str],
@@ -111,7 +114,7 @@ def _replicated(
     return Layout(fragments, partitions, publish)
 
 
-def _masters_cut(zero: Any, names: Mapping[nn.Parameter, str]) -> Layout:
+def _masters_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str]) -> Layout:
     """ZeRO 1 and 2: all masters end to end, cut into one partition per rank and parameter group."""
     if hasattr(zero, "bf16_groups"):  # DeepSpeed's separate optimizer for stage 1 with bf16
         groups, masters = zero.bf16_groups, zero.fp32_groups_flat_partition
@@ -129,7 +132,7 @@ def _masters_cut(zero: Any, names: Mapping[nn.Parameter, str]) -> Layout:
     return Layout(fragments, partitions, zero.update_lp_params)
 
 
-def _weights_cut(zero: Any, names: Mapping[nn.Parameter, str], world: World) -> Layout:
+def _weights_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str], world: World) -> Layout:
     """ZeRO 3: every parameter is cut into equal pieces, the last one padded; a rank stores
     its pieces end to end."""
     fragments = []

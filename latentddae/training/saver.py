@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from latentddae.core.errors import LatentddaeError
 from latentddae.training import crash_loops, states
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
-from latentddae.training.states import Partitions, RankFile, State
+from latentddae.training.states import Info, Partitions, RankFile, State
 
 # Rename before deleting, so that a partially deleted state is never mistaken for a complete one.
 DELETING_PREFIX = ".deleted-"
@@ -55,7 +54,7 @@ class PendingSave:
 
     hidden: Path
     file: Future[RankFile]
-    info: dict[str, Any]
+    info: Info
 
 
 class Saver:
@@ -67,7 +66,7 @@ class Saver:
         config: SaveConfig,
         engine: Engine,
         ema: Ema,
-        info: Mapping[str, Any],
+        info: Mapping[str, object],
         *,
         images: int,
         snapshot: Callable[[State, Path], object] | None = None,

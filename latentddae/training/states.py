@@ -41,6 +41,8 @@ PARTIAL = ".partial-"
 DAMAGED = "damaged-"
 MANIFEST = "state.json"
 
+Info = dict[str, Any]
+"""What state.json says: JSON of many types, see `_publish`."""
 Partitions = dict[str, list[Tensor]]
 """Kind ("master", "exp_avg", "ema", ...) -> flat (n,) tensors in the masters' layout."""
 
@@ -50,7 +52,7 @@ class State:
     """A complete state on disk."""
 
     path: Path
-    info: dict[str, Any]
+    info: Info
 
     @property
     def images(self) -> int:
@@ -133,9 +135,7 @@ def _labels(rank: int, world_size: int, images: int) -> dict[str, str]:
     return {"rank": str(rank), "world": str(world_size), "images": str(images)}
 
 
-def commit(
-    hidden: Path, rank_file: RankFile | None, problem: str, info: Mapping[str, Any]
-) -> State:
+def commit(hidden: Path, rank_file: RankFile | None, problem: str, info: Info) -> State:
     """Make a state visible once every rank has written (a collective).
 
     Raises WriteError on every rank, with the older states untouched, if one rank could not write
@@ -147,9 +147,7 @@ def commit(
 
 
 @dist.rank0
-def _publish(
-    hidden: Path, rank_files: list[RankFile], problems: list[str], info: Mapping[str, Any]
-) -> State:
+def _publish(hidden: Path, rank_files: list[RankFile], problems: list[str], info: Info) -> State:
     final = hidden.with_name(hidden.name.removeprefix(PARTIAL))
     if problems:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -226,7 +224,7 @@ def verify(state: State, world: dist.World | None = None) -> None:
             _verify_file(state.path / name, recorded, labels)
 
 
-def _verify_file(path: Path, recorded: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+def _verify_file(path: Path, recorded: Info, labels: Mapping[str, str]) -> None:
     try:
         if path.stat().st_size != recorded["bytes"]:
             raise DataError(f"{path} is damaged: it has another size than recorded")

@@ -69,7 +69,7 @@ def kill_while_saving(
                     kill_after(delay)
                 return honest_begin(folder, at, bytes_needed)
 
-            monkeypatch.setattr(states, "begin", begin)
+            monkeypatch.setattr(states, "prepare_folder", begin)
             changes = ("save.every_images=16", f"save.background={background}", "--retry")
             return start(run, *options, *changes, "hang_timeout_s=20")
 
@@ -142,7 +142,7 @@ def fill(disk: Path) -> None:
 
 
 FULL = {  # moment -> function that is about to run
-    "before the check": (states, "begin"),
+    "before the check": (states, "prepare_folder"),
     "before the files": (states, "write_rank_file"),
     "inside a file": (safetensors_stream, "_parts"),
     "before the manifest": (states, "commit"),

@@ -146,7 +146,7 @@ def test_the_size_of_a_state_is_known_before(stage, toy, in_ranks, tmp_path) -> 
 
     predicted, actual = in_ranks(2, sizes)[0]
     assert actual <= predicted <= 1.6 * actual
-    large = states.bytes_of_state({"w": [10**9]}, 64)
+    large = states.bytes_of_state({"w": [10**9]}, 64, kinds=4)
     assert large == pytest.approx(16e9, rel=0.001)
 
 

@@ -70,7 +70,7 @@ def test_the_library_reads_what_we_write(tmp_path) -> None:
 
 
 def test_checksums_add_up_however_a_parameter_is_cut() -> None:
-    values = torch.randn(5 * states.CHUNK // 2, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(5 * checksums.CHUNK // 2, generator=torch.Generator().manual_seed(0))
     whole = checksums.checksum(values, 0)
     bits = values.numpy().view(np.int32).astype(object)  # exact integers as the reference
     reference = int((bits * (2 * np.arange(len(bits), dtype=object) + 1)).sum())
@@ -272,7 +272,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patched:
-        patched.setattr(states, "begin", killed)
+        patched.setattr(states, "prepare_folder", killed)
         assert ranks(lambda: start(run)) == [-signal.SIGKILL]
     assert files.read_json_lines(run / "metrics.jsonl")
     assert ranks(lambda: start(run)) == [0]
