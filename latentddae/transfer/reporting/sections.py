@@ -189,7 +189,7 @@ def histories(runs: Sequence[Found]) -> list[History]:
             for probe in log.probes:
                 cell = f"block {probe.block}, level {plots.level_text(probe.level)}, {probe.pool}"
                 name = f"{tables.PROBE_NAMES.get(probe.kind, probe.kind)} during training"
-                origin = Origin(found.name, name, cell, "", "")
+                origin = Origin(found.name, name, cell, "held-out train", "")
                 points[origin][probe.images] = Point(probe.images, probe.top1, None)
         scores = [score for score in tables.scores(found) if score.is_pretrained]
         for score in sorted(scores, key=lambda score: score.heldout_accuracy or 0.0):
