@@ -334,7 +334,9 @@ def help_text(command: Command[Any]) -> str:
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text.strip(), 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return textwrap.wrap(
+        text.strip(), 92, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False
+    )
 
 
 def signature(option: Option) -> str:

@@ -95,17 +95,6 @@ def load(cls: type[Record], path: str | Path | None, settings: Sequence[str] = (
     return build(cls, tree)
 
 
-def merge(path: str | Path | None, settings: Sequence[str] = ()) -> Tree:
-    """The settings of a file and `a.b=value` on top, read as YAML reads them."""
-    tree = {} if path is None else read_file(Path(path))
-    for item in settings:
-        key, equals, value = item.partition("=")
-        if not equals or item.startswith("-"):
-            raise ConfigError(f"setting {item!r} is not of the form key=value, e.g. optim.lr=2e-4")
-        put(tree, key, value)
-    return typing.cast(Tree, _plain_text(tree))
-
-
 def full_name(cls: type, key: str) -> str:
     """The dotted name that a setting means: `data=DIR` is `data.path=DIR` for a record with a
     `shorthand`."""
@@ -392,9 +381,10 @@ def _read_scalar(hint: Any, text: str) -> Any:
 def to_dict(record: Any) -> dict[str, Any]:
     """A record as plain JSON-able data; chosen records carry their `kind` as `name`."""
     out: dict[str, Any] = {}
-    if hasattr(type(record), "kind"):
+    fields = dataclasses.fields(record)
+    if hasattr(type(record), "kind") and "kind" not in {field.name for field in fields}:
         out["name"] = type(record).kind
-    for field in dataclasses.fields(record):
+    for field in fields:
         if not field.metadata.get("transient"):
             out[field.name] = _plain(getattr(record, field.name))
     return out

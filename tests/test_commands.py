@@ -1,0 +1,107 @@
+"""All commands have one command line: flags, `--config` files and key=value agree, help is whole."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from latentddae import cli
+from latentddae.core import config
+from latentddae.core.command import Command, Option, default_text, help_text, options, parse
+from latentddae.core.errors import UsageError
+
+MODULES = {name: module for name, (module, _) in cli.COMMANDS.items()}
+CELL = {"block": "1", "level": "0.2"}
+NEEDED = {  # what a command needs beside the settings without a default
+    "compare-curve": {"reference": "x"},
+    "fid": {"samples": "x", "reference": "y"},
+    "knn": CELL,
+    "linear": CELL,
+    "preview": {"out": "x.png"},
+    "suite": {"data": "x"},
+    "visualize": CELL,
+}
+SAMPLES: dict[Any, str] = {str: "x", Path: "x", int: "1", float: "0.5", bool: "true"}
+
+
+def command_of(name: str) -> Command[Any]:
+    command = importlib.import_module(MODULES[name]).COMMAND
+    assert command.name == name
+    return command
+
+
+@pytest.fixture(params=sorted(MODULES))
+def command(request) -> Command[Any]:
+    return command_of(request.param)
+
+
+def sample(option: Option) -> str:
+    """A value that the option takes, as text: its default, else something of its type."""
+    if option.default not in (dataclasses.MISSING, None, (), {}, ""):
+        return default_text(option).removeprefix("default: ").partition("; one of")[0]
+    hint = next(
+        part for part in (get_args(option.hint) or (option.hint,)) if part is not type(None)
+    )
+    if get_origin(option.hint) is tuple:
+        hint = get_args(option.hint)[0]
+    if get_origin(option.hint) is Literal:
+        return str(get_args(option.hint)[0])
+    return SAMPLES.get(hint, "1")
+
+
+def required(command: Command[Any]) -> dict[str, str]:
+    missing = (o for o in options(command.config) if o.default is dataclasses.MISSING)
+    return {o.name: sample(o) for o in missing} | NEEDED.get(command.name, {})
+
+
+def test_every_setting_has_a_meaning_and_stands_in_help(command) -> None:
+    text = " ".join(help_text(command).split())
+    for option in options(command.config):
+        assert option.doc, f"{command.name}: {option.name} has no docstring"
+        assert f"{option.doc} ({default_text(option)})" in text
+    assert (command.config.__doc__ or "").split()[0] in text
+    assert not (command.config.__doc__ or "").startswith(f"{command.config.__name__}(")
+
+
+def test_flags_settings_and_files_agree(command, tmp_path) -> None:
+    """Every setting that has a default, set to it in three ways beside the required ones."""
+    values = required(command)
+    for option in options(command.config):
+        if option.default not in (dataclasses.MISSING, None, (), {}, ""):
+            values[option.name] = sample(option)
+    flags = [
+        word for name, text in values.items() for word in (f"--{name.replace('_', '-')}", text)
+    ]
+    tree: dict[str, Any] = {}
+    for name, text in values.items():
+        config.put(tree, name, text)
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.yaml.safe_dump(tree))
+    one, two, three = (
+        parse(command.config, argv).record(command.config)
+        for argv in (
+            flags,
+            [f"{name}={text}" for name, text in values.items()],
+            ["--config", str(file)],
+        )
+    )
+    assert one == two == three
+
+
+def test_print_config_reads_back(command, tmp_path, capsys) -> None:
+    words = [f"{name}={text}" for name, text in required(command).items()]
+    command.main([*words, "--print-config"])
+    file = tmp_path / "settings.yaml"
+    file.write_text(capsys.readouterr().out)
+    again = parse(command.config, ["--config", str(file)]).record(command.config)
+    assert again == parse(command.config, words).record(command.config)
+
+
+def test_a_misspelt_flag_names_the_nearest(command) -> None:
+    fixed = {o.name for o in options(command.config) if o.names}  # whose fields depend on a choice
+    plain = (o for o in options(command.config) if o.name.split(".")[0] not in fixed)
+    option = max(plain, key=lambda option: len(option.name))
+    with pytest.raises(UsageError, match=f"did you mean {option.flag}"):
+        parse(command.config, [f"{option.flag}x", "1"])
