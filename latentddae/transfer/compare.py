@@ -3,9 +3,9 @@
 Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; the same network
 untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
 embedding of the noisy latent) and with random gates. Networks appear once per pooling, with their
-widths; the chosen pooling of each has the best held-out accuracy. The cell of an untrained network is
-chosen by a grid of its own, and so is that of a timm backbone (`--timm NAME@WEIGHTS`), which reads
-the clean pixels. Finished rows are read, not computed.
+widths; the chosen pooling of each has the best held-out accuracy. The cell of an untrained network
+is chosen by a grid of its own, and so is that of a timm backbone (`--timm NAME@WEIGHTS`), which
+reads the clean pixels. Finished rows are read, not computed.
 """
 
 import re

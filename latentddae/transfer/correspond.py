@@ -5,9 +5,9 @@
                       "target_points": [[x, y], ...], "target_box": [x0, y0, x1, y1]}, ...]
 
 Points are in pixels; (0, 0) is the centre of the first one. The feature at a source point, sampled
-bilinearly from the token map, is compared by cosine with the bilinearly upsampled map of the target.
-The best match is correct within alpha x the longer side of the target's box (SPair-71k; of the image
-if there is no box).
+bilinearly from the token map, is compared by cosine with the bilinearly upsampled map of the
+target. The best match is correct within alpha x the longer side of the target's box (SPair-71k; of
+the image if there is no box).
 """
 
 import sys

@@ -1,13 +1,14 @@
 """`latentddae finetune`: a pretrained trunk, cut at a block, fine-tuned with a linear head.
 
-    latentddae finetune --config configs/transfer/finetune_cifar10.yaml --checkpoint RUN --data DIR --out DIR
+    latentddae finetune --config configs/transfer/finetune_cifar10.yaml \\
+        --checkpoint RUN --data DIR --out DIR
     deepspeed latentddae/transfer/finetune.py --config ... [--from-scratch] [key=value ...]
 
 The network sees latents at one fixed noise level, clean by default (l-DAE, arXiv 2401.14404).
 `--from-scratch` trains fresh weights by the same recipe on the same samples. It is one more job of
-the training loop: the same command continues it, on any number of ranks, and every draw follows from
-(seed, images seen). A part of train is held out; of the last weights and their average, the better on
-it is scored once on test.
+the training loop: the same command continues it, on any number of ranks, and every draw follows
+from (seed, images seen). A part of train is held out; of the last weights and their average, the
+better one on it is scored once on test.
 """
 
 if __name__ == "__main__":  # before the imports: they take seconds in which a signal would kill

@@ -1,8 +1,8 @@
 """`latentddae geometry`: how the features of every block are distributed, without labels.
 
 Two views of an image are the same latent at the same noise level with two independent noises.
-Features of all blocks come from one forward pass per view and go to disk, where `probes/geometry.py`
-measures alignment, uniformity, effective rank and CKA in bounded memory.
+Features of all blocks come from one forward pass per view and go to disk, where
+`probes/geometry.py` measures alignment, uniformity, effective rank and CKA in bounded memory.
 """
 
 import sys
@@ -95,8 +95,10 @@ def measure_level(
     config: "GeometryConfig",
     level: float,
 ) -> Values:
-    """The geometry of all blocks at one level; features lie in a temporary folder below
-    `config.out` meanwhile."""
+    """The geometry of all blocks at one level, on the samples `indices` (N,).
+
+    Features lie in a temporary folder below `config.out` meanwhile.
+    """
     spec = spec_at(checkpoint, level, config.seed)
     batches = two_views(checkpoint, samples, indices, spec, config.batch)
     config.out.mkdir(parents=True, exist_ok=True)

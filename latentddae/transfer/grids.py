@@ -97,7 +97,8 @@ class Grid:
         return self.level_units[self.levels.index(level)]
 
     def accuracies(self, pool: str) -> np.ndarray:
-        """Held-out accuracy by ridge of one pool, (blocks, levels) float64; NaN where absent."""
+        """Held-out accuracy by ridge of one pool, (B, L) float64 over blocks and levels; NaN where
+        absent."""
         table = np.full((len(self.blocks), len(self.levels)), np.nan)
         for cell in self.of_pool(pool):
             table[self.blocks.index(cell.block), self.levels.index(cell.level)] = cell.accuracy
@@ -154,7 +155,8 @@ def from_dict(row: object, where: str = "grid") -> Grid:
         raise DataError(f"{where} is not the result of `latentddae grid`")
     if row.get("format") != FORMAT:
         raise ConfigError(
-            f"{where} has format {row.get('format')}, this version reads {FORMAT}; run the grid again"
+            f"{where} has format {row.get('format')}, this version reads {FORMAT}; "
+            "run the grid again"
         )
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

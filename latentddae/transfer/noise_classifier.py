@@ -146,8 +146,8 @@ def training_batch(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Ten
 def accuracy_curve(
     reader: Reader, head: Head, test: SampleSet, seed: int, count: int = TEST_LEVELS
 ) -> list[Values]:
-    """Accuracy on test at the `count` timesteps of a sampler, cleanest first: the level in all units
-    and `accuracy`.
+    """Accuracy on test at the `count` timesteps of a sampler, cleanest first: each level in all
+    units, and `accuracy`.
 
     The noise is keyed by the samples' keys and is the same at all levels.
     """

@@ -1,7 +1,7 @@
 """`latentddae segment`: linear segmentation, one linear layer on the tokens of a block, in mIoU.
 
     DIR/train/images/NAME.jpg   DIR/train/masks/NAME.png    8-bit class ids, 255: ignored
-    DIR/test/images/...         DIR/test/masks/...          DIR/classes.txt (optional, a name a line)
+    DIR/test/images/...         DIR/test/masks/...          DIR/classes.txt (optional)
 
 Every pixel has the logits of its token, and the loss is the cross-entropy over pixels: a token's
 target is the fraction of its pixels in each class, so no logits of image size are needed. At test
@@ -177,7 +177,8 @@ def predict(layer: nn.Linear, tokens: Tensor, height: int, width: int) -> np.nda
 
 
 def score(layer: nn.Linear, tokens: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Confusion of all valid pixels, class (row) by prediction: (classes, classes) int64."""
+    """Confusion of all valid pixels, class (row) by prediction: maps (N, side, side, D), masks
+    (H, W) -> (C, C) int64."""
     classes = layer.out_features
     table = np.zeros((classes, classes), np.int64)
     for token_map, mask in zip(tokens, masks, strict=True):

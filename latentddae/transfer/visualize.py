@@ -2,39 +2,41 @@
 
 Test images beside their nearest neighbours in train, and each image's tokens as colours: the first
 three principal components over all of them. Everything goes into visualize.json, pictures inside,
-which `latentddae report` shows. Images are decoded from the latents, or cut from --source.
+which `latentddae report` shows. Images are decoded from the latents, or cropped from --source.
 """
 
 import base64
 import dataclasses
-import io
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
 
 from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import require
-from latentddae.core.errors import run_command
+from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
+from latentddae.core.imaging import encode_png
 from latentddae.data.preview import decoded, find_source, source_crops
+from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import SampleSet
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import members_of
 from latentddae.transfer.probes.knn import nearest
 from latentddae.transfer.protocol.options import ProbeOptions
 from latentddae.transfer.protocol.session import ProbeSession, cell_info, describe, open_session
 from latentddae.transfer.protocol.splits import subset
+from latentddae.transfer.results import Json, rows
 
 FILE = "visualize.json"
 BANK = 10_000
-"""Training samples among which neighbours are looked for, unless --limit says otherwise."""
+"""Training samples among which neighbours are searched, unless --limit says otherwise."""
 QUANTILES = (0.01, 0.99)
-"""Of each component's values: what becomes the darkest and the brightest."""
+"""Quantiles of a component's values that become its darkest and brightest colour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,39 +59,50 @@ class VisualizeConfig(ProbeOptions):
         require(self, positive=("queries", "neighbours"))
 
 
-def neighbours(opened: ProbeSession, queries: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """For each test sample its `count` nearest training samples by cosine, best first."""
-    seed = opened.seed
-    bank = opened.features(opened.train, opened.split.train, seed, "train")
-    asked = opened.features(opened.test, queries, seed, "test")
-    similarity, found = nearest(asked, bank, count)
-    places = opened.split.train[found.numpy()]
+@dataclass(frozen=True)
+class Neighbour:
+    """A training sample near a test sample."""
+
+    index: int
+    """In the training set."""
+    similarity: float
+    """Cosine."""
+
+
+def neighbours(session: ProbeSession, queries: np.ndarray, count: int) -> list[list[Neighbour]]:
+    """The `count` nearest training samples of each test sample `queries` (N,) by cosine, best
+    first."""
+    bank = session.features(session.train, session.split.train, session.seed, "train")
+    features = session.features(session.test, queries, session.seed, "test")
+    similarities, rows = nearest(features, bank, count)
+    indices = session.split.train[rows.numpy()]
     return [
-        {"index": int(query), "neighbours": list(zip(row.tolist(), near.tolist(), strict=True))}
-        for query, row, near in zip(queries, places, similarity, strict=True)
+        [Neighbour(*pair) for pair in zip(near.tolist(), cosines.tolist(), strict=True)]
+        for near, cosines in zip(indices, similarities, strict=True)
     ]
 
 
-def token_maps(opened: ProbeSession, samples: np.ndarray) -> np.ndarray:
-    """Tokens of test samples at the cell: (N, side, side, D) float32.
-
-    A pool of as many patches as there are tokens leaves the map as it is.
-    """
-    block = members_of(opened.spec.cell[0])[-1]
-    side = math.isqrt(opened.checkpoint.model.tap_shapes()[block][0])
+def token_maps(session: ProbeSession, samples: np.ndarray) -> np.ndarray:
+    """Tokens of test samples (N,) at the cell's level and block: (N, side, side, D) float32."""
+    block = members_of(session.spec.cell[0])[-1]
+    side = math.isqrt(session.checkpoint.model.tap_shapes()[block][0])
     spec = dataclasses.replace(
-        opened.spec,
+        session.spec,
         blocks=(block,),
-        pools=(f"grid{side}",),
+        pools=(f"grid{side}",),  # a patch per token: all of them
     )
-    features = collect(opened.checkpoint, opened.test, samples, spec)[spec.cell]
+    features = collect(session.checkpoint, session.test, samples, spec)[spec.cell]
     return rearrange(features, "n (h w d) -> n h w d", h=side, w=side)
 
 
 def principal_colours(maps: np.ndarray) -> np.ndarray:
     """The first three principal components of all tokens as red, green and blue: (N, h, w, D) ->
-    (N, h, w, 3) uint8. Each component's largest weight is positive, so colours do not flip."""
-    tokens = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
+    (N, h, w, 3) uint8.
+
+    The largest weight of each component is positive, so that colours do not flip.
+    """
+    n, height, width, _ = maps.shape
+    tokens = rearrange(maps, "n h w d -> (n h w) d").astype(np.float64)
     tokens = tokens - tokens.mean(axis=0)
     _, vectors = np.linalg.eigh(tokens.T @ tokens)
     axes = vectors[:, ::-1][:, :3]
@@ -100,74 +113,84 @@ def principal_colours(maps: np.ndarray) -> np.ndarray:
     scaled = (values - low) / np.maximum(high - low, np.finfo(np.float64).tiny)
     colours = np.zeros((len(values), 3))
     colours[:, : axes.shape[1]] = scaled.clip(0, 1)
-    return (255 * colours).round().astype(np.uint8).reshape(*maps.shape[:3], 3)
+    pixels = (255 * colours).round().astype(np.uint8)
+    return rearrange(pixels, "(n h w) c -> n h w c", n=n, h=height, w=width)
 
 
-def images_of(shards: Any, indices: np.ndarray, config: VisualizeConfig) -> np.ndarray:
-    """(N, H, W, 3) uint8: from --source, else decoded from the latents' first view."""
+def images_of(samples: SampleSet, indices: np.ndarray, config: VisualizeConfig) -> np.ndarray:
+    """Images of samples `indices` (N,): (N, H, W, 3) uint8, from --source, else decoded from the
+    latents' first view."""
+    if not isinstance(samples, ShardSet):
+        raise UsageError("visualize shows the images of one split: give one --train-splits")
     if config.source:
-        source = find_source(shards, config.source)
+        source = find_source(samples, config.source)
         assert source is not None
-        resolution = shards.manifest["pipeline"]["resolution"]
-        return source_crops(source, shards, indices, resolution)
-    return decoded(shards, indices, config.autoencoder)[:, 0]
+        resolution = cast(int, samples.manifest["pipeline"]["resolution"])
+        return source_crops(source, samples, indices, resolution)
+    return decoded(samples, indices, config.autoencoder)[:, 0]
 
 
 def as_text(image: np.ndarray) -> str:
     """(H, W, 3) uint8 as a PNG in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return base64.b64encode(encode_png(image)).decode("ascii")
 
 
-def look(opened: ProbeSession, config: VisualizeConfig) -> dict[str, Any]:
+def visualization(session: ProbeSession, config: VisualizeConfig) -> dict[str, Json]:
     """The content of visualize.json."""
-    test, train, seed = opened.test, opened.train, opened.seed
+    test, train, seed = session.test, session.train, session.seed
     queries = subset(test.keys(np.arange(len(test))), config.queries, seed)
-    rows = neighbours(opened, queries, config.neighbours)
-    colours = principal_colours(token_maps(opened, queries))
-    asked = images_of(test, queries, config)
-    places = np.unique([place for row in rows for place, _ in row["neighbours"]])
-    pictures = dict(zip(places.tolist(), images_of(train, places, config), strict=True))
-    names, truth, known = test.classes, test.labels, train.labels
-    shown = [
-        {
-            "image": as_text(image),
-            "class": names[truth[row["index"]]],
-            "tokens": as_text(map_),
-            "neighbours": [
-                {
-                    "image": as_text(pictures[place]),
-                    "class": names[known[place]],
-                    "similarity": round(similarity, 4),
-                    "right": bool(known[place] == truth[row["index"]]),
-                }
-                for place, similarity in row["neighbours"]
-            ],
-        }
-        for row, image, map_ in zip(rows, asked, colours, strict=True)
-    ]
+    near = neighbours(session, queries, config.neighbours)
+    colours = principal_colours(token_maps(session, queries))
+    shown = np.unique([neighbour.index for row in near for neighbour in row])
+    pictures = dict(zip(shown.tolist(), images_of(train, shown, config), strict=True))
+    images = images_of(test, queries, config)
+    truth = test.labels[queries].tolist()
     return {
         "kind": "visualize",
-        "checkpoint": dataclasses.asdict(opened.checkpoint_info),
-        "cell": dataclasses.asdict(cell_info(opened)),
+        "checkpoint": dataclasses.asdict(session.checkpoint_info),
+        "cell": dataclasses.asdict(cell_info(session)),
         "data": {"train": train.fingerprints, "test": test.fingerprints, "test_split": test.split},
-        "bank": len(opened.split.train),
+        "bank": len(session.split.train),
         "seed": seed,
-        "queries": shown,
+        "queries": [
+            {
+                "image": as_text(images[number]),
+                "class": test.classes[label],
+                "tokens": as_text(colours[number]),
+                "neighbours": [
+                    neighbour_row(train, neighbour, pictures[neighbour.index], label)
+                    for neighbour in near[number]
+                ],
+            }
+            for number, label in enumerate(truth)
+        ],
+    }
+
+
+def neighbour_row(
+    train: SampleSet, neighbour: Neighbour, picture: np.ndarray, label: int
+) -> dict[str, Json]:
+    """One neighbour in visualize.json; picture (H, W, 3) uint8, `label` is the test sample's."""
+    own_label = int(train.labels[neighbour.index])
+    return {
+        "image": as_text(picture),
+        "class": train.classes[own_label],
+        "similarity": round(neighbour.similarity, 4),
+        "right": own_label == label,
     }
 
 
 def run(config: VisualizeConfig) -> None:
     """Write visualize.json and print how many neighbours are of the right class."""
-    content = look(open_session(config), config)
+    content = visualization(open_session(config), config)
     if dist.world_from_environment().is_main:
         write_json(config.out / FILE, content)
-        near = [near for query in content["queries"] for near in query["neighbours"]]
-        share = sum(neighbour["right"] for neighbour in near) / len(near)
+        queries = rows(content, "queries")
+        right = [near["right"] for query in queries for near in rows(query, "neighbours")]
         print(
-            f"{config.out / FILE}: {len(content['queries'])} test images, {100 * share:.0f} % of "
-            "their nearest neighbours are of their class"
+            f"{config.out / FILE}: {len(queries)} test images, "
+            f"{100 * sum(map(bool, right)) / len(right):.0f} % of their nearest neighbours are of "
+            "their class"
         )
 
 

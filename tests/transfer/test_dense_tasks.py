@@ -1,4 +1,4 @@
-"""Dense transfer: planted shapes are segmented, a shifted image is matched exactly, scores equal their definitions."""
+"""Planted shapes are segmented, a shifted image is matched, scores equal their definitions."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ COLOURS = np.array([[20, 20, 20], [230, 40, 40], [40, 60, 230], [60, 220, 60]])
 
 @pytest.fixture(scope="module")
 def pixels_checkpoint(tmp_path_factory) -> Path:
-    """Block 1 as initialised is a patch embedding; large weights make the position table negligible."""
+    """Block 1 as initialised is a patch embedding; large weights dwarf the position table."""
     config = DiTConfig(
         input_size=SIDE, patch_size=PATCH, in_channels=3, hidden_size=24, depth=2, num_heads=2,
         num_classes=0,

@@ -1,4 +1,4 @@
-"""Neighbours are the nearest ones, colours are principal components, and the report can show both."""
+"""Neighbours are the nearest ones, colours are principal components, the report shows both."""
 
 import base64
 import io

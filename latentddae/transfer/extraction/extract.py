@@ -74,8 +74,8 @@ class Extractor:
         return pooled_blocks(self.trunk, x, spec.members, spec.pools)
 
     def features(self, x0: Tensor, positions: Tensor) -> dict[Cell, Tensor]:
-        """Features averaged over the noises, blocks concatenated as asked for, in ascending
-        order of the blocks."""
+        """Features averaged over the noises: clean latents (N, C, h, w), positions (N,) -> {(block,
+        pool): (N, width) float32}, blocks ascending and concatenated as the spec says."""
         means = self.under_noise(x0, positions, 0)
         if self.spec.noise_samples > 1:
             for number in range(1, self.spec.noise_samples):
@@ -127,7 +127,7 @@ def collect(
     batch: int = BATCH,
     progress: Progress | None = None,
 ) -> dict[Cell, np.ndarray]:
-    """The features of `extract` in memory: {(block, pool): (len(indices), width) float32}."""
+    """The features of `extract` in memory: indices (N,) -> {(block, pool): (N, width) float32}."""
     arrays: dict[Cell, np.ndarray] = {}
     done = 0
     for part in extract(checkpoint, samples, indices, spec, batch=batch, progress=progress):
@@ -142,7 +142,7 @@ def collect(
 def network_input(
     objective: Objective, x0: Tensor, noise: Tensor, level: float, noisy_input: bool = True
 ) -> Tensor:
-    """What the network sees of clean latents at a level: (N, C, h, w), (N, C, h, w) -> (N, C, h, w).
+    """What the network sees at a level: clean latents, noise (N, C, h, w) -> (N, C, h, w).
 
     The clean latent itself at level 0 (a DDPM's cleanest timestep still has 1 % noise) and with
     `noisy_input=False`.
@@ -202,7 +202,8 @@ def keyed_noise(seed: int, number: int, positions: Tensor, shape: Sequence[int])
 def clean_latents(latents: LatentSpec | None, samples: SampleSet, index: np.ndarray) -> Tensor:
     """Posterior means of the original view at training scale: (N, C, h, w) float32.
 
-    `latents` says how stored moments become training latents: the checkpoint's; None: the set's own.
+    `latents`, the checkpoint's, says how stored moments become training latents; None: the set's
+    own.
     """
     views = samples.spec.views
     view = views.index("original") if "original" in views else 0
@@ -211,7 +212,7 @@ def clean_latents(latents: LatentSpec | None, samples: SampleSet, index: np.ndar
 
 
 def flat_latents(samples: SampleSet, indices: np.ndarray, batch: int = 1024) -> np.ndarray:
-    """Clean latents, flattened: (len(indices), C h w) float32. Pixels in [-1, 1] for a pixel set."""
+    """Clean latents, flattened: indices (N,) -> (N, C h w) float32; a pixel set's in [-1, 1]."""
     parts = [
         clean_latents(None, samples, indices[i : i + batch]).flatten(1).numpy()
         for i in range(0, len(indices), batch)

@@ -1,4 +1,4 @@
-"""What is extracted: a noise level, blocks, pools and the noise, checked where it is written down."""
+"""What is extracted: a noise level, blocks, pools and the noise, checked when it is created."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -288,12 +288,13 @@ class FeatureStore:
         meta = read_json(folder / META, "the description of features")
         if meta.get("format") != FORMAT:
             raise ConfigError(
-                f"{folder} has format {meta.get('format')}, this version reads {FORMAT}: extract again"
+                f"{folder} has format {meta.get('format')}, this version reads {FORMAT}: "
+                "extract again"
             )
         return cls(folder, meta)
 
     def features(self, split: str, spec: FeatureSpec) -> np.ndarray:
-        """One cell of a split, memory-mapped: (samples, width) float16, row i is sample i."""
+        """One cell of a split, memory-mapped: (N, width) float16, row i is sample i."""
         path = self.folder / file_name(split, spec.level, spec.cell)
         if not path.is_file():
             names = sorted(file.name for file in self.folder.glob(f"{split}-s*.npy"))

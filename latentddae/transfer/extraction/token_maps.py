@@ -1,8 +1,8 @@
 """Image files -> maps of tokens of one block at one noise level, for the dense commands.
 
-An image of any size is resized to the checkpoint's square without cropping, so that points and masks
-scale with it, and encoded by the checkpoint's autoencoder. The noise is keyed by (seed, file name,
-number of the noise).
+An image of any size is resized to the checkpoint's square without cropping, so that points and
+masks scale with it, and encoded by the checkpoint's autoencoder. The noise is keyed by (seed, file
+name, number of the noise).
 """
 
 import math

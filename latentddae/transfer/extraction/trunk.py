@@ -1,4 +1,4 @@
-"""The first blocks of any network at one noise level, with the null label: what features come from."""
+"""The first blocks of any network at one noise level, with the null label."""
 
 import math
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Trunk(Protocol):
 
 @dataclass(frozen=True)
 class PlainTrunk:
-    """Any network with a `stream` of blocks, unchanged."""
+    """A network as it is, with its `stream` of blocks."""
 
     model: Network
     network_t: Tensor
@@ -51,7 +51,7 @@ class PlainTrunk:
             yield number, Output(tokens)
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
-        """Refused: only a folded DiT has an adaLN to offer."""
+        """ConfigError for tokens (N, T, D): only a folded DiT has an adaLN."""
         raise ConfigError(f"this network's block {block} has no adaLN to normalise by")
 
 

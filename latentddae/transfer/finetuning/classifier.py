@@ -53,8 +53,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 class Classifier(nn.Module):
     """The first `block` blocks of a DiT, and a linear head on the mean token.
 
-    `trunk` is changed: later blocks and the output layer are removed. Raises ConfigError for another
-    kind of network.
+    `trunk` is changed: later blocks and the output layer are removed. Raises ConfigError for
+    another kind of network.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Classifier(nn.Module):
 
 
 def drop_path(rate: float, blocks: int, seed: int, position: Tensor) -> Tensor | None:
-    """Factors of the two branches of each block (arXiv 1603.09382): 0, or 1 / (1 - the block's rate).
+    """Factors of both branches of each block (arXiv 1603.09382): 0 or 1 / (1 - the block's rate).
 
     Positions (N,) -> (N, blocks, 2) float32; None if `rate` is 0. The rate grows linearly from 0 at
     the first block to `rate` at the last, as in timm.

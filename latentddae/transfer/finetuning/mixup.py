@@ -63,7 +63,7 @@ class Mix:
 
 
 def mix_of(config: MixConfig, seed: int, batch: int, height: int, width: int) -> Mix:
-    """The mix of a global batch of images (height, width), by its number: the same on every rank."""
+    """The mix of the global batch of this number, of images (height, width); equal on all ranks."""
     random = np.random.Generator(np.random.PCG64([*purpose_key(seed, "finetune/mix"), batch]))
     cut = config.cutmix > 0 and (config.mixup == 0 or random.random() < 0.5)
     alpha = config.cutmix if cut else config.mixup

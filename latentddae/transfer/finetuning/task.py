@@ -255,7 +255,8 @@ class Task:
 
 
 def unpaired(batch: Batch) -> tuple[Tensor, ...]:
-    """What `Task.loss` takes without mixing."""
+    """What `Task.loss` takes without mixing: stored moments (N, *stored_shape), labels (N,),
+    positions (N,)."""
     return batch.moments, batch.label, batch.position
 
 
