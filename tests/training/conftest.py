@@ -3,7 +3,7 @@ of images seen, and as the command `train`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,21 @@ from latentddae.training.engine import Engine
 from latentddae.training.optimizers import OptimConfig, lr_at
 
 MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
+NETWORKS = {
+    "plain": MODEL,
+    "every-option": replace(
+        MODEL,
+        qk_norm=True,
+        norm="rms",
+        mlp="swiglu",
+        rope=True,
+        adaln_shift=False,
+        shared_adaln=True,
+        register_tokens=2,
+        head_width=32,
+        head_heads=2,
+    ),
+}
 BATCH = 12
 TOTAL = 100 * BATCH
 OPTIM = OptimConfig(lr=2e-3, schedule="cosine", warmup_images=5 * BATCH, weight_decay=0.01)
@@ -41,11 +56,16 @@ class Toy:
 
     @classmethod
     def start(
-        cls, stage: int, precision: str = "fp32", model: nn.Module | None = None, **settings: Any
+        cls,
+        stage: int,
+        precision: str = "fp32",
+        model: nn.Module | None = None,
+        network: DiTConfig = MODEL,
+        **settings: Any,
     ) -> "Toy":
         world = dist.start()
         if model is None:
-            model = zoo.build(MODEL, seed=1)
+            model = zoo.build(network, seed=1)
             randomize_gates(model, seed=2)
         config = EngineConfig(  # type: ignore[arg-type]
             zero_stage=stage, precision=precision, **settings
@@ -115,6 +135,12 @@ class Toy:
 @pytest.fixture
 def toy() -> type[Toy]:
     return Toy
+
+
+@pytest.fixture
+def network(request) -> DiTConfig:
+    """The plain network, or by indirect parametrisation another one of NETWORKS."""
+    return NETWORKS[getattr(request, "param", "plain")]
 
 
 @pytest.fixture

@@ -168,10 +168,15 @@ def test_clipping_is_to_the_global_norm(stage, in_ranks, toy) -> None:
     assert clipped == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "every"), [(1, 1), (3, 1), (1, 2)])
-def test_recomputed_blocks_change_nothing_but_memory(stage, every, in_ranks, toy) -> None:
+@pytest.mark.parametrize(
+    ("network", "stage", "every"),
+    [("plain", 1, 1), ("plain", 3, 1), ("plain", 1, 2), ("every-option", 0, 1)]
+    + [pytest.param("every-option", stage, 1, marks=pytest.mark.slow) for stage in (1, 2, 3)],
+    indirect=["network"],
+)
+def test_recomputed_blocks_change_nothing_but_memory(network, stage, every, in_ranks, toy) -> None:
     def run(checkpoint_blocks: int) -> tuple[list[float], int]:
-        run = toy.start(stage, checkpoint_blocks=checkpoint_blocks)
+        run = toy.start(stage, network=network, checkpoint_blocks=checkpoint_blocks)
         kept = Counter()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.update(numbers=t.numel()) or t, lambda t: t
@@ -184,8 +189,15 @@ def test_recomputed_blocks_change_nothing_but_memory(stage, every, in_ranks, toy
     assert recomputed[1] < (0.5 if every == 1 else 0.8) * plain[1]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_same_losses(backend, in_ranks, toy, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("network", "backend"),
+    [("plain", "aot_eager"), ("every-option", "aot_eager")]
+    + [
+        pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("plain", "every-option")
+    ],
+    indirect=["network"],
+)
+def test_compiled_blocks_give_the_same_losses(network, backend, in_ranks, toy, monkeypatch) -> None:
     """The blocks alone are compiled, each once, and no name of a weight changes.
 
     By default without the last step, machine code, which takes a minute of a compiler.
@@ -195,12 +207,13 @@ def test_compiled_blocks_give_the_same_losses(backend, in_ranks, toy, monkeypatc
 
     def run(compile: bool) -> tuple[list[float], int, list[str]]:
         counters.clear()
-        run = toy.start(2, compile=compile).train(20)
+        run = toy.start(2, network=network, compile=compile).train(20)
         return run.losses, counters["stats"]["unique_graphs"], list(run.engine.model.state_dict())
 
     (eager,), (compiled,) = in_ranks(1, lambda: run(False)), in_ranks(1, lambda: run(True))
     assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
-    assert 1 <= compiled[1] <= 1 + 2  # graphs: the first and at most two more
+    kinds = 2 if network.head_width else 1  # blocks of the trunk, and of the wide head
+    assert kinds <= compiled[1] <= kinds * (1 + 2)  # graphs: the first and at most two more
     assert eager[1] == 0
     assert compiled[2] == eager[2]
     assert not any("_orig_mod" in name for name in compiled[2])

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ from latentddae.models import DiTConfig, zoo
 from latentddae.planning.memory import state_bytes
 
 MODEL = DiTConfig(input_size=8, hidden_size=128, depth=5, num_heads=2, num_classes=0)
+EVERY_OPTION = replace(
+    MODEL,
+    qk_norm=True,
+    norm="rms",
+    mlp="swiglu",
+    rope=True,
+    shared_adaln=True,
+    register_tokens=2,
+    head_width=192,
+    head_heads=2,
+)
 NO_BUFFERS = {  # of DeepSpeed's own, which depend on no parameter
     "reduce_bucket_size": 1000,
     "stage3_prefetch_bucket_size": 1000,
@@ -29,10 +41,10 @@ def alive() -> dict[int, int]:
     return storages([*found, *(t.grad for t in found if t.is_leaf and t.grad is not None)])
 
 
-def count(toy, stage: int, precision: str) -> dict[str, int]:
+def count(toy, config: DiTConfig, stage: int, precision: str) -> dict[str, int]:
     """Bytes by what they hold, at their highest: after a backward pass of an accumulated step."""
     before = alive()
-    model = zoo.build(MODEL, seed=1)
+    model = zoo.build(config, seed=1)
     overlay = {"zero_optimization": NO_BUFFERS}
     run = toy.start(stage, precision, model, micro_batch=3, deepspeed=overlay).train(2)
     engine = run.engine
@@ -63,18 +75,19 @@ def count(toy, stage: int, precision: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("config", "stage", "precision"),
     [
-        (0, "fp32"),
-        (1, "bf16"),
-        (2, "bf16"),
-        (3, "bf16"),
-        *(pytest.param(stage, "fp32", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+        (MODEL, 0, "fp32"),
+        (MODEL, 1, "bf16"),
+        (MODEL, 2, "bf16"),
+        (MODEL, 3, "bf16"),
+        *(pytest.param(MODEL, stage, "fp32", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+        *(pytest.param(EVERY_OPTION, stage, "bf16", marks=pytest.mark.slow) for stage in (1, 2, 3)),
     ],
 )
-def test_bytes_per_rank_follow_the_formula(stage, precision, in_ranks, toy) -> None:
-    largest = 6 * MODEL.hidden_size**2  # see state_bytes
-    for found in in_ranks(2, lambda: count(toy, stage, precision)):
+def test_bytes_per_rank_follow_the_formula(config, stage, precision, in_ranks, toy) -> None:
+    largest = 6 * config.hidden_size**2  # see state_bytes
+    for found in in_ranks(2, lambda: count(toy, config, stage, precision)):
         expected = state_bytes(found.pop("parameters"), 2, stage, precision, averages=2)
         print(stage, precision, {k: round(n / getattr(expected, k), 4) for k, n in found.items()})
         assert sum(found.values()) == pytest.approx(expected.total, rel=0.03)

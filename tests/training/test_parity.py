@@ -12,9 +12,12 @@ def reference(precision: str) -> tuple[int, str, int]:
 
 
 @pytest.fixture
-def losses(in_ranks, toy):
+def losses(in_ranks, toy, network):
     def run(stage: int, precision: str, size: int, **settings) -> list[float]:
-        found = in_ranks(size, lambda: toy.start(stage, precision, **settings).train(STEPS).losses)
+        def action() -> list[float]:
+            return toy.start(stage, precision, network=network, **settings).train(STEPS).losses
+
+        found = in_ranks(size, action)
         assert all(rank == found[0] for rank in found)
         return found[0]
 
@@ -25,7 +28,16 @@ def gap(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("network", "precision"),
+    [
+        ("plain", "fp32"),
+        ("plain", "bf16"),
+        ("every-option", "fp32"),
+        pytest.param("every-option", "bf16", marks=pytest.mark.slow),
+    ],
+    indirect=["network"],
+)
 def test_losses_do_not_depend_on_stage_and_ranks(precision, losses) -> None:
     expected = losses(*reference(precision))
     assert expected[-1] < 0.8 * expected[0]

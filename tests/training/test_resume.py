@@ -26,12 +26,19 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EXACT],
+    ("network", "stage", "precision"),
+    [
+        (network, *case) if case in quick else pytest.param(network, *case, marks=pytest.mark.slow)
+        for network, quick in (("plain", QUICK), ("every-option", [(3, "fp32")]))
+        for case in EXACT
+    ],
+    indirect=["network"],
 )
-def test_resume_is_exact_on_the_same_ranks(stage, precision, in_ranks, toy, tmp_path) -> None:
+def test_resume_is_exact_on_the_same_ranks(
+    network, stage, precision, in_ranks, toy, tmp_path
+) -> None:
     def uninterrupted():
-        run = toy.start(stage, precision).train(6)
+        run = toy.start(stage, precision, network=network).train(6)
         before = run.whole()
         run.save(tmp_path)
         assert equal(before, run.whole())  # saving changes nothing
@@ -39,7 +46,7 @@ def test_resume_is_exact_on_the_same_ranks(stage, precision, in_ranks, toy, tmp_
         return run.losses[6:], run.batches[6:], run.engine.optimizer_steps, run.whole()
 
     def resumed():
-        run = toy.start(stage, precision).load(tmp_path).train(6)
+        run = toy.start(stage, precision, network=network).load(tmp_path).train(6)
         return run.losses, run.batches, run.engine.optimizer_steps, run.whole()
 
     for expected, found in zip(in_ranks(2, uninterrupted), in_ranks(2, resumed), strict=True):
@@ -48,13 +55,13 @@ def test_resume_is_exact_on_the_same_ranks(stage, precision, in_ranks, toy, tmp_
         assert any(name.startswith("ema-480 ") for name in found[3])
 
 
-def walk(legs, precision, tolerance, in_ranks, toy, folder) -> None:
+def walk(legs, precision, tolerance, in_ranks, start, folder) -> None:
     """Load what the leg before saved; it also ran on by a step, for the loss to expect."""
     expected = None
     for size, stage in legs:
 
         def leg(stage: int = stage, expected=expected):
-            run = toy.start(stage, precision)
+            run = start(stage, precision)
             if expected is not None:
                 run.load(folder)
                 assert equal(run.whole(), expected[0])
@@ -72,8 +79,11 @@ def walk(legs, precision, tolerance, in_ranks, toy, folder) -> None:
         expected = found
 
 
-def test_ranks_and_stage_may_change(in_ranks, toy, tmp_path) -> None:
-    walk(LEGS, "fp32", 1e-6, in_ranks, toy, tmp_path)
+@pytest.mark.parametrize(
+    "network", ["plain", pytest.param("every-option", marks=pytest.mark.slow)], indirect=True
+)
+def test_ranks_and_stage_may_change(network, in_ranks, toy, tmp_path) -> None:
+    walk(LEGS, "fp32", 1e-6, in_ranks, partial(toy.start, network=network), tmp_path)
 
 
 @pytest.mark.slow
@@ -81,13 +91,13 @@ def test_ranks_and_stage_may_change(in_ranks, toy, tmp_path) -> None:
 def test_two_one_four_two_ranks(stage, precision, in_ranks, toy, tmp_path) -> None:
     tolerance = {"fp32": 1e-6, "bf16": 1e-2}[precision]
     legs = [(size, stage) for size in (2, 1, 4, 2)]
-    walk(legs, precision, tolerance, in_ranks, toy, tmp_path)
+    walk(legs, precision, tolerance, in_ranks, toy.start, tmp_path)
 
 
 @pytest.mark.slow
 def test_every_stage_reads_every_other(in_ranks, toy, tmp_path) -> None:
     legs = [(2, stage) for stage in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)]
-    walk(legs, "fp32", 1e-6, in_ranks, toy, tmp_path)
+    walk(legs, "fp32", 1e-6, in_ranks, toy.start, tmp_path)
 
 
 def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
