@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from latentddae.core import files
 from latentddae.models import zoo
+from latentddae.models.frozen_trunk import foldable
 from latentddae.training import state_reader, states
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
@@ -164,6 +165,27 @@ def test_export_has_the_models_keys_and_the_masters_values(
     for name, kind in (("model", "master"), ("ema", "ema")):
         exported = load_file(run / "export" / f"{name}.safetensors")
         assert exported.keys() == built.state_dict().keys()
-        assert torch.equal(exported.pop("pos_embed"), built.pos_embed)
+        for key, buffer in built.named_buffers():
+            assert torch.equal(exported.pop(key), buffer)
         assert all(torch.equal(exported[key], reader.whole(kind, key)) for key in exported)
         assert {value.dtype for value in exported.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=SLOW)])
+def test_the_command_trains_and_continues_with_every_option(
+    stage, ranks, start, same, tmp_path
+) -> None:
+    model = (
+        "model={qk_norm: true, norm: rms, mlp: swiglu, rope: true, adaln_shift: false, "
+        "shared_adaln: true, register_tokens: 2, head_width: 32, head_heads: 2}"
+    )
+    engine = f"engine={{zero_stage: {stage}, precision: fp32, checkpoint_blocks: 1}}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert ranks(partial(start, whole, model, engine, "total_images=96"), 2) == [0, 0]
+    for images in (48, 96):
+        assert ranks(partial(start, parts, model, engine, f"total_images={images}"), 2) == [0, 0]
+    assert same(whole, parts)
+    network = zoo.load(whole).model
+    assert foldable(network)
+    assert network.config.register_tokens == 2
+    assert network.config.head_width == 32
