@@ -176,8 +176,9 @@ def test_the_command_trains_and_continues_with_every_option(
     stage, ranks, start, same, tmp_path
 ) -> None:
     model = (
-        "model={qk_norm: true, norm: rms, mlp: swiglu, rope: true, adaln_shift: false, "
-        "shared_adaln: true, register_tokens: 2, head_width: 32, head_heads: 2}"
+        "model={name: dit, hidden_size: 32, depth: 2, num_heads: 2, qk_norm: true, norm: rms, "
+        "mlp: swiglu, rope: true, adaln_shift: false, shared_adaln: true, register_tokens: 2, "
+        "head_width: 32, head_heads: 2}"
     )
     engine = f"engine={{zero_stage: {stage}, precision: fp32, checkpoint_blocks: 1}}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
