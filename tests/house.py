@@ -221,6 +221,11 @@ DIMENSION = (
 ITEM = r"\*?\w+(?:\s*[·*²/+-]\s*\w+|²)*|\.\.\.|…"
 
 
+def has_dimension(item: str) -> bool:
+    """Whether one entry of a tuple is a dimension, or a formula of one: N, 2C, registers + T."""
+    return any(re.fullmatch(DIMENSION, part) for part in re.split(r"\s*[·*²/+-]\s*", item) if part)
+
+
 def gives_shape(text: str) -> bool:
     """Whether a docstring states a shape: (N, D), (depth,), (), "any shape" or "shapes as ..."."""
     if re.search(r"\bshapes? as\b|\bany shape\b|\(\)", text, re.IGNORECASE):
@@ -230,7 +235,7 @@ def gives_shape(text: str) -> bool:
         trailing = len(items) == 2 and items[1] == ""
         if trailing:
             items = items[:1]
-        tuple_like = trailing or any(re.fullmatch(DIMENSION, item) for item in items)
+        tuple_like = trailing or any(has_dimension(item) for item in items)
         if "," in inside and tuple_like and all(re.fullmatch(ITEM, item) for item in items):
             return True
     return False

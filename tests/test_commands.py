@@ -1,4 +1,4 @@
-"""All commands have one command line: flags, `--config` files and key=value agree, help is whole."""
+"""All commands have one command line: flags, files and key=value agree, help is complete."""
 
 import dataclasses
 import importlib

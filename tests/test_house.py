@@ -38,6 +38,7 @@ def test_count(make) -> None:
         ("a scalar, ()", True),
         ("shapes as in `loss`", True),
         ("of any shape", True),
+        ("(registers + T, head_dim) float64", True),
         ("(N, H·W, C) and (views, 2C, h, w)", True),
         ("follows from (seed, purpose, position)", False),
         ("on rank 0 (and nowhere else, of course)", False),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 
 class LatentddaeError(Exception):
-    """Something the user can mend. The message says what was wrong, what was seen, what is allowed."""
+    """An error that the user can fix: what was wrong, what was seen, what is allowed."""
 
     exit_code = 1
 

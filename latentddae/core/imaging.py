@@ -39,7 +39,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """(H, W, 3) or (H, W) uint8 to a file that is complete or absent; WriteError if it cannot be."""
+    """(H, W, 3) or (H, W) uint8 as a complete file; WriteError if it cannot be written."""
     write_atomic(path, encode_png(image))
 
 

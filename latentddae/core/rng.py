@@ -53,7 +53,7 @@ def key_positions(keys: Sequence[str]) -> Tensor:
 
 
 def words(seed: int, purpose: str, positions: Tensor, count: int) -> Tensor:
-    """`count` random 32-bit words for each position: (N,) int64 -> (N, count) int64 in [0, 2^32)."""
+    """`count` random 32-bit words per position: (N,) int64 -> (N, count) int64 in [0, 2^32)."""
     positions = positions.to(torch.int64)
     blocks = torch.arange(-(-count // 4), device=positions.device)[None]
     low, high = (positions & MASK)[:, None], ((positions >> 32) & MASK)[:, None]

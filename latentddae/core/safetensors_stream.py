@@ -41,7 +41,7 @@ class Entry:
 
 
 def entry(tensor: Tensor) -> Entry:
-    """A tensor that is there already."""
+    """The entry of a tensor in memory, of any shape and dtype."""
     return Entry(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 

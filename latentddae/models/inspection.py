@@ -20,7 +20,7 @@ class AttentionLayer(Protocol):
         """The largest |q k^T| / sqrt(d): () float32."""
 
     def product_macs(self, x: Tensor) -> int:
-        """Multiply-accumulates of q k^T and of its product with v."""
+        """Multiply-accumulates of q k^T and of its product with v, for tokens x (N, T, D)."""
 
 
 def count_macs(network: nn.Module, *inputs: Tensor) -> int:

@@ -90,7 +90,8 @@ class UNetConfig:
             )
         if self.base_channels % GROUPS:
             raise ValueError(
-                f"base_channels must be a multiple of {GROUPS} (GroupNorm), got {self.base_channels}"
+                f"base_channels must be a multiple of {GROUPS} (GroupNorm), "
+                f"got {self.base_channels}"
             )
         if self.channels_per_head is not None:
             self._check_heads(self.channels_per_head)
@@ -263,6 +264,7 @@ class Block(nn.Module):
         self.attn = Attention(outer, config.channels_per_head) if attends else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(N, C, H, W) and the time's embedding (N, E) -> (N, C', H, W)."""
         return self.attn(self.res(x, time))
 
 
@@ -302,6 +304,7 @@ class Middle(nn.Module):
         self.res2 = ResBlock(channels, channels, config)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(N, C, H, W) and the time's embedding (N, E) -> (N, C, H, W)."""
         return self.res2(self.attn(self.res1(x, time)), time)
 
 

@@ -36,9 +36,9 @@ from latentddae.training.partitions import Fragment, layout_of
 class Engine:
     """A model under ZeRO: fp32 masters, optimizer, gradient accumulation and clipping.
 
-    Every module will do. Parameters that need no gradient and persistent buffers stay as they are, in
-    full precision (`non_trainable_state`). Blocks to compile or to recompute are the members of
-    lists named `blocks`.
+    It takes any module. Parameters that need no gradient and persistent buffers stay as they are,
+    in full precision (`non_trainable_state`). Blocks to compile or to recompute are the members
+    of lists named `blocks`.
     """
 
     model: nn.Module

@@ -218,7 +218,7 @@ def test_recomputed_blocks_give_the_same_gradients(model) -> None:
     indirect=True,
 )
 def test_blocks_compile_to_one_graph(model) -> None:
-    """`fullgraph` raises at the first graph break. The machine code is left out: it takes minutes."""
+    """`fullgraph` raises at the first graph break. Machine code is left out: it takes minutes."""
     if not hasattr(model, "blocks"):
         return
     args = inputs(model)

@@ -1,4 +1,4 @@
-"""Fine-tuning: exact resume, the same on any ranks, layer decay and drop path by formula, a control that is fresh."""
+"""Fine-tuning: exact resume, the same on any ranks, layer decay and drop path by formula."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def test_interrupted_equals_uninterrupted(size, start, tmp_path, ranks) -> None:
 
 
 def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
-    """Same samples, partners and draws: only the order of summation differs. Scores are counted once."""
+    """Same samples, partners and draws: only the order of summation differs. Each score counts once."""
     one, two = tmp_path / "1", tmp_path / "2"
     assert ranks(lambda: start(one, *EVERYTHING)) == [0]
     assert ranks(lambda: start(two, *EVERYTHING), 2) == [0, 0]
@@ -142,7 +142,7 @@ def test_from_scratch_is_fresh_and_the_default_is_not(start, tmp_path, ranks, ch
 
 
 def test_layer_decay_follows_the_formula(checkpoint) -> None:
-    """decay^(blocks + 1 - layer): embeddings 0, block k k, head blocks + 1; the engine takes it per name."""
+    """decay^(blocks + 1 - layer): embeddings are layer 0, block k is k, the head is last."""
     model = Classifier(zoo.build(checkpoint.model.config), 2, classes=4, norm="affine")
     lr_scale = layer_decay(0.5, 2)
     scales = {name: lr_scale(name) for name, _ in model.named_parameters()}
@@ -210,7 +210,7 @@ EVERY_OPTION: dict[str, Any] = {
     ],
 )
 def test_a_dropped_path_is_the_block_without_its_branch(checkpoint, options) -> None:
-    """Block 2 fully dropped equals the trunk cut before it; dropping per sample touches no other."""
+    """A dropped block 2 equals the trunk cut before it; dropping a sample touches no other."""
     network = zoo.build(checkpoint.model.config, seed=1, **options)
     randomize_gates(network, 2)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
