@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from latentddae import cli
 from latentddae.core import config
 from latentddae.core.command import Command, Option, default_text, help_text, options, parse
-from latentddae.core.errors import UsageError
+from latentddae.core.errors import ConfigError, UsageError
+from latentddae.models.zoo import Stated
 
+GOLDEN = Path(__file__).parent / "golden"
 MODULES = {name: module for name, (module, _) in cli.COMMANDS.items()}
 CELL = {"block": "1", "level": "0.2"}
 NEEDED = {  # what a command needs beside the settings without a default
@@ -23,6 +27,7 @@ NEEDED = {  # what a command needs beside the settings without a default
     "suite": {"data": "x"},
     "visualize": CELL,
 }
+STATED = Stated(objective="flow", time="data", num_heads=4)
 SAMPLES: dict[Any, str] = {str: "x", Path: "x", int: "1", float: "0.5", bool: "true"}
 
 
@@ -105,3 +110,29 @@ def test_a_misspelt_flag_names_the_nearest(command) -> None:
     option = max(plain, key=lambda option: len(option.name))
     with pytest.raises(UsageError, match=f"did you mean {option.flag}"):
         parse(command.config, [f"{option.flag}x", "1"])
+
+
+@pytest.fixture(params=[n for n in sorted(MODULES) if n not in ("export", "publish", "convert")])
+def reader(request) -> Command[Any]:
+    """A command that takes `--checkpoint`."""
+    command = command_of(request.param)
+    if "checkpoint" not in {option.name for option in options(command.config)}:
+        pytest.skip("reads no checkpoint")
+    return command
+
+
+def test_what_a_foreign_file_does_not_tell_is_a_flag(reader, tiny_shards, tmp_path) -> None:
+    """Every command that reads a checkpoint refuses a bare file of SiT and names the flag."""
+    torch.save(load_file(GOLDEN / "sit_a_weights.safetensors"), tmp_path / "sit.pt")
+    values = required(reader) | {"checkpoint": str(tmp_path / "sit.pt")}
+    for name in ("data", "data.path"):
+        if name in values:
+            values[name] = str(tiny_shards)
+    words = [f"{name}={value}" for name, value in values.items()]
+    with pytest.raises(ConfigError, match="give --objective ddpm") as refused:
+        reader.main([*words, "--num-heads", "4", "--dry-run"])
+    assert "--objective flow with --time data (SiT)" in str(refused.value)
+    with pytest.raises(ConfigError, match="give --num-heads"):
+        reader.main([*words, "--objective", "flow", "--time", "data", "--dry-run"])
+    command = parse(reader.config, [*words, "--objective=flow", "--time=data", "--num-heads=4"])
+    assert command.record(reader.config).stated == STATED

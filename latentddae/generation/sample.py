@@ -38,13 +38,13 @@ from latentddae.generation.generate import (
     trajectory,
 )
 from latentddae.models import zoo
-from latentddae.models.zoo import Checkpoint, Weights
+from latentddae.models.zoo import Checkpoint, Stated, Weights
 
 GRID_IMAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SampleSettings):
+class SampleConfig(SampleSettings, Stated):
     """Generate images from a checkpoint; image i depends on the seed and i alone."""
 
     checkpoint: str
@@ -69,7 +69,8 @@ class SampleConfig(SampleSettings):
     """Also draw trajectory.png."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SampleSettings.__post_init__(self)
+        Stated.__post_init__(self)
         require(self, positive=("num", "batch"))
         outside = [i for i in self.only if not 0 <= i < self.num]
         if outside:
@@ -187,7 +188,7 @@ def open_inputs(
 ) -> tuple[SampleConfig, Checkpoint, Autoencoder]:
     """The settings with a resolved precision, and what they name, checked against each other."""
     config = replace(config, precision=resolve_precision(config.precision, device))
-    checkpoint = zoo.load(config.checkpoint, weights=config.weights, device=device)
+    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.stated)
     check_model(checkpoint, config)
     autoencoder = open_matching(checkpoint.latent_spec, config.autoencoder, device)
     return config, checkpoint, autoencoder

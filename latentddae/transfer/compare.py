@@ -400,8 +400,8 @@ class CompareConfig(CompareSettings, TransferOptions):
 
 def open_comparison(config: CompareConfig) -> Comparison:
     """Everything that a command names, checked against each other."""
-    grid = read_grid(config.grid)
     checkpoint = config.open_checkpoint()
+    grid = read_grid(config.grid)
     train = open_shards(config.data, "train", checkpoint)
     test = open_test(config.data, config.test_split, checkpoint)
     pixels = None

@@ -126,9 +126,10 @@ class Opened(NamedTuple):
 
 def open_inputs(config: CorrespondConfig) -> Opened:
     """The token maps and the pairs."""
+    maps = open_maps(config)
     pairs = read_pairs(config.data / PAIRS)
     names = sorted({name for pair in pairs for name in (pair.source, pair.target)})
-    return Opened(open_maps(config), pairs, names)
+    return Opened(maps, pairs, names)
 
 
 def measure(opened: Opened, config: CorrespondConfig) -> Values:

@@ -18,6 +18,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
+from latentddae.models.zoo import Stated
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
 from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
@@ -55,7 +56,7 @@ SETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteConfig:
+class SuiteConfig(Stated):
     """Grid, linear and k-NN probe on several data sets."""
 
     data: tuple[Path, ...] = positional(())
@@ -78,6 +79,7 @@ class SuiteConfig:
     """Training images of a grid; probes use all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, non_negative=("search",), positive=("limit",))
         if not self.data and not self.sets:
             raise UsageError("name data folders, or a --config with `sets`")
@@ -115,6 +117,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
                 levels=config.levels,
                 search=config.search,
                 limit=config.limit,
+                **vars(config.stated),
             )
         )
     )
@@ -127,6 +130,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
         train_splits=transfer_set.train,
         test_split=transfer_set.test,
         metric=transfer_set.metric,
+        **vars(config.stated),
     )
     session = open_session(options)
     (linear,) = run_probes(session.into(out / "linear"), "linear")
@@ -175,7 +179,7 @@ def run(config: SuiteConfig) -> list[SuiteRow]:
 
 def plan(config: SuiteConfig) -> str:
     """What the command would do."""
-    checkpoint = open_checkpoint(config.checkpoint, config.weights)
+    checkpoint = open_checkpoint(config.checkpoint, config.weights, config.stated)
     lines = []
     for data in config.folders:
         transfer_set = SETS.get(data.name, TransferSet())

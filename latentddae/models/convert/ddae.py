@@ -61,7 +61,7 @@ def _objective(path: Path, stated: Stated) -> Objective:
         return EDM(sigma_data=PIXEL_SIGMA_DATA)
     raise ConfigError(
         f"{path} is a U-Net of DDAE, which does not tell what it was trained for; give "
-        "objective=ddpm or objective=edm"
+        "--objective ddpm or --objective edm"
     )
 
 
@@ -81,7 +81,7 @@ def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> UNetCo
     if size is None or heads is None:
         raise ConfigError(
             f"{path}: the shapes of this U-Net do not tell the size of the images and the heads of "
-            "attention; give image_size and num_heads"
+            "attention; give --image-size and --num-heads"
         )
     augment = state.get("time_emb.aug_emb.weight")
     try:

@@ -81,7 +81,7 @@ def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family
         return Family("SiT" if stated.time == "data" else "REPA", Flow(time=stated.time))
     raise ConfigError(
         f"{file.path} has the names of a DiT, which does not tell what it was trained for; give "
-        "objective=ddpm (DiT), or objective=flow with time=data (SiT) or time=noise (REPA)"
+        "--objective ddpm (DiT), or --objective flow with --time data (SiT) or --time noise (REPA)"
     )
 
 

@@ -8,7 +8,7 @@ heads) is asked for by name and never guessed.
 import argparse
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,11 @@ class Stated:
 
     def __post_init__(self) -> None:
         require(self, positive=("num_heads", "image_size"))
+
+    @property
+    def stated(self) -> "Stated":
+        """These fields alone, where they are options of a command among others."""
+        return Stated(**{item.name: getattr(self, item.name) for item in fields(Stated)})
 
     def check(self, path: Path, family: str, objective: str, time: str | None = None) -> None:
         """Raise ConfigError where the user contradicts what the file tells."""
@@ -134,6 +139,6 @@ def heads_of(width: int, stated: Stated, path: Path) -> int:
     if width not in NUM_HEADS:
         raise ConfigError(
             f"{path}: the shapes do not tell how many heads a network of width {width} has; give "
-            "num_heads"
+            "--num-heads"
         )
     return NUM_HEADS[width]

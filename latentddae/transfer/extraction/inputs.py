@@ -16,7 +16,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
-from latentddae.models.zoo import Checkpoint
+from latentddae.models.zoo import Checkpoint, Stated
 from latentddae.transfer.extraction.trunk import BATCH
 from latentddae.transfer.results import CheckpointInfo, DataInfo
 
@@ -24,7 +24,7 @@ Weights = Literal["ema", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
+class CheckpointOptions(Stated):
     """A network, and a folder for results."""
 
     checkpoint: str
@@ -37,7 +37,7 @@ class CheckpointOptions:
 
     def open_checkpoint(self) -> Checkpoint:
         """The network, on this rank's GPU where there is one."""
-        return open_checkpoint(self.checkpoint, self.weights)
+        return open_checkpoint(self.checkpoint, self.weights, self.stated)
 
     def describe(self, checkpoint: Checkpoint) -> CheckpointInfo:
         """The opened checkpoint as results record it."""
@@ -54,6 +54,7 @@ class TransferOptions(CheckpointOptions):
     """Images per forward pass; does not change the features."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, positive=("batch",))
 
     def describe_data(self, train: SampleSet | None, test: SampleSet | None) -> DataInfo:
@@ -67,12 +68,21 @@ class TransferOptions(CheckpointOptions):
         )
 
 
-def open_checkpoint(source: str, weights: Weights = "ema") -> Checkpoint:
-    """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features."""
+def open_checkpoint(
+    source: str, weights: Weights = "ema", stated: Stated | None = None
+) -> Checkpoint:
+    """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features.
+
+    `stated` is what a file of another project does not tell, see zoo.load.
+    """
     device = dist.device_for(dist.world_from_environment())
     if source.startswith(PREFIX):
+        if stated not in (None, Stated()):
+            raise ConfigError(
+                f"{source} is a backbone: it has no objective, time or heads to state"
+            )
         return open_backbone(source, device)
-    checkpoint = zoo.load(source, weights=weights, device=device)
+    checkpoint = zoo.load(source, weights=weights, device=device, stated=stated)
     if weights == "ema" and ema_not_warmed_up(checkpoint.info):
         print(
             f"{source}: the EMA is still mostly initial weights after "

@@ -166,6 +166,7 @@ class DenseOptions(CheckpointOptions):
     """Of the noise and of what is trained."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, positive=("noise_samples",))
 
 

@@ -18,7 +18,7 @@ from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.data.training_data import DataConfig
 from latentddae.models import zoo
-from latentddae.models.zoo import Checkpoint
+from latentddae.models.zoo import Checkpoint, Stated
 from latentddae.training.config import RunConfig, contract
 from latentddae.training.job import Evaluation, Job
 from latentddae.training.process import RunContext
@@ -46,7 +46,7 @@ MAY_CHANGE = ("checkpoint", "eval_every_images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(RunConfig, Stated):
     """Fine-tune a pretrained trunk, cut at a block, with a linear head.
 
     The same command again continues the run; test is scored once, at the end.
@@ -85,7 +85,8 @@ class FinetuneConfig(RunConfig):
     """How often the held-out part is scored, in images seen; 0: only at the end."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        Stated.__post_init__(self)
         check_level(self.level)
         require(
             self, positive=("limit",), non_negative=("eval_every_images",), fraction=("holdout",)
@@ -107,7 +108,7 @@ class Opened(NamedTuple):
 
 def open_inputs(config: FinetuneConfig, device: torch.device) -> Opened:
     """Everything the settings name, checked against each other; every sample has a label."""
-    checkpoint = zoo.load(config.checkpoint, config.weights, device)
+    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.stated)
     check_blocks([config.block], checkpoint.model.config.depth)
     null_labels(checkpoint.model, 1)  # refuses a network that has none
     if config.data.stream:

@@ -1,17 +1,30 @@
 """Files of other projects: the numbers of their networks, what they tell, and what is asked for."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.data.shards import ShardSet
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.flow import Flow
-from latentddae.models import zoo
+from latentddae.models import DiT, DiTConfig, zoo
+from latentddae.models.zoo import Checkpoint
+from latentddae.transfer.extraction.extract import collect
+from latentddae.transfer.extraction.inputs import CheckpointOptions
+from latentddae.transfer.extraction.spec import FeatureSpec
 
 from .conftest import golden
 
+SIT_SHAPE: dict[str, Any] = {
+    **{"input_size": 8, "patch_size": 2, "hidden_size": 64, "depth": 3, "num_heads": 4},
+    **{"num_classes": 10, "learn_sigma": True},
+}
 SIT_ARGUMENTS = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
 
 
@@ -46,6 +59,31 @@ def test_sit_by_its_arguments(training_file) -> None:
 
 
 @torch.no_grad()
+def test_features_of_a_stated_sit_are_the_goldens(bare_file, tiny_shards) -> None:
+    """From the command's options to the features: equal to those of the reference weights under the
+    reference conventions."""
+    state, shards = golden("sit_a_weights"), ShardSet(tiny_shards, "train")
+    options = CheckpointOptions(
+        checkpoint=str(bare_file(state)),
+        out=Path("unused"),
+        objective="flow",
+        time="data",
+        num_heads=4,
+    )
+    network = DiT(DiTConfig(**SIT_SHAPE))
+    network.load_state_dict(state)
+    opened = options.open_checkpoint()
+    reference = Checkpoint(network.eval(), Flow(time="data"), opened.latents, {})
+    spec = FeatureSpec(level=0.3, blocks=(1, 3), precision="fp32")
+    features, expected = (
+        collect(checkpoint, shards, np.arange(6), spec) for checkpoint in (opened, reference)
+    )
+    assert features.keys() == expected.keys()
+    for cell, values in features.items():
+        np.testing.assert_array_equal(values, expected[cell])
+
+
+@torch.no_grad()
 def test_repa_by_its_projectors(bare_file) -> None:
     io, weights = golden("repa_a_io"), golden("repa_a_weights")
     checkpoint = zoo.load(bare_file(weights), num_heads=4)
@@ -63,9 +101,11 @@ def test_repa_by_its_projectors(bare_file) -> None:
 def test_a_bare_file_of_dit_or_sit_asks_for_the_objective(bare_file) -> None:
     for name in ("dit_a_weights", "sit_a_weights"):
         path = bare_file(golden(name))
-        with pytest.raises(ConfigError, match=r"objective=ddpm \(DiT\), or objective=flow with"):
+        with pytest.raises(
+            ConfigError, match=r"--objective ddpm \(DiT\), or --objective flow with"
+        ):
             zoo.load(path, num_heads=4)
-        with pytest.raises(ConfigError, match="time=data"):
+        with pytest.raises(ConfigError, match="--time data"):
             zoo.load(path, num_heads=4, objective="flow")
         stated = zoo.load(path, num_heads=4, objective="flow", time="data")
         assert stated.objective == Flow(time="data")
@@ -73,7 +113,7 @@ def test_a_bare_file_of_dit_or_sit_asks_for_the_objective(bare_file) -> None:
 
 
 def test_heads_of_an_unknown_width_are_asked_for(bare_file) -> None:
-    with pytest.raises(ConfigError, match="width 64 has; give num_heads"):
+    with pytest.raises(ConfigError, match="width 64 has; give --num-heads"):
         zoo.load(bare_file(golden("repa_a_weights")))
     with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_heads 5"):
         zoo.load(bare_file(golden("repa_a_weights")), num_heads=5)
@@ -124,9 +164,9 @@ def test_ddae_under_the_stated_objective(unet) -> None:
 
 def test_ddae_asks_for_objective_size_and_heads(unet) -> None:
     path, _, stated = unet
-    with pytest.raises(ConfigError, match="objective=ddpm or objective=edm"):
+    with pytest.raises(ConfigError, match="--objective ddpm or --objective edm"):
         zoo.load(path, **stated)
-    with pytest.raises(ConfigError, match="give image_size and num_heads"):
+    with pytest.raises(ConfigError, match="give --image-size and --num-heads"):
         zoo.load(path, objective="edm")
 
 
