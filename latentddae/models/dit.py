@@ -192,8 +192,9 @@ class DiT(nn.Module):
         return c
 
     def block_condition(self, c: Tensor) -> Tensor:
-        """What the blocks' own modulations read: the condition (N, D) itself, or with `shared_adaln`
-        the modulation that all blocks have in common (N, parts * D)."""
+        """What the blocks' own modulations read: the condition (N, D) itself, or with
+        `shared_adaln` the modulation that all blocks have in common (N, parts * D).
+        """
         return c if self.adaLN_shared is None else self.adaLN_shared(c)
 
     @torch.no_grad()
@@ -225,8 +226,9 @@ class DiT(nn.Module):
         self._initialize_options(generator)
 
     def _initialize_options(self, generator: torch.Generator) -> None:
-        """Norms that change nothing, no offsets, small registers; last, for the sake of what was drawn
-        before."""
+        """Norms that change nothing, no offsets, small registers; last, for the sake of what
+        was drawn before.
+        """
         for module in self.modules():
             if isinstance(module, (LayerNorm, RMSNorm)) and module.weight is not None:
                 nn.init.ones_(module.weight)

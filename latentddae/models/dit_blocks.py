@@ -1,4 +1,4 @@
-"""The parts of a Diffusion Transformer that its configuration shapes: blocks, output layer, wide head.
+"""The configurable parts of a Diffusion Transformer: blocks, output layer, wide head.
 
 The published parameter names are those of DiT, and of LightningDiT where its options are set.
 """
@@ -32,8 +32,8 @@ MLPS: Mapping[str, Callable[[int, int], Mlp | SwiGlu]] = {"gelu": Mlp, "swiglu":
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero).
 
-    Tokens (N, T, D) float32 and a condition -> (N, T, D) float32. The condition is (N, D), or (N, T,
-    D) with one for every token; with `shared_adaln` it is what the shared modulation gives.
+    Tokens (N, T, D) float32 and a condition -> (N, T, D) float32. The condition is (N, D), or
+    (N, T, D) with one for every token; with `shared_adaln` it is what the shared modulation gives.
     `branch_scale` (N, 2) multiplies the two gates: 0 drops a branch of a sample (drop path).
     """
 
@@ -64,8 +64,9 @@ class Block(nn.Module):
     def modulation(
         self, c: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Shift, scale and gate of attention, then of the MLP, each shaped like the condition (..., D);
-        no shift is None."""
+        """Shift, scale and gate of attention, then of the MLP, each shaped like the condition
+        (..., D); no shift is None.
+        """
         modulation = self.adaLN_modulation(c)
         if self.has_shift:
             return modulation.chunk(6, dim=-1)
@@ -81,8 +82,9 @@ def run_block(
     *,
     recompute: bool,
 ) -> Tensor:
-    """`block(tokens, c, branch_scale)`: (N, T, D); with `recompute` it keeps no activations and runs
-    again in the backward pass."""
+    """`block(tokens, c, branch_scale)`: (N, T, D); with `recompute` it keeps no activations and
+    runs again in the backward pass.
+    """
     if recompute and torch.is_grad_enabled():
         # A block draws nothing, so there is no generator state to keep.
         return checkpoint(
@@ -126,8 +128,9 @@ class WideHead(nn.Module):
         self.blocks = nn.ModuleList(Block(head, self.feat_rope) for _ in range(head.depth))
 
     def forward(self, image: Tensor, tokens: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W), the trunk's tokens (N, T, D) and condition (N, D) -> tokens and conditions for
-        the final layer, (N, T, head_width) float32 each."""
+        """(N, C, H, W), the trunk's tokens (N, T, D) and condition (N, D) -> tokens and conditions
+        for the final layer, (N, T, head_width) float32 each.
+        """
         conditions = F.silu(tokens + over_tokens(c)).to(self.condition.weight.dtype)
         conditions = self.condition(conditions).to(tokens.dtype)
         x = self.x_embedder(image).to(tokens.dtype)

@@ -36,18 +36,19 @@ class DiTConfig:
     """Normalise queries and keys, head by head, so that attention logits cannot grow without bound
     (arXiv 2302.05442)."""
     norm: NormName = "layer"
-    """`layer`: LayerNorm, without parameters but on queries and keys. `rms`: RMSNorm with a scale."""
+    """`layer`: LayerNorm, with parameters on queries and keys only. `rms`: RMSNorm with a scale."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """`swiglu`: gated MLPs of two thirds of the hidden width, which keeps their size (LightningDiT)."""
+    """`swiglu`: gated MLPs of two thirds of the hidden width, of the same size (LightningDiT)."""
     rope: bool = False
     """Turn queries and keys by their row and column (2-D RoPE), beside the position table."""
     adaln_shift: bool = True
     """Whether the condition shifts the inputs of attention and MLP, or scales and gates alone."""
     shared_adaln: bool = False
-    """One modulation for all blocks and an offset for each (adaLN-single, arXiv 2310.00426), in place
-    of one matrix per block: a third of a block's weights less."""
+    """One modulation for all blocks and an offset for each (adaLN-single, arXiv 2310.00426), in
+    place of one matrix per block: a third of a block's weights less.
+    """
     register_tokens: int = 0
-    """Learned tokens beside those of the image (arXiv 2309.16588). They are in no block's output."""
+    """Learned tokens beside the image's (arXiv 2309.16588); they are in no block's output."""
     head_width: int = 0
     """Width of a wide and shallow transformer before the output (arXiv 2510.11690), which sees the
     patches anew and is modulated, token by token, by the last block's output. 0: none."""

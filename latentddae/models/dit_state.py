@@ -41,8 +41,8 @@ class StateShape(TypedDict):
 def shape_of_state(state: Mapping[str, Tensor]) -> StateShape:
     """Read the config fields off a state dict under the published names.
 
-    `input_size` is left out where the file has no position table, `head_depth` where there is no wide
-    head. Raises KeyError for other names.
+    `input_size` is left out where the file has no position table, `head_depth` where there is no
+    wide head. Raises KeyError for other names.
     """
     patch, final = state["x_embedder.proj.weight"], state["final_layer.linear.weight"]
     labels = state.get("y_embedder.embedding_table.weight")
@@ -87,8 +87,9 @@ def _blocks_of(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _hidden_of(state: Mapping[str, Tensor], dim: int) -> int:
-    """mlp_ratio times the width of the tokens. Of a gated MLP's width it is 3 / 2, up to rounding: the
-    number that has most in common with `dim`."""
+    """mlp_ratio times the width of the tokens. Of a gated MLP's width it is 3 / 2, up to rounding:
+    the number that has most in common with `dim`.
+    """
     if "blocks.0.mlp.w12.weight" not in state:
         return int(state["blocks.0.mlp.fc1.weight"].shape[0])
     hidden = state["blocks.0.mlp.w12.weight"].shape[0] // 2

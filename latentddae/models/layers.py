@@ -161,7 +161,7 @@ def over_tokens(x: Tensor) -> Tensor:
 
 
 class Modulation(nn.Sequential):
-    """SiLU and a linear layer, from the condition to `parts` vectors: (..., D) -> (..., parts * D)."""
+    """SiLU and a linear layer, a condition to `parts` vectors: (..., D) -> (..., parts * D)."""
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
@@ -192,7 +192,7 @@ class SharedModulation(nn.Module):
 
 
 class RegisterTokens(nn.Module):
-    """Learned tokens before those of the image (arXiv 2309.16588): (N, T, D) -> (N, count + T, D)."""
+    """Learned tokens before the image's (arXiv 2309.16588): (N, T, D) -> (N, count + T, D)."""
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class SelfAttention(nn.Module):
 
 @torch.no_grad()
 def largest_logit(q: Tensor, k: Tensor) -> Tensor:
-    """The largest |q k^T| / sqrt(d) over samples, heads and tokens: two (N, H, T, d) -> () float32."""
+    """The largest |q k^T| / sqrt(d) over samples, heads, tokens: two (N, H, T, d) -> () float32."""
     dtype = compute_dtype(q.dtype)
     largest = [  # sample by sample: all T x T matrices at once could fill the memory
         (one_q.to(dtype) @ one_k.to(dtype).transpose(1, 2)).abs().amax()

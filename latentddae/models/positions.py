@@ -1,4 +1,4 @@
-"""Where a token stands: a fixed table that is added to the tokens, or a rotation of queries and keys."""
+"""Positions of tokens: a fixed table added to the tokens, or a rotation of queries and keys."""
 
 from collections.abc import Callable
 

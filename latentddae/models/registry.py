@@ -34,8 +34,9 @@ LIGHTNING_DITS = {
 
 
 def dit_config(size: str, patch_size: int) -> DiTConfig:
-    """The published settings of DiT and SiT: 32x32x4 latents, 1000 classes, twice the output channels
-    (SiT ignores the second half)."""
+    """The published settings of DiT and SiT: 32x32x4 latents, 1000 classes, twice the output
+    channels (SiT ignores the second half).
+    """
     depth, hidden_size, num_heads = SIZES[size]
     return DiTConfig(
         patch_size=patch_size,

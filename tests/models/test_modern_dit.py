@@ -1,4 +1,4 @@
-"""The options of DiTConfig: LightningDiT's reference tensors, definitions, and what a state dict tells."""
+"""The options of DiTConfig: LightningDiT's reference tensors, definitions, state dicts."""
 
 import json
 from dataclasses import replace

@@ -75,7 +75,7 @@ def test_interrupted_equals_uninterrupted(size, start, tmp_path, ranks) -> None:
 
 
 def test_one_and_two_ranks_see_the_same_run(start, tmp_path, ranks) -> None:
-    """Same samples, partners and draws: only the order of summation differs. Each score counts once."""
+    """Same samples, partners and draws: only the order of summation differs; one score each."""
     one, two = tmp_path / "1", tmp_path / "2"
     assert ranks(lambda: start(one, *EVERYTHING)) == [0]
     assert ranks(lambda: start(two, *EVERYTHING), 2) == [0, 0]
