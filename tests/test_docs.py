@@ -210,7 +210,8 @@ def all_flags() -> frozenset[str]:
     for home, _ in cli.COMMANDS.values():
         for option in command.options(importlib.import_module(home).COMMAND.config):
             flags |= {option.flag, f"--no-{option.flag[2:]}", f"--{option.alias}"}
-            flags.add(option.flag.split(".")[0])  # `--data DIR` is short for `--data.path DIR`
+            parts = option.flag.split(".")  # records, as in `--data DIR` for `--data.path DIR`
+            flags |= {".".join(parts[:n]) for n in range(1, len(parts))}
     return frozenset(flags)
 
 
