@@ -29,6 +29,8 @@ def describe(root: Path) -> Iterator[str]:
     classes, stored = manifest["classes"], manifest["stored"]
     weights = spec.autoencoder_sha256[:12] or "-"
     scale = f"(x - {spec.shift_factor:g}) * {spec.scaling_factor:g}"
+    if spec.latents_mean or spec.latents_std:
+        scale = f"(x - latents_mean) / latents_std * {spec.scaling_factor:g}, by channel"
     examples = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
     yield f"{root}: {manifest['format']} version {manifest['version']}"
     yield f"autoencoder  {spec.autoencoder} ({spec.autoencoder_class}), weights {weights}"
@@ -51,9 +53,8 @@ def _describe_split(name: str, split: SplitEntry, spec: LatentSpec) -> Iterator[
     )
     if split.get("bad"):
         yield f"  {split['bad']} bad images left out, e.g. {split['bad_images'][0][0]}"
-    scale = 1.0 if spec.kind == "image" else spec.scaling_factor
-    mean = (np.array(split["statistics"]["mean"]) - spec.shift_factor) * scale
-    std = np.array(split["statistics"]["std"]) * scale
+    mean = (np.array(split["statistics"]["mean"]) - spec.offset) * spec.factor
+    std = np.array(split["statistics"]["std"]) * spec.factor
     yield f"  training latents: mean {_numbers(mean)}, std {_numbers(std)} by channel"
 
 

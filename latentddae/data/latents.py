@@ -17,6 +17,7 @@ from latentddae.core.errors import ConfigError
 from latentddae.core.files import text_hash
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps to the same
+BY_CHANNEL = ("latents_mean", "latents_std")
 LAYOUTS = {  # kind -> what one stored view holds
     "moments": "(2C, h, w) float16: posterior mean and log-variance, unscaled",
     "deterministic": "(C, h, w) float16: latent without a posterior, unscaled",
@@ -35,6 +36,10 @@ class LatentSpec:
     """Height and width of the latent."""
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()
+    """Mean of every channel of a raw latent, subtracted before scaling; empty: none is."""
+    latents_std: tuple[float, ...] = ()
+    """Standard deviation of every channel of a raw latent, divided by; empty: 1."""
     autoencoder: str = "none"
     """Hub id or folder, for messages; the hash identifies it."""
     autoencoder_class: str = "none"
@@ -49,6 +54,15 @@ class LatentSpec:
             raise ValueError(f"latents need channels, size and a view, got {self}")
         if not self.scaling_factor > 0:
             raise ValueError(f"latents.scaling_factor must be positive, got {self.scaling_factor}")
+        for name, values in (("mean", self.latents_mean), ("std", self.latents_std)):
+            if len(values) not in (0, self.channels) or not np.isfinite(values).all():
+                raise ValueError(
+                    f"latents.latents_{name} has {len(values)} numbers for {self.channels} channels"
+                )
+        if any(std <= 0 for std in self.latents_std):
+            raise ValueError(f"latents.latents_std must be positive, got {self.latents_std}")
+        if self.shift_factor and self.latents_mean:
+            raise ValueError("latents have a shift_factor or latents_mean, not both")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,6 +84,17 @@ class LatentSpec:
     @property
     def stored_dtype(self) -> np.dtype:
         return np.dtype("uint8" if self.kind == "image" else "<f2")
+
+    @property
+    def offset(self) -> np.ndarray:
+        """What is subtracted from each channel of a raw latent: (C,) float64."""
+        return np.array(self.latents_mean or [self.shift_factor] * self.channels)
+
+    @property
+    def factor(self) -> np.ndarray:
+        """By what each channel is multiplied then: (C,) float64; images are in [-1, 1] already."""
+        factor = 1.0 if self.kind == "image" else self.scaling_factor
+        return factor / np.array(self.latents_std or [1.0] * self.channels)
 
     @property
     def codec_fingerprint(self) -> str:
@@ -98,7 +123,9 @@ class LatentSpec:
 
     def unscale(self, x0: Tensor) -> Tensor:
         """Unit-scale latents (N, C, h, w) -> the autoencoder's own scale, same shape, float32."""
-        return x0.float() / self.scaling_factor + self.shift_factor
+        if not (self.latents_mean or self.latents_std):
+            return x0.float() / self.scaling_factor + self.shift_factor
+        return x0.float() / self._by_channel(self.factor, x0) + self._by_channel(self.offset, x0)
 
     def _raw_mean(self, stored: Tensor) -> Tensor:
         if tuple(stored.shape[1:]) != self.stored_shape:
@@ -110,16 +137,32 @@ class LatentSpec:
         return raw / 127.5 - 1 if self.kind == "image" else raw
 
     def _scale(self, raw: Tensor) -> Tensor:
-        return raw if self.kind == "image" else (raw - self.shift_factor).mul_(self.scaling_factor)
+        if self.kind == "image":
+            return raw
+        if not (self.latents_mean or self.latents_std):
+            return (raw - self.shift_factor).mul_(self.scaling_factor)
+        offset, factor = self._by_channel(self.offset, raw), self._by_channel(self.factor, raw)
+        return (raw - offset).mul_(factor)
+
+    def _by_channel(self, values: np.ndarray, like: Tensor) -> Tensor:
+        """(C,) -> (C, 1, 1) float32 on the device of `like`."""
+        return torch.from_numpy(values).to(like.device, torch.float32)[:, None, None]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data that `from_dict` reads back."""
-        return {**dataclasses.asdict(self), "views": list(self.views)}
+        """JSON-able data that `from_dict` reads back; numbers by channel only where there are any."""
+        values = {**dataclasses.asdict(self), "views": list(self.views)}
+        for name in BY_CHANNEL:
+            numbers = values.pop(name)
+            if numbers:
+                values[name] = list(numbers)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatentSpec":
         """Raises ConfigError for unknown, missing or refused values."""
         try:
-            return cls(**{**values, "views": tuple(values.get("views", ("original",)))})
+            lists = {name: tuple(values[name]) for name in BY_CHANNEL if name in values}
+            views = tuple(values.get("views", ("original",)))
+            return cls(**{**values, **lists, "views": views})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"latent spec: {error}") from error

@@ -255,8 +255,8 @@ class SplitInfo:
         if self.spec.kind == "image":
             return
         mean, std = np.array(self.statistics["mean"]), np.array(self.statistics["std"])
-        raw_std = math.sqrt((std**2 + (mean - mean.mean()) ** 2).mean())
-        unit_std = raw_std * self.spec.scaling_factor
+        mean, std = (mean - self.spec.offset) * self.spec.factor, std * self.spec.factor
+        unit_std = math.sqrt((std**2 + (mean - mean.mean()) ** 2).mean())
         low, high = UNIT_STD
         if not low <= unit_std <= high:
             raise ConfigError(

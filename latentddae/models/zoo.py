@@ -15,17 +15,14 @@ import torch
 
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.models import portable
-from latentddae.models.convert import ddae, dit, foreign
-from latentddae.models.convert.foreign import Stated
+from latentddae.models.convert import ddae, dit, foreign, lightningdit
+from latentddae.models.convert.foreign import SUFFIXES, Stated
 from latentddae.models.portable import WEIGHT_FILES, Checkpoint, Weights, save
 from latentddae.models.registry import NAMES, REGISTRY, build
 
 __all__ = ["NAMES", "REGISTRY", "Checkpoint", "Stated", "build", "load", "save"]
 
-SUFFIXES = (".pt", ".pth")
-
-
-FAMILIES = (dit, ddae)
+FAMILIES = (lightningdit, dit, ddae)
 """Modules that read the files of other projects; each knows its own by the names of the weights."""
 
 
@@ -52,7 +49,7 @@ def load(
             if family.matches(file):
                 return family.load(file, weights, device, stated)
         raise DataError(
-            f"{path} lacks the names of a DiT, SiT, REPA or DDAE network; its first are "
+            f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first are "
             f"{', '.join(sorted(file.names)[:3])}"
         )
     if stated != Stated():

@@ -126,11 +126,17 @@ class Autoencoder:
             size=resolution // factor,
             scaling_factor=float(config.get("scaling_factor") or 1.0),
             shift_factor=float(config.get("shift_factor") or 0.0),
+            latents_mean=_numbers(config.get("latents_mean")),
+            latents_std=_numbers(config.get("latents_std")),
             autoencoder=self.source,
             autoencoder_class=type(self.module).__name__,
             autoencoder_sha256=self.sha256,
             views=views,
         )
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values or ())
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -176,10 +182,6 @@ def _load(folder: Path) -> nn.Module:
     name = config.get("_class_name")
     if name not in KINDS:
         raise ConfigError(f"autoencoder {folder} is of class {name!r}, known: {', '.join(KINDS)}")
-    if config.get("latents_mean") or config.get("latents_std"):
-        raise ConfigError(
-            f"autoencoder {folder} normalises per channel, which is not supported yet"
-        )
     try:
         return getattr(diffusers, name).from_pretrained(
             folder,

@@ -19,16 +19,20 @@ from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
+from latentddae.data.manifest import read_manifest
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
 from latentddae.models.convert.foreign import ForeignFile, Stated, heads_of
 from latentddae.models.dit_config import DiTConfig
-from latentddae.models.dit_state import shape_of_state
+from latentddae.models.dit_state import heads_of_state, shape_of_state
 from latentddae.models.portable import Checkpoint, Weights, network_with
 
 PROJECTORS = "projectors."
-LICENCES = {"DiT": "CC-BY-NC-4.0 (weights of facebookresearch/DiT)", "SiT": "MIT", "REPA": "MIT"}
+LICENCES = {
+    "DiT": "CC-BY-NC-4.0 (weights of facebookresearch/DiT)",
+    **dict.fromkeys(("SiT", "REPA", "LightningDiT"), "MIT"),
+}
 
 
 class Family(NamedTuple):
@@ -51,30 +55,43 @@ def load(
     Raises ConfigError for what the file does not tell and nobody stated, and for missing weights,
     DataError for a state dict that is no whole DiT.
     """
+    has_projectors = any(name.startswith(PROJECTORS) for name in file.state(weights))
+    return checkpoint_of(file, weights, device, stated, family_of(file, stated, has_projectors))
+
+
+def checkpoint_of(
+    file: ForeignFile,
+    weights: Weights,
+    device: torch.device | str,
+    stated: Stated,
+    family: Family,
+) -> Checkpoint:
+    """The checkpoint of a file whose project is known; projectors are left out and named in `info`.
+
+    Raises as `load`.
+    """
     state = file.state(weights)
     aside = sorted(name for name in state if name.startswith(PROJECTORS))
-    config = config_of({k: v for k, v in state.items() if k not in aside}, file.path, stated)
-    family = family_of(file, stated, bool(aside))
+    state = {name: value for name, value in state.items() if name not in aside}
+    config = config_of(state, file.path, stated)
     if family.objective.learn_sigma and not config.learn_sigma:
         raise ConfigError(f"{file.path} predicts no variance: it is not one of DiT's own")
-    model = network_with(
-        config, {k: v for k, v in state.items() if k not in aside}, file.path, device
-    )
+    model = network_with(config, state, file.path, device)
     info = file.info(weights, project=family.name, licence=LICENCES[family.name])
     if aside:
         info["left_out"] = aside
-    return Checkpoint(model, family.objective, latents_of(config, file.path), info)
+    return Checkpoint(model, family.objective, latents_of(config, file.path, stated), info)
 
 
 def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family:
     """The project that wrote a file: by its projectors, its arguments, or what the user states."""
     if has_projectors:
-        return _checked(file, stated, Family("REPA", Flow(time="noise")))
+        return checked(file, stated, Family("REPA", Flow(time="noise")))
     model = str(file.arguments.get("model", ""))
     if model.startswith("SiT") and "prediction" in file.arguments:
-        return _checked(file, stated, Family("SiT", _sit_objective(file)))
+        return checked(file, stated, Family("SiT", _sit_objective(file)))
     if model.startswith("DiT") and "path_type" not in file.arguments:
-        return _checked(file, stated, Family("DiT", DDPM(preset="dit")))
+        return checked(file, stated, Family("DiT", DDPM(preset="dit")))
     if stated.objective == "ddpm":
         return Family("DiT", DDPM(preset="dit"))
     if stated.objective == "flow" and stated.time is not None:
@@ -85,7 +102,8 @@ def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family
     )
 
 
-def _checked(file: ForeignFile, stated: Stated, family: Family) -> Family:
+def checked(file: ForeignFile, stated: Stated, family: Family) -> Family:
+    """The project, after a look whether the user contradicts it."""
     stated.check(
         file.path, family.name, family.objective.kind, getattr(family.objective, "time", None)
     )
@@ -113,18 +131,21 @@ def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> DiTCon
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} lacks the names of a DiT: {error} is missing") from error
     try:
-        return DiTConfig(num_heads=heads_of(shape["hidden_size"], stated, path), **shape)
+        heads = stated.num_heads or heads_of_state(state)
+        return DiTConfig(num_heads=heads or heads_of(shape["hidden_size"], stated, path), **shape)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def latents_of(config: DiTConfig, path: Path) -> LatentSpec:
-    """The latents of these projects: SD-VAE's, scaled and not shifted. A file does not record the
-    hash of the autoencoder's weights. Raises ConfigError for another number of channels."""
+def latents_of(config: DiTConfig, path: Path, stated: Stated) -> LatentSpec:
+    """Those of the stated data folder, else SD-VAE's, scaled and not shifted; a file does not record
+    the hash of the autoencoder's weights. Raises ConfigError for another number of channels."""
+    if stated.latents_like is not None:
+        return _latents_like(stated.latents_like, config, path)
     if config.in_channels != 4:
         raise ConfigError(
             f"{path} reads latents of {config.in_channels} channels; only those of SD-VAE, with 4, "
-            "are known"
+            "are known: give --latents-like and a data folder that holds such latents"
         )
     return LatentSpec(
         kind="moments",
@@ -134,3 +155,11 @@ def latents_of(config: DiTConfig, path: Path) -> LatentSpec:
         autoencoder="stabilityai/sd-vae-ft-ema",
         autoencoder_class="AutoencoderKL",
     )
+
+
+def _latents_like(folder: Path, config: DiTConfig, path: Path) -> LatentSpec:
+    latents = LatentSpec.from_dict(read_manifest(folder)["latents"])
+    shape = (config.in_channels, config.input_size, config.input_size)
+    if latents.shape != shape:
+        raise ConfigError(f"{path} reads latents of {shape}, {folder} holds {latents.shape}")
+    return latents

@@ -7,12 +7,15 @@ heads) is asked for by name and never guessed.
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentddae.core.config import require
@@ -20,6 +23,7 @@ from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import sha256
 from latentddae.models.portable import Weights
 
+SUFFIXES = (".pt", ".pth", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = {"model": "model", "ema": "ema", "MODEL": "model", "EMA": "ema"}  # key -> weights
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
@@ -38,6 +42,8 @@ class Stated:
     """Attention heads of a foreign transformer whose width is not a published one."""
     image_size: int | None = None
     """Height and width of the images of a foreign U-Net that is not a published one."""
+    latents_like: Path | None = None
+    """Data folder whose latents a foreign transformer reads, where they are not SD-VAE's."""
 
     def __post_init__(self) -> None:
         require(self, positive=("num_heads", "image_size"))
@@ -93,14 +99,17 @@ class ForeignFile:
 
 
 def read(path: Path) -> ForeignFile:
-    """Open a `.pt` or `.pth` file, tensors and an argparse.Namespace only.
+    """Open a `.pt` or `.pth` file, tensors and an argparse.Namespace only, or a `.safetensors` file.
 
-    Raises DataError if it cannot be read without running what is pickled in it, or holds no state
-    dict.
+    The tensors stay on disk until they are used, where the format allows that. Raises DataError if
+    a file cannot be read without running what is pickled in it, or holds no state dict.
     """
+    if path.suffix == ".safetensors":
+        return ForeignFile(path, {"ema": _tensors(read_safetensors(path), path)}, bare=True)
+    mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 are no archives
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be loaded as weights only: {reason}") from error
@@ -111,9 +120,17 @@ def read(path: Path) -> ForeignFile:
     for kind in ("ema", "model"):
         if kind in wrapped or (kind == "ema" and not wrapped):
             states[kind] = _tensors(wrapped.get(kind, content), path)
-    arguments = content.get("args") if wrapped else None
+    arguments = content.get("args", content.get("config")) if wrapped else None
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return ForeignFile(path, states, not wrapped, arguments if isinstance(arguments, dict) else {})
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, of any shapes. Raises DataError naming a damaged file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:
@@ -127,8 +144,8 @@ def _tensors(state: object, path: Path) -> dict[str, Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    while name.startswith(PREFIXES):
+        name = name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
     return name
 
 

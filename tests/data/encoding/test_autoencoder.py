@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from latentddae.core.errors import ConfigError
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder, open_matching
+from latentddae.data.latents import LatentSpec
 
 ASSETS = Path(__file__).parents[3] / "latentddae" / "assets" / "autoencoder"
 
@@ -213,3 +215,25 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     (tmp_path / "ae" / "pipeline.py").write_text("raise SystemExit('executed')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         open_autoencoder(str(tmp_path / "ae"))
+
+
+def test_means_and_deviations_by_channel_are_read_and_undone(tmp_path) -> None:
+    """x0 = (raw - latents_mean) / latents_std * scaling_factor, as diffusers' pipelines scale."""
+    mean, std = [0.1 * k for k in range(16)], [1 + 0.05 * k for k in range(16)]
+    oracle = flux_like()
+    oracle.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None)
+    oracle.save_pretrained(tmp_path)
+    spec = open_autoencoder(str(tmp_path)).spec(16)
+    assert spec.latents_mean == tuple(mean) and spec.latents_std == tuple(std)
+    stored = torch.randn(2, *spec.stored_shape, generator=torch.Generator().manual_seed(0))
+    x0 = spec.mean(stored)
+    by_channel = torch.tensor([mean, std])[:, None, :, None, None]
+    torch.testing.assert_close(x0, (stored[:, :16] - by_channel[0]) / by_channel[1] * 0.3611)
+    torch.testing.assert_close(spec.unscale(x0), stored[:, :16])
+    assert LatentSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    plain = replace(spec, latents_mean=(), latents_std=())
+    assert plain.codec_fingerprint != spec.codec_fingerprint
+    assert "latents_mean" not in plain.to_dict()  # fingerprints of before stay
+    for wrong in ({"latents_mean": (0.0,)}, {"latents_std": (0.0,) * 16}, {"shift_factor": 0.1}):
+        with pytest.raises(ValueError, match="latents"):
+            replace(spec, **wrong)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, DataError
@@ -13,6 +14,8 @@ from latentddae.data.shards import ShardSet
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.flow import Flow
+from latentddae.diffusion.samplers import Sampling
+from latentddae.diffusion.samplers import sample as draw
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import collect
@@ -98,6 +101,48 @@ def test_repa_by_its_projectors(bare_file) -> None:
     assert_close(loss, io["loss_denoise"], 1e-4)
 
 
+@pytest.mark.parametrize("name", ["lightning_a", "lightning_a_noshift", "lightning_a_layernorm"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+@torch.no_grad()
+def test_lightningdit_by_its_names(tmp_path, name, prefix) -> None:
+    """Whatever options it has, wrapped as its training script wraps it."""
+    io = golden(f"{name}_io")
+    ema = {prefix + key: value for key, value in golden(f"{name}_weights").items()}
+    transport = {"path_type": "Linear", "prediction": "velocity", "use_cosine_loss": True}
+    content = {"ema": ema, "model": ema, "opt": {}, "config": {"transport": transport}}
+    torch.save(content, tmp_path / "0080000.pt")
+    checkpoint = zoo.load(tmp_path / "0080000.pt", num_heads=4)
+    assert checkpoint.objective == Flow(time="data")
+    assert checkpoint.info["project"] == "LightningDiT"
+    args = (io["xt"], io["t"], io["y"])
+    assert_close(checkpoint.model(*args), io["out"])
+    for number, tokens in checkpoint.model.taps(*args, blocks=(1, 2, 3)).items():
+        assert_close(tokens, io[f"block_{number}"])
+    loss_args = (checkpoint.model, io["x_data"], io["y"], io["t"], io["x_noise"])
+    assert_close(checkpoint.objective.loss(*loss_args), io["loss_mse"], 1e-4)
+    drawn = draw(checkpoint.objective, checkpoint.model, io["x_noise"], io["y"], Sampling(steps=10))
+    assert_close(drawn, io["euler10_sample"], 1e-4)
+    content["config"]["transport"]["path_type"] = "VP"
+    torch.save(content, tmp_path / "vp.pt")
+    with pytest.raises(ConfigError, match="path VP and prediction velocity"):
+        zoo.load(tmp_path / "vp.pt", num_heads=4)
+
+
+def test_heads_that_a_norm_or_a_rotation_tells_are_not_asked_for(bare_file) -> None:
+    checkpoint = zoo.load(bare_file(golden("lightning_a_weights")))
+    assert checkpoint.model.config.num_heads == 4
+    with pytest.raises(ConfigError, match="LightningDiT with time=data, given was noise"):
+        zoo.load(bare_file(golden("lightning_a_weights")), time="noise")
+
+
+def test_a_bare_safetensors_file_is_read(tmp_path) -> None:
+    save_file(golden("lightning_a_weights"), tmp_path / "a.safetensors")
+    assert zoo.load(tmp_path / "a.safetensors").info["project"] == "LightningDiT"
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"torn.safetensors cannot be read"):
+        zoo.load(tmp_path / "torn.safetensors")
+
+
 def test_a_bare_file_of_dit_or_sit_asks_for_the_objective(bare_file) -> None:
     for name in ("dit_a_weights", "sit_a_weights"):
         path = bare_file(golden(name))
@@ -181,7 +226,9 @@ def test_the_published_unets_need_the_objective_alone(tmp_path) -> None:
 
 
 def test_unknown_files_and_statements_are_refused(bare_file, tmp_path) -> None:
-    with pytest.raises(DataError, match="lacks the names of a DiT, SiT, REPA or DDAE"):
+    with pytest.raises(
+        DataError, match="lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE"
+    ):
         zoo.load(bare_file({"conv1.weight": torch.ones(1)}))
     with pytest.raises(ConfigError, match="heads"):
         zoo.load(bare_file(golden("dit_a_weights")), heads=4)
@@ -191,9 +238,19 @@ def test_unknown_files_and_statements_are_refused(bare_file, tmp_path) -> None:
         zoo.load(tmp_path, objective="ddpm")
 
 
-def test_latents_of_an_unknown_autoencoder_are_refused(bare_file) -> None:
+def test_latents_of_an_unknown_autoencoder_are_refused(bare_file, tiny_shards) -> None:
     state = zoo.build(
         "dit_s_2", input_size=8, in_channels=16, depth=1, hidden_size=384, num_classes=5
     ).state_dict()
-    with pytest.raises(ConfigError, match="reads latents of 16 channels"):
-        zoo.load(bare_file(state), objective="ddpm")
+    path = bare_file(state)
+    with pytest.raises(ConfigError, match=r"reads latents of 16 channels.* give --latents-like"):
+        zoo.load(path, objective="ddpm")
+    with pytest.raises(ConfigError, match=r"of \(16, 8, 8\), .* holds \(4, 8, 8\)"):
+        zoo.load(path, objective="ddpm", latents_like=tiny_shards)
+
+
+def test_latents_like_those_of_a_data_folder(bare_file, tiny_shards) -> None:
+    shards = ShardSet(tiny_shards, "train")
+    checkpoint = zoo.load(bare_file(golden("lightning_a_weights")), latents_like=tiny_shards)
+    assert checkpoint.latents is not None
+    assert checkpoint.latents.codec_fingerprint == shards.spec.codec_fingerprint
