@@ -149,7 +149,7 @@ class LatentSpec:
         return torch.from_numpy(values).to(like.device, torch.float32)[:, None, None]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data that `from_dict` reads back; numbers by channel only where there are any."""
+        """JSON-able data that `from_dict` reads back; empty numbers by channel are left out."""
         values = {**dataclasses.asdict(self), "views": list(self.views)}
         for name in BY_CHANNEL:
             numbers = values.pop(name)

@@ -49,8 +49,8 @@ def load(
             if family.matches(file):
                 return family.load(file, weights, device, stated)
         raise DataError(
-            f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first are "
-            f"{', '.join(sorted(file.names)[:3])}"
+            f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first "
+            f"are {', '.join(sorted(file.names)[:3])}"
         )
     if stated != Stated():
         raise ConfigError(

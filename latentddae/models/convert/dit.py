@@ -138,8 +138,11 @@ def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> DiTCon
 
 
 def latents_of(config: DiTConfig, path: Path, stated: Stated) -> LatentSpec:
-    """Those of the stated data folder, else SD-VAE's, scaled and not shifted; a file does not record
-    the hash of the autoencoder's weights. Raises ConfigError for another number of channels."""
+    """Those of the stated data folder, else SD-VAE's, scaled and not shifted.
+
+    A file does not record the hash of the autoencoder's weights. Raises ConfigError for another
+    number of channels.
+    """
     if stated.latents_like is not None:
         return _latents_like(stated.latents_like, config, path)
     if config.in_channels != 4:

@@ -99,7 +99,7 @@ class ForeignFile:
 
 
 def read(path: Path) -> ForeignFile:
-    """Open a `.pt` or `.pth` file, tensors and an argparse.Namespace only, or a `.safetensors` file.
+    """Open a `.safetensors`, `.pt` or `.pth` file, tensors and an argparse.Namespace only.
 
     The tensors stay on disk until they are used, where the format allows that. Raises DataError if
     a file cannot be read without running what is pickled in it, or holds no state dict.
