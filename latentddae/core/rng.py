@@ -63,6 +63,11 @@ def words(seed: int, purpose: str, positions: Tensor, count: int) -> Tensor:
     return torch.stack([w.expand(shape) for w in four], dim=-1).flatten(1)[:, :count]
 
 
+def seed_torch(seed: int, purpose: str) -> None:
+    """Seed torch's own generators, of all devices: what dropout draws from has no positions."""
+    torch.manual_seed(purpose_key(seed, purpose)[0])  # the CPU's ignores bits above 32
+
+
 def uniform(seed: int, purpose: str, positions: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """Uniform float32 in the open interval (0, 1), 24 bits each: (N,) positions -> (N, *shape)."""
     bits = words(seed, purpose, positions, math.prod(shape)) >> 8

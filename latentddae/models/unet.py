@@ -165,7 +165,7 @@ class TimeEmbedding(nn.Module):
         self.base = base
         self.lin1 = Float32Linear(base, TIME_WIDTH * base)
         self.lin2 = Float32Linear(TIME_WIDTH * base, TIME_WIDTH * base)
-        self.aug_emb = nn.Linear(augment_dim, base, bias=False) if augment_dim else None
+        self.aug_emb = Float32Linear(augment_dim, base, bias=False) if augment_dim else None
 
     def forward(self, t: Tensor, augment: Tensor | None) -> Tensor:
         half = self.base // 2
@@ -175,7 +175,7 @@ class TimeEmbedding(nn.Module):
         embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
         if augment is not None:
             assert self.aug_emb is not None
-            embedding = embedding + F.linear(augment.to(dtype), self.aug_emb.weight.to(dtype))
+            embedding = embedding + self.aug_emb(augment)
         return self.lin2(F.silu(self.lin1(embedding)))
 
 

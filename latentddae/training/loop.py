@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from tqdm import tqdm
 
-from latentddae.core import dist, progress
+from latentddae.core import dist, progress, rng
 from latentddae.core.errors import ConfigError, DataError, RequeueError
 from latentddae.data.loader import Batch
 from latentddae.data.training_data import open_loader
@@ -194,8 +194,9 @@ class Loop:
         """One optimizer step on this rank's share of a global batch."""
         device, enter = self.context.device, self.logger.enter
         losses, levels = [], []
-        for micro_batch in self.engine.micro_batches(*self.job.tensors(batch)):
+        for number, micro_batch in enumerate(self.engine.micro_batches(*self.job.tensors(batch))):
             enter("forward")
+            self._seed_dropout(number)
             loss, level = self.job.loss(*(t.to(device, non_blocking=True) for t in micro_batch))
             enter("backward")
             mean = loss.mean()
@@ -209,6 +210,14 @@ class Loop:
         self.images += self.config.global_batch
         self.pending_step = Step(self.images, batch, torch.cat(losses), torch.cat(levels), norm)
         enter("other")
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Dropout follows from (seed, images seen, rank, micro-batch), so a resumed run repeats it.
+
+        The only draws of a run that other numbers of ranks change.
+        """
+        rank = self.context.world.rank
+        rng.seed_torch(self.config.seed, f"dropout/{self.images}/{rank}/{micro_batch}")
 
     def finish_step(self) -> None:
         """Finish the pending step: update the EMA and count it in the log, or report it as skipped.
