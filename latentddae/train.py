@@ -29,6 +29,7 @@ from latentddae.core.precision import DTYPES
 from latentddae.data.training_data import info_of, open_data, open_loader, require_random_access
 from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
+from latentddae.models.network import Condition
 from latentddae.planning.flops import training_flops
 from latentddae.training.config import TrainConfig, contract, resolve
 from latentddae.training.deepspeed_config import derive
@@ -168,19 +169,21 @@ class Pretraining:
 
     def _draw(
         self, moments: Tensor, label: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x0 (N, C, H, W), t (N,), noise (N, C, H, W), labels (N,) or None.
+    ) -> tuple[Tensor, Tensor, Tensor, Condition]:
+        """x0 (N, C, H, W), t (N,), noise (N, C, H, W), and what the network is told besides.
 
         Every draw is keyed by (seed, purpose, global position).
         """
         config, spec, seed = self.config, self.data.spec, self.config.seed
         x0 = spec.sample(moments, rng.normal(seed, "posterior", position, spec.shape))
+        x0, augment = config.augmentation.augmented(x0, position, seed)
         t = config.objective.sample_timesteps(rng.uniform(seed, "time", position))
         noise = rng.normal(seed, "noise", position, spec.shape)
         if not config.conditional:
-            return x0, t, noise, None
+            return x0, t, noise, Condition(augment=augment)
         dropped = rng.uniform(seed, "label drop", position) < config.label_dropout
-        return x0, t, noise, torch.where(dropped, config.model.num_classes, label)
+        label = torch.where(dropped, config.model.num_classes, label)
+        return x0, t, noise, Condition(label=label, augment=augment)
 
     def score_samples(self, state: State) -> dict[str, float]:
         """Draw samples with the EMA weights of a state and score them; on rank 0."""

@@ -55,6 +55,30 @@ def tiny_shards(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def pixel_shards(tmp_path_factory) -> Path:
+    """96 train and 32 test images of 4 planted classes: 3x8x8 bytes in shards of 40."""
+    root = tmp_path_factory.mktemp("pixels")
+    random = np.random.default_rng(0)
+    prototypes = random.normal(size=(4, 3, 8, 8)) * 40
+    spec = tiny_spec(kind="image", channels=3, scaling_factor=1.0, autoencoder="none")
+    for split, count in (("train", 96), ("test", 32)):
+        labels = np.arange(count) % 4
+        images = 128 + prototypes[labels] + 20 * random.normal(size=(count, 3, 8, 8))
+        keys = [f"{split}/{i:03d}" for i in range(count)]
+        write_split(
+            root,
+            split,
+            spec,
+            images.clip(0, 255).astype(np.uint8)[:, None],
+            labels.tolist(),
+            keys,
+            classes=("a", "b", "c", "d"),
+            shard_size=40,
+        )
+    return root
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.core.rng import normal, uniform
 
@@ -60,8 +59,7 @@ class Augmentation:
     """Of each of flip (drawn 0 or 1), scale, rotation, stretch and shift."""
 
     def __post_init__(self) -> None:
-        require(self, non_negative=("probability",))
-        if self.probability > 1:
+        if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must lie in [0, 1], got {self.probability}")
 
     def draw(self, positions: Tensor, seed: int) -> Tensor:
@@ -117,11 +115,16 @@ class Augmentation:
         out = _where(label[:, 0] > 0.5, images.flip(3), images)
         out = _where(label[:, 1] > 0.5, out.flip(2), out)
         out, label = _quarter_turns(out, label)
-        moved = (label[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
-        if len(moved):
-            matrix, offset = _inverse_affine(label[moved].double(), width)
-            out = out.index_copy(0, moved, _warp(out[moved], matrix, offset))
-        return out
+        moved = (label[:, 2:] != 0).any(dim=1)
+        if images.device.type != "cpu":  # asking which ones are moved would wait for the device
+            return _where(moved, _moved(out, label), out)
+        rows = torch.where(moved)[0]
+        return out.index_copy(0, rows, _moved(out[rows], label[rows])) if len(rows) else out
+
+
+def _moved(images: Tensor, label: Tensor) -> Tensor:
+    """Scale, rotation, stretch and shift: (N, C, H, H), (N, 9) -> (N, C, H, H)."""
+    return _warp(images, *_inverse_affine(label.double(), images.shape[3]))
 
 
 def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

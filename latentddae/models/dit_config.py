@@ -12,6 +12,7 @@ class DiTConfig:
     """The shape of a DiT. The defaults are DiT-XL/2 at 256 pixels without learned sigma."""
 
     kind: ClassVar[str] = "dit"
+    augment_dim: ClassVar[int] = 0
 
     input_size: int = 32
     """Height and width of the latents."""

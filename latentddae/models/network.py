@@ -61,6 +61,10 @@ class NetworkConfig(Protocol):
 class TrainableConfig(NetworkConfig, Protocol):
     """A config record that adapts to a data set."""
 
+    @property
+    def augment_dim(self) -> int:
+        """Numbers of the augmentation label that the network takes; 0: none."""
+
     def for_data(self, *, size: int, channels: int, num_classes: int, learn_sigma: bool) -> Self:
         """The same network for other inputs, labels and objective; ValueError where they do not
         fit."""

@@ -219,7 +219,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, channels_per_head: int | None) -> None:
         super().__init__()
-        self.num_heads = channels // (channels_per_head or channels)
+        self.head_dim = channels_per_head or channels
+        self.num_heads = channels // self.head_dim
         self.attention_backend = "auto"  # see attention.choose
         self.norm = GroupNorm(GROUPS, channels)
         self.projection = nn.Linear(channels, 3 * channels)
@@ -353,6 +354,11 @@ class UNet(nn.Module):
                 self.up.append(_resample(width, config, "up"))
         self.norm = GroupNorm(HEAD_GROUPS, width)
         self.final = Conv(width, config.in_channels, 3, padding=1)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Encoder, bottleneck and decoder in order: what is compiled piece by piece."""
+        return nn.ModuleList([*self.down, self.middle, *self.up])
 
     @property
     def null_label(self) -> int | None:

@@ -15,6 +15,12 @@ from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.network import TrainableConfig
+from latentddae.training.augmentation import (
+    AUGMENTATIONS,
+    ImageAugmentation,
+    NoAugmentation,
+    check_augmentation,
+)
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
 from latentddae.training.optimizers import OptimConfig
@@ -167,6 +173,8 @@ class TrainConfig(RunConfig):
     data."""
     objective: Objective = configuration.choice(lambda: OBJECTIVES, Flow)
     """A diffusion objective by name, and fields to override."""
+    augmentation: ImageAugmentation = configuration.choice(lambda: AUGMENTATIONS, NoAugmentation)
+    """Of images as they are read, for pixel models: none, mirror, or edm (the network is told)."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     conditional: bool = False
     """Train with labels, `label_dropout` of them dropped; features are better without labels."""
@@ -237,4 +245,5 @@ def resolve(config: TrainConfig, data: SplitInfo) -> TrainConfig:
         )
     except ValueError as error:
         raise ConfigError(f"model does not fit the data {data.root}: {error}") from error
+    check_augmentation(config.augmentation, data.spec, model)
     return replace(config, model=model)

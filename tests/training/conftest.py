@@ -14,7 +14,8 @@ from torch import nn
 from latentddae import train
 from latentddae.core import dist, rng
 from latentddae.core.errors import run_command
-from latentddae.models import DiTConfig, zoo
+from latentddae.models import DiTConfig, UNetConfig, zoo
+from latentddae.models.network import NetworkConfig
 from latentddae.models.untrained import randomize_gates
 from latentddae.training import state_reader, states
 from latentddae.training.deepspeed_config import EngineConfig
@@ -23,7 +24,15 @@ from latentddae.training.engine import Engine
 from latentddae.training.optimizers import OptimConfig, lr_at
 
 MODEL = DiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=0)
-NETWORKS = {
+UNET = UNetConfig(
+    image_size=8,
+    in_channels=4,
+    base_channels=32,
+    channel_mults=(1, 1),
+    blocks_per_level=1,
+    dropout=0.2,
+)
+NETWORKS: dict[str, NetworkConfig] = {
     "plain": MODEL,
     "every-option": replace(
         MODEL,
@@ -37,6 +46,8 @@ NETWORKS = {
         head_width=32,
         head_heads=2,
     ),
+    "unet": UNET,
+    "unet-without-dropout": replace(UNET, dropout=0.0),
 }
 BATCH = 12
 TOTAL = 100 * BATCH
@@ -60,7 +71,7 @@ class Toy:
         stage: int,
         precision: str = "fp32",
         model: nn.Module | None = None,
-        network: DiTConfig = MODEL,
+        network: NetworkConfig = MODEL,
         **settings: Any,
     ) -> "Toy":
         world = dist.start()
@@ -81,7 +92,8 @@ class Toy:
             x = rng.normal(0, "toy", positions, (4, 8, 8))
             t = rng.uniform(0, "toy time", positions)
             sums = torch.zeros(2, dtype=torch.float64)
-            for x_part, t_part in self.engine.micro_batches(x, t):
+            for number, (x_part, t_part) in enumerate(self.engine.micro_batches(x, t)):
+                rng.seed_torch(0, f"dropout/{self.images}/{world.rank}/{number}")
                 loss = ((self.engine.model(x_part, t_part) - x_part) ** 2).mean(dim=(1, 2, 3))
                 self.engine.backward(loss.mean())
                 sums += torch.stack([loss.detach().double().sum(), x_part.double().sum()])
@@ -138,7 +150,7 @@ def toy() -> type[Toy]:
 
 
 @pytest.fixture
-def network(request) -> DiTConfig:
+def network(request) -> NetworkConfig:
     """The plain network, or by indirect parametrisation another one of NETWORKS."""
     return NETWORKS[getattr(request, "param", "plain")]
 
@@ -162,12 +174,14 @@ def in_ranks(
 
 
 @pytest.fixture(scope="session")
-def start(tiny_shards: Path) -> Callable[..., int]:
+def start(tiny_shards: Path, pixel_shards: Path) -> Callable[..., int]:
     """Start (or continue) a tiny run of the real command in this process; its exit status."""
-    config = str(Path(__file__).parent / "tiny.yaml")
+    configs = {"dit": ("tiny.yaml", tiny_shards), "unet": ("tiny_unet.yaml", pixel_shards)}
 
-    def begin(run: Path, *arguments: str, data: Path = tiny_shards) -> int:
-        given = ["--config", config, f"run={run}", f"data.path={data}", *arguments]
+    def begin(run: Path, *arguments: str, data: Path | None = None, kind: str = "dit") -> int:
+        config, shards = configs[kind]
+        file = str(Path(__file__).parent / config)
+        given = ["--config", file, f"run={run}", f"data.path={data or shards}", *arguments]
         return run_command("train", train.main, given)
 
     return begin

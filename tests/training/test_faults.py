@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,13 @@ def kill_after(delay: float) -> None:
     threading.Thread(target=kill, daemon=True).start()
 
 
-@pytest.mark.parametrize(("stage", "kills"), [(1, 2), (3, 4)])
-def test_kills_during_saves(stage, kills, tmp_path, ranks, start, same, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "kills", "kind"), [(1, 2, "dit"), (3, 4, "dit"), (0, 2, "unet")]
+)
+def test_kills_during_saves(
+    stage, kills, kind, tmp_path, ranks, start, same, monkeypatch
+) -> None:
+    start = partial(start, kind=kind)
     kill_while_saving(kills, stage, 20 * STEP, tmp_path, ranks, start, same, monkeypatch)
 
 

@@ -15,6 +15,7 @@ from latentddae.training import state_reader, states
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 QUICK = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
+TRAINED = [("plain", QUICK), ("every-option", [(3, "fp32")]), ("unet", [(0, "fp32")])]
 LEGS = [(2, 1), (1, 3), (3, 2)]  # (ranks, ZeRO stage)
 
 
@@ -30,7 +31,7 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     ("network", "stage", "precision"),
     [
         (network, *case) if case in quick else pytest.param(network, *case, marks=pytest.mark.slow)
-        for network, quick in (("plain", QUICK), ("every-option", [(3, "fp32")]))
+        for network, quick in TRAINED
         for case in EXACT
     ],
     indirect=["network"],
@@ -81,7 +82,9 @@ def walk(legs, precision, tolerance, in_ranks, start, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "network", ["plain", pytest.param("every-option", marks=pytest.mark.slow)], indirect=True
+    "network",
+    ["plain", "unet-without-dropout", pytest.param("every-option", marks=pytest.mark.slow)],
+    indirect=True,
 )
 def test_ranks_and_stage_may_change(network, in_ranks, toy, tmp_path) -> None:
     walk(LEGS, "fp32", 1e-6, in_ranks, partial(toy.start, network=network), tmp_path)
@@ -96,9 +99,10 @@ def test_two_one_four_two_ranks(stage, precision, in_ranks, toy, tmp_path) -> No
 
 
 @pytest.mark.slow
-def test_every_stage_reads_every_other(in_ranks, toy, tmp_path) -> None:
+@pytest.mark.parametrize("network", ["plain", "unet-without-dropout"], indirect=True)
+def test_every_stage_reads_every_other(network, in_ranks, toy, tmp_path) -> None:
     legs = [(2, stage) for stage in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)]
-    walk(legs, "fp32", 1e-6, in_ranks, toy.start, tmp_path)
+    walk(legs, "fp32", 1e-6, in_ranks, partial(toy.start, network=network), tmp_path)
 
 
 def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
@@ -110,11 +114,13 @@ def state_at(run: Path, images: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dit", "unet"])
 @pytest.mark.parametrize(("stage", "precision"), EXACT)
 def test_resume_is_exact_from_every_kind_of_save_point(
-    stage, precision, ranks, start, tmp_path
+    stage, precision, kind, ranks, start, tmp_path
 ) -> None:
     """Inside an epoch, on its edge (96 samples), at the end of a run."""
+    start = partial(start, kind=kind)
     options = (
         f"engine={{zero_stage: {stage}, precision: {precision}, micro_batch: 4}}",
         "optim={lr: 1e-3, warmup_images: 48, schedule: inverse_sqrt, decay_images: 64}",
