@@ -102,11 +102,10 @@ def kill_after(delay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "kills", "kind"), [(1, 2, "dit"), (3, 4, "dit"), (0, 2, "unet")]
+    ("stage", "kills", "kind"),
+    [(1, 2, "dit"), (3, 4, "dit"), pytest.param(0, 2, "unet", marks=pytest.mark.slow)],
 )
-def test_kills_during_saves(
-    stage, kills, kind, tmp_path, ranks, start, same, monkeypatch
-) -> None:
+def test_kills_during_saves(stage, kills, kind, tmp_path, ranks, start, same, monkeypatch) -> None:
     start = partial(start, kind=kind)
     kill_while_saving(kills, stage, 20 * STEP, tmp_path, ranks, start, same, monkeypatch)
 
