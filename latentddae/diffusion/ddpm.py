@@ -66,8 +66,9 @@ class DDPM:
 
     preset: Literal["dit", "ddae"] = "dit"
     """Whose conventions: see the top of this file."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """How the noise grows over the timesteps."""
+    schedule: Literal["linear", "cosine", "ddae_ddim"] = "linear"
+    """How the noise grows over the timesteps; `ddae_ddim` is for sampling, see
+    sampler_options.DdimOptions.table."""
     steps: int = 1000
     """T."""
     noise_distribution: NoiseDistribution = choice(lambda: NOISE_DISTRIBUTIONS, Uniform)

@@ -29,6 +29,10 @@ class DdimOptions:
 
     eta: float = 0.0
     """Amount of fresh noise in [0, 1]; 1 is ancestral sampling with the small variance."""
+    table: Literal["objective", "ddae"] = "objective"
+    """Noise amplitudes by timestep: those of training, or the ones that DDAE's sampler reads, whose
+    T + 1 betas cover the same range and whose clean end still has 1 % noise (for ddpm with the
+    preset ddae)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

@@ -12,7 +12,7 @@ fresh noise in `step`, and its own settings in `options`. SAMPLERS lists all of 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -78,6 +78,8 @@ class Sampling:
     """Classifier-free guidance."""
     clip: bool = False
     """Keep the predicted clean image in [-1, 1]; for pixel models."""
+    float64: bool = False
+    """Keep the sample in float64 from step to step, as EDM does. The network computes as before."""
 
     def __post_init__(self) -> None:
         require(self, positive=("steps",))
@@ -99,7 +101,7 @@ def sample(
     steps = sampling_steps(objective, model, noise, condition, sampling, noise_sampler)
     for _, next_x in steps:
         x = next_x
-    return x
+    return x.to(noise.dtype)
 
 
 @torch.no_grad()
@@ -114,6 +116,9 @@ def sampling_steps(
     """The same, step by step: yields (predicted x0, x) after each step, (N, C, H, W) both."""
     sampling = sampling or Sampling()
     options, sampler = sampling.sampler, SAMPLERS[sampling.sampler.kind]
+    objective = sampler.objective(objective, options)
+    if sampling.float64:
+        model, noise = _in_float32(model), noise.double()
     denoise = Denoiser(objective, model, condition, sampling.guidance, sampling.clip)
     nodes, x = sampler.nodes(objective, sampling), objective.initial_latent(noise)
     for index, (start, end) in enumerate(pairwise(nodes)):
@@ -122,10 +127,41 @@ def sampling_steps(
         yield x0, x
 
 
+def _in_float32(model: Model) -> Model:
+    """A network that is called and answers in float64, and computes in float32."""
+
+    def call(x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        return model(x.float(), t.float(), condition).double()
+
+    return call
+
+
 def _fresh_noise(noise_sampler: NoiseSampler | None, index: int, name: str) -> Tensor:
     if noise_sampler is None:
         raise ConfigError(f"{name} is stochastic: it needs noise_sampler(step) -> noise")
     return noise_sampler(index)
+
+
+# The objective whose amplitudes a sampler reads
+
+
+def as_trained(objective: Objective, options: Options) -> Objective:
+    """The objective itself."""
+    del options
+    return objective
+
+
+def with_ddim_table(objective: Objective, options: DdimOptions) -> Objective:
+    """The objective with the noise amplitudes that the options ask for. ConfigError where only
+    DDPM's `ddae` preset has them."""
+    if options.table == "objective":
+        return objective
+    if not isinstance(objective, DDPM) or objective.preset != "ddae":
+        raise ConfigError(
+            f"sampler.table=ddae belongs to objective ddpm with preset=ddae, not to "
+            f"{objective.kind}"
+        )
+    return replace(objective, schedule="ddae_ddim")
 
 
 # Nodes that a sampler visits
@@ -144,6 +180,15 @@ def respaced_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
             "euler_maruyama"
         )
     return nodes_at(objective, objective.sampling_timesteps(sampling.steps, spacing="even"))
+
+
+def ddim_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
+    """`own_nodes`; with DDAE's table they end at its first entry, which is not quite clean."""
+    nodes = own_nodes(objective, sampling)
+    if isinstance(objective, DDPM) and objective.schedule == "ddae_ddim":
+        table = objective.tables(torch.device("cpu"))
+        nodes[-1] = Node(0, float(table.alpha[0]), float(table.sigma[0]))
+    return nodes
 
 
 def level_nodes(objective: Objective, sampling: Sampling) -> list[Node]:
@@ -289,6 +334,8 @@ class Sampler:
     options: Callable[[], Options]
     path: Callable[[Objective, Sampling], list[Node]] | None = own_nodes
     """None: adaptive, one call goes all the way."""
+    objective: Callable[[Objective, Any], Objective] = as_trained
+    """The objective whose amplitudes are read, from the trained one and the options."""
 
     def nodes(self, objective: Objective, sampling: Sampling) -> list[Node]:
         """The nodes of a run, noisiest first, the clean end last."""
@@ -299,7 +346,7 @@ class Sampler:
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(ddim, EulerOptions),
-    "ddim": Sampler(ddim, DdimOptions),
+    "ddim": Sampler(ddim, DdimOptions, ddim_nodes, with_ddim_table),
     "heun": Sampler(heun, HeunOptions),
     "ancestral": Sampler(ancestral, AncestralOptions, respaced_nodes),
     "euler_maruyama": Sampler(euler_maruyama, EulerMaruyamaOptions, level_nodes),

@@ -29,7 +29,11 @@ class PosteriorCoefficients(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def tables(schedule: str, steps: int, device: torch.device) -> Tables:
-    """The tables of a `linear` or `cosine` schedule, computed once per schedule and device."""
+    """The tables of a `linear`, `cosine` or `ddae_ddim` schedule, computed once per schedule and
+    device."""
+    if schedule == "ddae_ddim":  # one beta more than timesteps: node 0 is not clean
+        betas = torch.linspace(1e-4, 0.02, steps + 1, dtype=torch.float64)
+        return _tables((1 - betas).cumprod(0), device)
     if schedule == "linear":  # 1e-4 ... 0.02 at 1000 steps, stretched otherwise
         scale = 1000 / steps
         betas = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
@@ -38,6 +42,11 @@ def tables(schedule: str, steps: int, device: torch.device) -> Tables:
         abar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+    return _tables(abar, device)
+
+
+def _tables(abar: Tensor, device: torch.device) -> Tables:
+    """From the squared amplitude of the signal by node: (T + 1,) float64."""
     log_snr = torch.log(abar) - torch.log1p(-abar)
     return Tables(*(v.to(device) for v in (abar.sqrt(), (1 - abar).sqrt(), log_snr)))
 

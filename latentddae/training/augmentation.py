@@ -29,8 +29,8 @@ class ImageAugmentation(Protocol):
     def augmented(
         self, images: Tensor, positions: Tensor, seed: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Images (N, C, H, W) at positions (N,) -> images of that shape and what the network is told
-        of them, (N, label_dim) or None."""
+        """Images (N, C, H, W) at positions (N,) -> images of that shape, and what the network is
+        told of them: (N, label_dim) or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,6 @@ def check_augmentation(
     if augmentation.label_dim != model.augment_dim:
         raise ConfigError(
             f"augmentation={augmentation.kind} tells the network {augmentation.label_dim} numbers, "
-            f"model.augment_dim is {model.augment_dim}: choose a network (unet) and an augmentation "
-            f"with the same number ({LABEL_DIM} for edm, else 0)"
+            f"model.augment_dim is {model.augment_dim}: choose a network (unet) and an "
+            f"augmentation with the same number ({LABEL_DIM} for edm, else 0)"
         )

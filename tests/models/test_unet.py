@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from latentddae.core.errors import ConfigError
 from latentddae.diffusion import OBJECTIVES
+from latentddae.diffusion.sampler_options import DdimOptions, HeunOptions
+from latentddae.diffusion.samplers import Sampling, sample
 from latentddae.models.network import Condition
 from latentddae.models.unet import UNet, UNetConfig
 
@@ -71,6 +73,23 @@ def test_objectives_on_pixels_equal_the_reference(golden) -> None:
         zero = Condition(augment=torch.zeros_like(io["aug_label"]))
         untold = edm.denoise(model, io["edm_xt"], io["edm_sigma"], zero)
         assert torch.equal(untold, edm.denoise(model, io["edm_xt"], io["edm_sigma"], None))
+
+
+@torch.no_grad()
+def test_samplers_on_pixels_equal_the_reference(golden) -> None:
+    model, io = golden
+    ddim = Sampling(sampler=DdimOptions(table="ddae"), steps=10, clip=True)
+    heun = Sampling(sampler=HeunOptions(), steps=6, clip=True, float64=True)
+    ddpm, edm = OBJECTIVES["ddpm"](preset="ddae"), OBJECTIVES["edm"](sigma_data=0.5)
+    for objective, sampling, name in (
+        (ddpm, ddim, "ddim10_sample01"),
+        (edm, heun, "edm6_sample01"),
+    ):
+        x0 = sample(objective, model, io["noise"], None, sampling)
+        assert x0.dtype == torch.float32
+        assert ((x0 + 1) / 2 - io[name]).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match="table=ddae belongs to objective ddpm with preset=ddae"):
+        sample(edm, model, io["noise"], None, ddim)
 
 
 @pytest.mark.parametrize(

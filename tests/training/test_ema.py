@@ -114,3 +114,30 @@ def test_average_update_is_one_lerp() -> None:
     ema.update([target], 10, 10)
     torch.testing.assert_close(ema.averages["ema"][0], target / 2)
     assert torch.equal(start, torch.zeros(5))  # the masters are not touched
+
+
+def test_power_warm_up_equals_a_slow_reference() -> None:
+    """DDAE's decay clamp(1 - (1 + s)^(-2/3), 0, beta) after s updates, on the clock of images."""
+    batch, beta = 512, 0.9993
+    halflife = round(batch * math.log(0.5) / math.log(beta))
+    config = EmaConfig(halflife_images=halflife, rampup=None, warmup_power=2 / 3)
+    average, reference = torch.zeros(1), 0.0
+    ema = Ema(config, [average])
+    for s in range(300):
+        weight = math.sin(s) + 0.1 * s
+        ema.update([torch.tensor([weight])], (s + 1) * batch, batch)
+        decay = min(max(1 - (1 + s) ** (-2 / 3), 0), beta)
+        reference = decay * reference + (1 - decay) * weight
+    assert ema.averages["ema"][0].item() == pytest.approx(reference, rel=1e-5)
+    at = lambda updates: config.decay((updates + 1) * batch, batch)  # noqa: E731
+    assert at(0) == 0  # the first update copies
+    assert at(53_000) < at(54_500) == pytest.approx(beta, abs=1e-6)
+
+
+def test_ddaes_average_is_not_that_of_its_half_life() -> None:
+    """0.9999 at a batch of 512, after the 2000 epochs of 50,000 images that DDAE trains."""
+    halflife = round(512 * math.log(0.5) / math.log(0.9999))
+    config = EmaConfig(halflife_images=halflife, rampup=None, warmup_power=2 / 3)
+    assert config.decay(2000 * 50_000, 512) == pytest.approx(0.99970, abs=1e-5)
+    with pytest.raises(ValueError, match="rampup null beside it"):
+        EmaConfig(warmup_power=2 / 3)

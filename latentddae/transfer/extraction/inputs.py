@@ -98,7 +98,8 @@ def ema_not_warmed_up(info: Mapping[str, Any]) -> bool:
     Never for an average whose half-life grows with the run.
     """
     ema = info.get("ema") or {}
-    if ema.get("rampup") is not None or not ema.get("halflife_images"):
+    grows = ema.get("rampup") is not None or ema.get("warmup_power") is not None
+    if grows or not ema.get("halflife_images"):
         return False
     return float(info["images_seen"]) * math.log(2) < ema["halflife_images"]
 
