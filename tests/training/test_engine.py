@@ -191,9 +191,10 @@ def test_recomputed_blocks_change_nothing_but_memory(network, stage, every, in_r
 
 @pytest.mark.parametrize(
     ("network", "backend"),
-    [("plain", "aot_eager"), ("every-option", "aot_eager")]
-    + [
-        pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("plain", "every-option")
+    [
+        ("plain", "aot_eager"),
+        ("every-option", "aot_eager"),
+        pytest.param("plain", "inductor", marks=pytest.mark.slow),
     ],
     indirect=["network"],
 )

