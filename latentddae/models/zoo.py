@@ -15,7 +15,7 @@ import torch
 
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.models import portable
-from latentddae.models.convert import ddae, dit, foreign, lightningdit
+from latentddae.models.convert import ddae, diffusers, dit, foreign, lightningdit
 from latentddae.models.convert.foreign import SUFFIXES, Stated
 from latentddae.models.portable import WEIGHT_FILES, Checkpoint, Weights, save
 from latentddae.models.registry import NAMES, REGISTRY, build
@@ -33,7 +33,7 @@ def load(
     stated: Stated | None = None,
     **statements: Any,
 ) -> Checkpoint:
-    """Read a checkpoint: a portable folder, a run folder, or a file of another project.
+    """Read a checkpoint: a portable folder, a run folder, or a file or folder of another project.
 
     What a foreign file cannot tell is stated by `Stated`, or by its fields as keywords:
     `zoo.load("model_800.pth", objective="edm")`. The model is in eval mode, in float32, without
@@ -52,6 +52,8 @@ def load(
             f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first "
             f"are {', '.join(sorted(file.names)[:3])}"
         )
+    if path.is_dir() and diffusers.matches(path):
+        return diffusers.load(path, weights, device, stated)
     if stated != Stated():
         raise ConfigError(
             f"{path} is no file of another project: it tells its objective and architecture itself"

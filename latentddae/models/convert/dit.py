@@ -65,6 +65,7 @@ def checkpoint_of(
     device: torch.device | str,
     stated: Stated,
     family: Family,
+    latents: LatentSpec | None = None,
 ) -> Checkpoint:
     """The checkpoint of a file whose project is known; projectors are left out and named in `info`.
 
@@ -80,7 +81,13 @@ def checkpoint_of(
     info = file.info(weights, project=family.name, licence=LICENCES[family.name])
     if aside:
         info["left_out"] = aside
-    return Checkpoint(model, family.objective, latents_of(config, file.path, stated), info)
+    latents = latents or latents_of(config, file.path, stated)
+    if latents.channels != config.in_channels:
+        raise ConfigError(
+            f"{file.path} reads {config.in_channels} channels, its autoencoder has "
+            f"{latents.channels}"
+        )
+    return Checkpoint(model, family.objective, latents, info)
 
 
 def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family:

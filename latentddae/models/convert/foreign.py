@@ -20,10 +20,10 @@ from torch import Tensor
 
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import sha256
+from latentddae.core.files import sha256, text_hash
 from latentddae.models.portable import Weights
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 WRAPPERS = {"model": "model", "ema": "ema", "MODEL": "model", "EMA": "ema"}  # key -> weights
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
@@ -74,6 +74,8 @@ class ForeignFile:
     """Without the prefixes of wrappers; a bare state dict is "ema" alone."""
     bare: bool
     arguments: Mapping[str, object] = field(default_factory=dict)
+    parts: tuple[Path, ...] = ()
+    """The files with the tensors, where `path` is a folder."""
 
     def state(self, weights: Weights) -> dict[str, Tensor]:
         """One kind of weights, float32. Raises ConfigError if the file does not hold it."""
@@ -95,7 +97,9 @@ class ForeignFile:
 
     def info(self, weights: Weights, **more: object) -> dict[str, object]:
         """What a Checkpoint records about its file."""
-        return {"weights": weights, "sha256": sha256(self.path), "path": str(self.path), **more}
+        hashes = [sha256(part) for part in self.parts or (self.path,)]
+        digest = hashes[0] if len(hashes) == 1 else text_hash(hashes)
+        return {"weights": weights, "sha256": digest, "path": str(self.path), **more}
 
 
 def read(path: Path) -> ForeignFile:
