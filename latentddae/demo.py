@@ -28,6 +28,7 @@ from latentddae.core.command import Command, command_line
 from latentddae.core.config import load, require, to_dict, transient
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.imaging import image_sheet, write_png
+from latentddae.core.outputs import FolderKind, Output, head
 from latentddae.data.encoding.encode import COMMAND as ENCODE
 from latentddae.data.encoding.encode import EncodeSplitsConfig
 from latentddae.data.shards import ShardSet
@@ -49,6 +50,14 @@ from latentddae.transfer.reporting.page import Card
 TEST_SHARE = 0.2  # of a folder that comes without splits
 STEPS_DONE = "steps.jsonl"
 RECIPE = "demo.yaml"
+DEMO_FOLDER = FolderKind(
+    "a demo",
+    (),
+    proof=lambda folder: (
+        (folder / "demo.json").is_file() and b'"baseline_levels"' in head(folder / "demo.json")
+    ),
+    is_shared=True,
+)
 SHOWN = 64  # images on a sheet
 COLUMNS = 8
 
@@ -99,7 +108,7 @@ class Step:
 
 def command_step(title: str, command: Command[Config], record: Config) -> Step:
     """A command with its settings."""
-    return Step(title, command_line(command, record), lambda: command.run(record))
+    return Step(title, command_line(command, record), lambda: command.execute(record))
 
 
 def steps_of(config: DemoConfig, test_share: float) -> list[Step]:
@@ -257,7 +266,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-COMMAND = Command("demo", DemoConfig, run=demo, plan=plan)
+def outputs(config: DemoConfig) -> list[Output]:
+    """The folder for everything."""
+    return [Output(config.out, DEMO_FOLDER, [config.data, config.autoencoder])]
+
+
+COMMAND = Command("demo", DemoConfig, run=demo, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

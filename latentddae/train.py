@@ -25,6 +25,7 @@ from latentddae.core import config as configuration
 from latentddae.core import dist, rng
 from latentddae.core.command import Command
 from latentddae.core.errors import run_command
+from latentddae.core.outputs import Output
 from latentddae.core.precision import DTYPES
 from latentddae.data.training_data import info_of, open_data, open_loader, require_random_access
 from latentddae.generation.monitor import Monitor
@@ -36,7 +37,7 @@ from latentddae.training.deepspeed_config import derive
 from latentddae.training.export import WEIGHTS, export
 from latentddae.training.job import Evaluation, Job
 from latentddae.training.loop import Loop
-from latentddae.training.process import RunContext, distributed_run
+from latentddae.training.process import RUN_FOLDER, RunContext, distributed_run
 from latentddae.training.states import State
 from latentddae.transfer.extraction.inputs import check_data
 from latentddae.transfer.protocol.run_probe import RunProbe
@@ -199,7 +200,12 @@ class Pretraining:
         return probe.score(dist.on_all_ranks(lambda: zoo.load(folder, device=device)))
 
 
-COMMAND = Command("train", TrainConfig, run=train, plan=plan)
+def outputs(config: TrainConfig) -> list[Output]:
+    """The run folder."""
+    return [Output(Path(config.run), RUN_FOLDER, [config.data.path])]
+
+
+COMMAND = Command("train", TrainConfig, run=train, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, ge
 from latentddae.core import config
 from latentddae.core.config import Tree
 from latentddae.core.errors import UsageError
+from latentddae.core.outputs import Output, check, claimed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,6 +52,8 @@ class Command(Generic[Config]):
     run: Callable[[Config], object]
     plan: Callable[[Config], str]
     """Opens and checks the inputs as `run` does and says what would be done; writes nothing."""
+    outputs: Callable[[Config], Sequence[Output]] = lambda config: ()
+    """The places that `run` writes, see core.outputs."""
 
     def main(self, argv: list[str] | None = None) -> None:
         """Parse a command line and run it. Raises UsageError or ConfigError for a bad one."""
@@ -62,9 +65,20 @@ class Command(Generic[Config]):
         if arguments.print_config:
             print(config.to_yaml(settings), end="")
         elif arguments.dry_run:
+            for output in self.outputs(settings):
+                check(output)
             print(self.plan(settings))
         else:
-            self.run(settings)
+            self.execute(settings)
+
+    def execute(self, settings: Config) -> object:
+        """Run with a record of settings, once its outputs have been claimed. Raises ConfigError if
+        one of them holds what is not ours to replace."""
+        from latentddae.core import dist  # imports torch
+
+        is_main = dist.world_from_environment().is_main
+        with claimed(self.outputs(settings), is_main=is_main):
+            return self.run(settings)
 
 
 def command_line(command: Command[Config], record: Config) -> str:

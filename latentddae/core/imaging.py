@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latentddae.core.errors import DataError
 from latentddae.core.files import write_atomic
+from latentddae.core.outputs import FileKind
 
+SIGNATURE = ("Software", "latentddae")
+"""Text in every PNG file that we write; no other picture is replaced."""
+PNG_FILE = FileKind("a picture", lambda head: "\0".join(SIGNATURE).encode() in head[:200])
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -33,8 +38,9 @@ def image_sheet(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
 
 def encode_png(image: np.ndarray) -> bytes:
     """(H, W, 3) or (H, W) uint8 as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png")
+    buffer, text = io.BytesIO(), PngInfo()
+    text.add_text(*SIGNATURE)
+    Image.fromarray(image).save(buffer, format="png", pnginfo=text)
     return buffer.getvalue()
 
 

@@ -17,12 +17,18 @@ import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import text_hash
+from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
 
 FORMAT = "latentddae-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
+DATA_FOLDER = FolderKind(
+    "a data set",
+    (MANIFEST, "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar", "*-[0-9]*.idx.npy", ".encode-*/"),
+    proof=lambda folder: is_data_folder(folder),
+)
 UNIT_STD = (0.7, 1.3)  # SD latents have .97, the demo's autoencoder 1.0 on CIFAR-10, 1.17 on MNIST
 
 
@@ -181,6 +187,22 @@ def _without_sums(entry: ShardEntry) -> ShardEntry:
 def content_fingerprint(shards: Sequence[ShardEntry]) -> str:
     """Hash over the shards' hashes; names the exact samples of a split."""
     return text_hash([shard["sha256"] for shard in shards])
+
+
+def is_data_folder(folder: Path) -> bool:
+    """Whether a folder is a data set, or one that `latentddae encode` has begun, and each of its
+    shards belongs to a split of it."""
+    begun = {path.name.removeprefix(".encode-") for path in folder.glob(".encode-*/plan.json")}
+    named: set[str] = set()
+    if (folder / MANIFEST).is_file():
+        splits = read_manifest(folder)["splits"].values()
+        named = {shard["file"] for split in splits for shard in split["shards"]}
+    elif not begun:
+        return any(folder.glob(".encode-*"))
+    for path in folder.glob("*.tar"):
+        if path.name not in named and path.name.rpartition("-")[0] not in begun:
+            raise ConfigError(f"{path} is no shard of {folder}: move it away, nothing was changed")
+    return True
 
 
 def read_manifest(root: Path) -> Manifest:

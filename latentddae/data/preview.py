@@ -14,7 +14,8 @@ from einops import rearrange
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import LatentddaeError, run_command
-from latentddae.core.imaging import image_sheet, to_uint8, write_png
+from latentddae.core.imaging import PNG_FILE, image_sheet, to_uint8, write_png
+from latentddae.core.outputs import Output
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.manifest import read_manifest
 from latentddae.data.shards import ShardSet
@@ -116,7 +117,12 @@ def plan(config: PreviewConfig) -> str:
     return f"would draw {len(indices)} samples of {shards.root} ({shards.split}) to {config.out}"
 
 
-COMMAND = Command("preview", PreviewConfig, run=preview, plan=plan)
+def outputs(config: PreviewConfig) -> list[Output]:
+    """The picture."""
+    return [Output(config.out, PNG_FILE, [config.data])]
+
+
+COMMAND = Command("preview", PreviewConfig, run=preview, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.core.files import append_json_line, sha256
+from latentddae.core.outputs import FileKind, FolderKind, Output
 from latentddae.generation import inception as metrics
 from latentddae.generation.frechet import frechet_distance, moments
 from latentddae.generation.image_sets import (
+    STATISTICS_MARK,
     ImageSetStats,
     from_images,
     from_statistics,
@@ -44,6 +46,9 @@ from latentddae.generation.protocols import (
 )
 
 REFERENCE_FEATURES = 10_000  # kept in a reference file for KID, precision and recall; ADM's number
+
+
+LOG = "fid.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,12 @@ class FidConfig:
             raise ValueError("a feature array (.npy) can only be compared with another one")
         if all(arrays) and self.protocol is not None:
             raise ValueError("protocols are for images, not for feature arrays")
+
+    @property
+    def log(self) -> Path:
+        """The file that the result is appended to."""
+        beside = self.samples if self.samples.is_dir() else self.samples.parent
+        return (self.out or beside) / LOG
 
     @property
     def evaluation(self) -> EvaluationProtocol:
@@ -246,12 +257,26 @@ def run(config: FidConfig) -> None:
     else:
         result = compare_images(config)
     result = {"command": "fid", **result, "version": __version__}
-    beside = config.samples if config.samples.is_dir() else config.samples.parent
-    append_json_line((config.out or beside) / "fid.jsonl", result)
+    append_json_line(config.log, result)
     print(json.dumps(result))
 
 
-COMMAND = Command("fid", FidConfig, run=run, plan=plan)
+STATISTICS_FILE = FileKind(
+    "statistics of images", lambda head: STATISTICS_MARK.encode() in head[:200]
+)
+LOG_FILE = FileKind("a log of FID", lambda head: head.startswith(b'{"command": "fid"'))
+FID_FOLDER = FolderKind("a folder of FID results", (LOG,), is_marked=True)
+
+
+def outputs(config: FidConfig) -> list[Output]:
+    """The statistics of SAMPLES, or the log of results and its folder."""
+    if config.save_reference is not None:
+        return [Output(config.save_reference, STATISTICS_FILE, [config.samples])]
+    folder = [] if config.out is None else [Output(config.out, FID_FOLDER, [config.samples])]
+    return [*folder, Output(config.log, LOG_FILE)]
+
+
+COMMAND = Command("fid", FidConfig, run=run, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

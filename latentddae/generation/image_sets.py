@@ -193,6 +193,10 @@ def _npz_features(path: Path, inception: Inception, batch: int) -> np.ndarray:
     return np.concatenate([inception(images).pooled for images in read_npz_images(path, batch)])
 
 
+STATISTICS_MARK = "latentddae.npy"
+"""Member of files of statistics that we wrote; no other file is replaced."""
+
+
 def save_reference(path: Path, stats: ImageSetStats, inception: Inception) -> None:
     """Statistics of a reference set, in ADM's names, with its features for KID and P/R."""
     assert stats.pooled is not None
@@ -201,6 +205,7 @@ def save_reference(path: Path, stats: ImageSetStats, inception: Inception) -> No
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
+            latentddae=np.str_("statistics"),  # first, where a reader looks for it
             mu=stats.pooled.mean,
             sigma=stats.pooled.covariance,
             mu_s=stats.spatial.mean,

@@ -26,6 +26,7 @@ from latentddae.core.config import require, to_dict
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import read_json, write_json
 from latentddae.core.imaging import image_sheet, read_image, write_png
+from latentddae.core.outputs import FolderKind, Output, head
 from latentddae.core.precision import DTYPES, resolve_precision
 from latentddae.data.encoding.autoencoder import Autoencoder, open_matching
 from latentddae.diffusion.samplers import SAMPLERS
@@ -41,6 +42,16 @@ from latentddae.models import zoo
 from latentddae.models.zoo import Checkpoint, Stated, Weights
 
 GRID_IMAGES = 64
+SAMPLES_FOLDER = FolderKind(
+    "a folder of samples",
+    (
+        *("sample.json", "grid.png", "trajectory.png", "samples.npz", "fid.jsonl"),
+        *("images/", "latents/"),
+    ),
+    proof=lambda folder: (
+        (folder / "sample.json").is_file() and b'"objective"' in head(folder / "sample.json")
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +251,12 @@ def start_folder(config: SampleConfig, checkpoint: Checkpoint) -> None:
     write_json(config.out / "sample.json", {**record, "num": config.num})
 
 
-COMMAND = Command("sample", SampleConfig, run=run, plan=plan)
+def outputs(config: SampleConfig) -> list[Output]:
+    """The folder of samples."""
+    return [Output(config.out, SAMPLES_FOLDER, [config.checkpoint])]
+
+
+COMMAND = Command("sample", SampleConfig, run=run, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from latentddae.core import config, safetensors_stream
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import read_json, sha256, sync_folder, write_errors, write_json
+from latentddae.core.outputs import FolderKind, Output, check, head
 from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
@@ -29,6 +30,17 @@ from latentddae.models.registry import REGISTRY, build
 FORMAT = 2
 Weights = Literal["ema", "model"]
 WEIGHT_FILES: Mapping[str, str] = {"model": "model.safetensors", "ema": "ema.safetensors"}
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a portable checkpoint."""
+    first = head(folder / "config.json") if (folder / "config.json").is_file() else b""
+    return all(text in first for text in (b'"format"', b'"objective"', b'"latents"'))
+
+
+CHECKPOINT_FOLDER = FolderKind(
+    "a portable checkpoint", ("config.json", *WEIGHT_FILES.values()), proof=_is_checkpoint
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,11 @@ def save(
 
     `model` is the config record. `weights` maps "model" and "ema", or one of them, to state dicts,
     which are stored as they are; an Entry is read only when it is written. `info` is JSON-able:
-    classes, images_seen, ema, data, and more. Raises WriteError.
+    classes, images_seen, ema, data, and more. Raises ConfigError if the folder holds anything but a
+    portable checkpoint, WriteError.
     """
     folder = Path(folder)
+    check(Output(folder, CHECKPOINT_FOLDER))
     settings = {
         "format": FORMAT,
         "model": config.to_dict(model),

@@ -20,12 +20,14 @@ from latentddae.core import config as configuration
 from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.outputs import Output
 from latentddae.core.precision import DTYPES
 from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import zoo
 from latentddae.models.network import NetworkConfig
+from latentddae.models.portable import CHECKPOINT_FOLDER
 from latentddae.training import states
 from latentddae.training.ema import EmaConfig
 from latentddae.training.state_reader import StateReader
@@ -172,7 +174,12 @@ def _compare(
             raise DataError(f"{state.path} {fault} {', '.join(names[:3])}{more}")
 
 
-COMMAND = Command("export", ExportConfig, run=run_export, plan=plan)
+def outputs(config: ExportConfig) -> list[Output]:
+    """The folder of the checkpoint."""
+    return [Output(config.out or config.run / "export", CHECKPOINT_FOLDER, [config.run])]
+
+
+COMMAND = Command("export", ExportConfig, run=run_export, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

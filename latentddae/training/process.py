@@ -15,9 +15,24 @@ from tqdm import tqdm
 
 from latentddae.core import dist, files
 from latentddae.core.errors import RequeueError
+from latentddae.core.outputs import FolderKind, head
 from latentddae.training import crash_loops
 from latentddae.training.preemption import StopRequest
 from latentddae.training.watchdog import Watchdog
+
+RUN_FOLDER = FolderKind(
+    "a run",
+    (),
+    proof=lambda run: _is_run(run),
+    is_shared=True,
+    before=("STOP", "code", "logs", "*.out", "*.err"),  # of batch systems and people
+)
+"""A run folder may hold whatever lies beside a run; what a run writes has names of its own."""
+
+
+def _is_run(folder: Path) -> bool:
+    texts = ((crash_loops.FILE, b'{"event": '), ("config.yaml", b"hang_timeout_s:"))
+    return any((folder / f).is_file() and text in head(folder / f) for f, text in texts)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from latentddae.core import files
 from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, UsageError, run_command
+from latentddae.core.outputs import FileKind, Output
 
 FORMAT = 1
 QUARTERS = 4  # of the noise axis, see run_metrics.LEVEL_BINS
@@ -187,7 +188,15 @@ def read_reference(path: Path) -> Reference:
     return cast(Reference, reference)
 
 
-COMMAND = Command("compare-curve", CurveConfig, run=compare_runs, plan=plan)
+CURVE_FILE = FileKind("a reference curve", lambda head: b'"recipe": ' in head)
+
+
+def outputs(config: CurveConfig) -> list[Output]:
+    """The reference, if one is made."""
+    return [] if config.write is None else [Output(config.write, CURVE_FILE, config.runs)]
+
+
+COMMAND = Command("compare-curve", CurveConfig, run=compare_runs, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -397,6 +397,10 @@ class CompareConfig(CompareSettings, TransferOptions):
         CompareSettings.__post_init__(self)
         TransferOptions.__post_init__(self)
 
+    @property
+    def read_folders(self) -> list[Path | str]:
+        return [*super().read_folders, *([self.pixels] if self.pixels else [])]
+
 
 def open_comparison(config: CompareConfig) -> Comparison:
     """Everything that a command names, checked against each other."""
@@ -439,7 +443,7 @@ def plan(config: CompareConfig) -> str:
     )
 
 
-COMMAND = Command("compare", CompareConfig, run=run, plan=plan)
+COMMAND = Command("compare", CompareConfig, run=run, plan=plan, outputs=CompareConfig.outputs)
 main = COMMAND.main
 
 

@@ -200,7 +200,9 @@ def plan(config: CorrespondConfig) -> str:
     )
 
 
-COMMAND = Command("correspond", CorrespondConfig, run=correspond, plan=plan)
+COMMAND = Command(
+    "correspond", CorrespondConfig, run=correspond, plan=plan, outputs=CorrespondConfig.outputs
+)
 main = COMMAND.main
 
 

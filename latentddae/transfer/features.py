@@ -11,11 +11,17 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import run_command
+from latentddae.core.outputs import Output
 from latentddae.core.precision import Precision
 from latentddae.data.manifest import read_manifest
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.spec import FeatureSpec, blocks_of, levels_of
-from latentddae.transfer.extraction.store import Extraction, check_out, extract_to_disk
+from latentddae.transfer.extraction.store import (
+    FEATURES_FOLDER,
+    Extraction,
+    check_out,
+    extract_to_disk,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +105,12 @@ def plan(config: FeaturesConfig) -> str:
     )
 
 
-COMMAND = Command("features", FeaturesConfig, run=features, plan=plan)
+def outputs(config: FeaturesConfig) -> list[Output]:
+    """The folder of features."""
+    return [Output(config.out, FEATURES_FOLDER, config.read_folders)]
+
+
+COMMAND = Command("features", FeaturesConfig, run=features, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 

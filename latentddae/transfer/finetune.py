@@ -25,8 +25,9 @@ from latentddae.core import dist, files
 from latentddae.core.command import Command
 from latentddae.core.config import to_dict
 from latentddae.core.errors import run_command
+from latentddae.core.outputs import Output
 from latentddae.training.loop import Loop
-from latentddae.training.process import distributed_run
+from latentddae.training.process import RUN_FOLDER, distributed_run
 from latentddae.training.states import State
 from latentddae.transfer import results
 from latentddae.transfer.extraction.spec import describe_level
@@ -125,7 +126,12 @@ def plan(config: FinetuneConfig) -> str:
     )
 
 
-COMMAND = Command("finetune", FinetuneConfig, run=run, plan=plan)
+def outputs(config: FinetuneConfig) -> list[Output]:
+    """The run folder."""
+    return [Output(Path(config.run), RUN_FOLDER, [config.checkpoint, config.data.path])]
+
+
+COMMAND = Command("finetune", FinetuneConfig, run=run, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -211,7 +211,9 @@ def plan(config: GeometryConfig) -> str:
     )
 
 
-COMMAND = Command("geometry", GeometryConfig, run=geometry, plan=plan)
+COMMAND = Command(
+    "geometry", GeometryConfig, run=geometry, plan=plan, outputs=GeometryConfig.outputs
+)
 main = COMMAND.main
 
 

@@ -414,7 +414,7 @@ def plan(config: GridConfig) -> str:
     )
 
 
-COMMAND = Command("grid", GridConfig, run=grid, plan=plan)
+COMMAND = Command("grid", GridConfig, run=grid, plan=plan, outputs=GridConfig.outputs)
 main = COMMAND.main
 
 

@@ -83,7 +83,7 @@ def plan(config: LinearConfig) -> str:
     return session.describe(session.open_session(config), f"linear probe ({config.recipe})")
 
 
-COMMAND = Command("linear", LinearConfig, run=run, plan=plan)
+COMMAND = Command("linear", LinearConfig, run=run, plan=plan, outputs=LinearConfig.outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -257,7 +257,13 @@ def plan(config: NoiseClassifierConfig) -> str:
     )
 
 
-COMMAND = Command("noise-classifier", NoiseClassifierConfig, run=noise_classifier, plan=plan)
+COMMAND = Command(
+    "noise-classifier",
+    NoiseClassifierConfig,
+    run=noise_classifier,
+    plan=plan,
+    outputs=NoiseClassifierConfig.outputs,
+)
 main = COMMAND.main
 
 

@@ -17,15 +17,21 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import run_command
 from latentddae.core.files import write_atomic
+from latentddae.core.outputs import FileKind, FolderKind, Output
 from latentddae.transfer.reporting import plots, sections
 from latentddae.transfer.reporting.collect import Found, find
-from latentddae.transfer.reporting.page import Card, Page, render
-from latentddae.transfer.reporting.tables import as_csv
+from latentddae.transfer.reporting.page import GENERATOR, Card, Page, render
+from latentddae.transfer.reporting.tables import CSV_HEADER, as_csv
 
 LEAD = (
     "A denoising diffusion network, pretrained on unlabelled images and evaluated as an encoder: "
     "tokens of its middle blocks are pooled, and a linear classifier reads the class from them."
 )
+
+
+PAGE_FILE = FileKind("a report", lambda head: GENERATOR.encode() in head)
+CSV_FILE = FileKind("a table", lambda head: head.startswith(",".join(CSV_HEADER).encode()))
+CHARTS_FOLDER = FolderKind("a folder of charts", ("*.png",), is_marked=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,14 @@ def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in charts]
 
 
-COMMAND = Command("report", ReportConfig, run=report, plan=plan)
+def outputs(config: ReportConfig) -> list[Output]:
+    """The page, its table, and the folder of charts."""
+    csv = Output(config.out.with_suffix(".csv"), CSV_FILE)
+    charts = [Output(config.plots, CHARTS_FOLDER, config.runs)] if config.plots else []
+    return [Output(config.out, PAGE_FILE), csv, *charts]
+
+
+COMMAND = Command("report", ReportConfig, run=report, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -12,11 +12,31 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 from latentddae import __version__
+from latentddae.core import outputs
 from latentddae.core.errors import DataError
 from latentddae.core.files import append_json_line, text_hash, write_atomic
 
 FORMAT = 2
 RESULTS = "results.jsonl"
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a folder's results.jsonl begins with a result."""
+    file = folder / RESULTS
+    return file.is_file() and b'"key": ' in outputs.head(file).split(b"\n")[0]
+
+
+RESULTS_FOLDER = outputs.FolderKind(
+    "a folder of results",
+    (
+        *(RESULTS, "confusion-*.json", "grid.json", "grid.csv", "grid-*.png", "level-*.json"),
+        *("probe-*.json", "compare.json", "suite.json", "visualize.json", "geometry-s*"),
+        *("noise-classifier-block-*", "fid.jsonl", ".features-*/", ".tokens-*/"),
+    ),
+    proof=_holds_results,
+    is_marked=True,
+    is_nested=True,
+)
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 Values = Mapping[str, Json]

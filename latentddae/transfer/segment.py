@@ -268,7 +268,7 @@ def plan(config: SegmentConfig) -> str:
     )
 
 
-COMMAND = Command("segment", SegmentConfig, run=segment, plan=plan)
+COMMAND = Command("segment", SegmentConfig, run=segment, plan=plan, outputs=SegmentConfig.outputs)
 main = COMMAND.main
 
 

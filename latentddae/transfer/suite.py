@@ -19,11 +19,12 @@ from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
 from latentddae.models.zoo import Stated
+from latentddae.core.outputs import Output
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
 from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
 from latentddae.transfer.protocol.session import open_session, run_probes
-from latentddae.transfer.results import Result
+from latentddae.transfer.results import RESULTS_FOLDER, Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,12 @@ def plan(config: SuiteConfig) -> str:
     return "\n".join(lines)
 
 
-COMMAND = Command("suite", SuiteConfig, run=run, plan=plan)
+def outputs(config: SuiteConfig) -> list[Output]:
+    """The folder for results."""
+    return [Output(config.out, RESULTS_FOLDER, [config.checkpoint, *config.folders])]
+
+
+COMMAND = Command("suite", SuiteConfig, run=run, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def plan(config: VisualizeConfig) -> str:
     return describe(open_session(config), "nearest neighbours and token colours")
 
 
-COMMAND = Command("visualize", VisualizeConfig, run=run, plan=plan)
+COMMAND = Command("visualize", VisualizeConfig, run=run, plan=plan, outputs=VisualizeConfig.outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

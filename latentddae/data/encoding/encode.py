@@ -19,12 +19,14 @@ from latentddae.core.command import Command
 from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
 from latentddae.core.files import exclusive, write_json
+from latentddae.core.outputs import Output
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
 from latentddae.data.encoding.journal import Journal, describe_changes
 from latentddae.data.encoding.plan import EncodeConfig, Plan, check_views, make_plan, pipeline
 from latentddae.data.encoding.shard_encoder import ShardEncoder, too_many
 from latentddae.data.info import describe
 from latentddae.data.manifest import (
+    DATA_FOLDER,
     MANIFEST,
     EncodingFacts,
     SplitEntry,
@@ -238,7 +240,12 @@ def describe_plan(config: EncodeSplitsConfig) -> str:
     return "\n".join(lines)
 
 
-COMMAND = Command("encode", EncodeSplitsConfig, run=run, plan=describe_plan)
+def outputs(config: EncodeConfig) -> list[Output]:
+    """The data set."""
+    return [Output(Path(config.out), DATA_FOLDER, [config.source, config.autoencoder])]
+
+
+COMMAND = Command("encode", EncodeSplitsConfig, run=run, plan=describe_plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

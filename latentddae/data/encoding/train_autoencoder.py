@@ -24,6 +24,7 @@ from latentddae.core import rng
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, run_command
+from latentddae.core.outputs import FolderKind, Output
 from latentddae.data.encoding.autoencoder import new_autoencoder_kl
 from latentddae.data.loader import order
 from latentddae.data.sources.open import open_source
@@ -168,7 +169,14 @@ def _open(config: TrainAutoencoderConfig) -> Source:
     return open_source(config.source, config.split)
 
 
-COMMAND = Command("train-autoencoder", TrainAutoencoderConfig, run=run, plan=describe_plan)
+def outputs(config: TrainAutoencoderConfig) -> list[Output]:
+    """The folder of the autoencoder; nothing is replaced."""
+    return [Output(config.out, FolderKind("a new folder", ()), [config.source])]
+
+
+COMMAND = Command(
+    "train-autoencoder", TrainAutoencoderConfig, run=run, plan=describe_plan, outputs=outputs
+)
 main = COMMAND.main
 
 if __name__ == "__main__":

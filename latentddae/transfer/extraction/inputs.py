@@ -11,6 +11,7 @@ from latentddae.core import dist
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import state_dict_hash
+from latentddae.core.outputs import Output
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
@@ -18,7 +19,7 @@ from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
 from latentddae.models.zoo import Checkpoint, Stated
 from latentddae.transfer.extraction.trunk import BATCH
-from latentddae.transfer.results import CheckpointInfo, DataInfo
+from latentddae.transfer.results import RESULTS_FOLDER, CheckpointInfo, DataInfo
 
 Weights = Literal["ema", "model"]
 
@@ -34,6 +35,15 @@ class CheckpointOptions(Stated):
     """The averaged weights, or those of the last step."""
     out: Path
     """Folder for results."""
+
+    @property
+    def read_folders(self) -> list[Path | str]:
+        """What the command reads; its results must lie elsewhere."""
+        return [self.checkpoint]
+
+    def outputs(self) -> list[Output]:
+        """The folder for results."""
+        return [Output(self.out, RESULTS_FOLDER, self.read_folders)]
 
     def open_checkpoint(self) -> Checkpoint:
         """The network, on this rank's GPU where there is one."""
@@ -56,6 +66,10 @@ class TransferOptions(CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, positive=("batch",))
+
+    @property
+    def read_folders(self) -> list[Path | str]:
+        return [self.checkpoint, self.data]
 
     def describe_data(self, train: SampleSet | None, test: SampleSet | None) -> DataInfo:
         """The opened splits as results record them."""

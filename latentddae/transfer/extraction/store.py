@@ -28,6 +28,7 @@ from latentddae.core.files import (
     write_errors,
     write_json,
 )
+from latentddae.core.outputs import FolderKind, head
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
@@ -43,6 +44,11 @@ from latentddae.transfer.results import Fingerprints, LevelUnits
 
 FORMAT = 2
 META, PLAN = "meta.json", "plan.json"
+FEATURES_FOLDER = FolderKind(
+    "a folder of features",
+    (META, PLAN, "*-labels.npy", "*-s*-block*-*.npy", "done-*.jsonl"),
+    proof=lambda folder: b'"kind": "features"' in head(folder / META),
+)
 CHUNK = 1024
 """Samples between two entries of the journal."""
 

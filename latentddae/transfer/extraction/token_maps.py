@@ -169,6 +169,10 @@ class DenseOptions(CheckpointOptions):
         super().__post_init__()
         require(self, positive=("noise_samples",))
 
+    @property
+    def read_folders(self) -> list[Path | str]:
+        return [self.checkpoint, self.data]
+
 
 def open_maps(options: DenseOptions) -> TokenMaps:
     """Raises ConfigError for another autoencoder than the checkpoint's."""

@@ -54,6 +54,10 @@ class ProbeOptions(TransferOptions):
     reference_accuracy: float | None = None
     """A published accuracy in percent to compare with."""
 
+    @property
+    def read_folders(self) -> list[Path | str]:
+        return [*super().read_folders, *([self.features] if self.features else [])]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(

@@ -13,6 +13,8 @@ from typing import ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+GENERATOR = '<meta name="generator" content="latentddae report">'
+"""A line of every page; `report` replaces nothing else."""
 CHART_SCALE = 0.65  # charts have 160 pixels per inch, for high-density screens
 
 

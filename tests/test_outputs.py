@@ -1,0 +1,217 @@
+"""Every command with an output writes only into what is new, empty, or provably its own."""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentddae.cli import COMMANDS
+from latentddae.core.errors import run_command
+from latentddae.core.outputs import MARK, FolderKind, Output, check, claim, claimed
+
+# Command -> its arguments; OUT is the output, INPUT what it reads.
+FOLDERS = {
+    "encode": "--source INPUT --out OUT --autoencoder demo --resolution 32",
+    "train-autoencoder": "--source INPUT --out OUT",
+    "train": "run=OUT data.path=INPUT",
+    "export": "INPUT --out OUT",
+    "grid": "--checkpoint none --data INPUT --out OUT",
+    "linear": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
+    "knn": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
+    "compare": "--checkpoint none --data INPUT --grid none.json --out OUT",
+    "suite": "INPUT --checkpoint none --out OUT",
+    "finetune": "--checkpoint none --data INPUT --out OUT",
+    "features": "--checkpoint none --data INPUT --levels 0.1 --out OUT",
+    "geometry": "--checkpoint none --data INPUT --level 0.1 --out OUT",
+    "noise-classifier": "--checkpoint none --data INPUT --block 1 --out OUT",
+    "segment": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
+    "correspond": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
+    "visualize": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
+    "sample": "--checkpoint INPUT --num 4 --out OUT",
+    "fid": "INPUT none --out OUT",
+    "report": "INPUT --out OUT/report.html --plots OUT",
+    "demo": "--data INPUT --out OUT",
+}
+FILES = {
+    "preview": ("INPUT --out OUT", "png"),
+    "report": ("INPUT --out OUT", "html"),
+    "fid": ("INPUT --save-reference OUT", "npz"),
+    "compare-curve": ("INPUT --write OUT", "json"),
+}
+WITHOUT = ("info", "verify", "doctor")
+
+
+def run(name: str, arguments: str, out: Path, source: Path) -> int:
+    words = [w.replace("INPUT", str(source)).replace("OUT", str(out)) for w in arguments.split()]
+    return run_command(name, importlib.import_module(COMMANDS[name][0]).main, words)
+
+
+def digest(root: Path) -> str:
+    """Hash over the names, kinds, bytes and link targets of everything below a folder."""
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "file"
+        total.update(f"{path.relative_to(root)} {kind}\n".encode())
+        if kind == "link":
+            total.update(os.readlink(path).encode())
+        elif kind == "file":
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_shards) -> Path:
+    """A folder with one of everything that a wrong --out could hit."""
+    root = tmp_path_factory.mktemp("world")
+    foreign = root / "foreign"
+    foreign.mkdir()
+    for name in ("notes.txt", "train-000000.tar", "results.jsonl", "config.yaml"):
+        (foreign / name).write_text("mine\n")
+    (foreign / "images").mkdir()
+    (root / "images" / "a").mkdir(parents=True)
+    (root / "images" / "a" / "x.png").write_bytes(b"an image")
+    shutil.copytree(tiny_shards, root / "dataset")
+    state = root / "run" / "state" / "images-000000000100"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text('{"images": 100}')
+    (root / "run" / "notes.md").write_text("mine\n")
+    export = root / "run" / "export"
+    export.mkdir()
+    (export / "config.json").write_text('{"format": 2, "objective": {}, "latents": {}}')
+    (export / "model.safetensors").write_bytes(b"weights")
+    (export / "notes.md").write_text("mine\n")
+    (root / "linked").symlink_to(root / "foreign")
+    return root
+
+
+PLACES = {
+    "foreign": "foreign",
+    "a link to it": "linked",
+    "the parent of everything": ".",
+    "images": "images",
+    "inside images": "images/a",
+    "data set": "dataset",
+    "inside a data set": "dataset/out",
+    "state": "run/state/images-000000000100",
+    "inside a state": "run/state/images-000000000100/out",
+    "states": "run/state",
+    "among the states": "run/state/out",
+    "checkpoint with a note": "run/export",
+    "inside a checkpoint": "run/export/out",
+}
+
+
+@pytest.mark.parametrize("command", FOLDERS)
+def test_a_folder_that_is_not_ours_is_refused_and_stays_as_it_was(command, world, capfd):
+    before = digest(world)
+    source = world / ("run" if command == "export" else "images")
+    for what, place in PLACES.items():
+        if command == "encode" and what == "data set":
+            continue  # its own kind: refused for its settings, see below
+        out = world / place
+        assert run(command, FOLDERS[command], out, source) == 78, (what, capfd.readouterr())
+        assert "Traceback" not in capfd.readouterr().err
+        assert digest(world) == before, what
+
+
+@pytest.mark.parametrize("command", FOLDERS)
+def test_an_output_is_not_an_input_nor_its_parent_nor_inside_it(command, tmp_path, capfd):
+    """The input is an empty folder: there is no other reason to refuse."""
+    source = tmp_path / "parent" / "input"
+    source.mkdir(parents=True)
+    for out in (source, source.parent, source / "out"):
+        assert run(command, FOLDERS[command], out, source) == 78
+        error = capfd.readouterr().err
+        assert "which is read" in error or "is also read" in error or "--source" in error, error
+        assert [p.name for p in tmp_path.rglob("*")] == ["parent", "input"]
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_file_that_is_not_ours_is_refused_and_stays_as_it_was(command, world, tmp_path):
+    arguments, suffix = FILES[command]
+    targets = {
+        "a foreign file": tmp_path / f"mine.{suffix}",
+        "a folder": tmp_path / f"folder.{suffix}",
+        "a file of a data set": world / "dataset" / f"new.{suffix}",
+        "a file of a state": world / "run/state/images-000000000100" / f"new.{suffix}",
+    }
+    targets["a foreign file"].write_text("mine")
+    targets["a folder"].mkdir()
+    before = digest(world), digest(tmp_path)
+    for what, out in targets.items():
+        assert run(command, arguments, out, world / "images") == 78, what
+        assert (digest(world), digest(tmp_path)) == before, what
+
+
+def test_every_command_is_either_listed_or_writes_nothing():
+    assert sorted({*FOLDERS, *FILES, *WITHOUT}) == sorted(COMMANDS)
+
+
+def test_a_foreign_shard_in_a_data_set_is_refused(world, tmp_path, capfd):
+    shutil.copytree(world / "dataset", tmp_path / "data")
+    (tmp_path / "data" / "val-000000.tar").write_bytes(b"somebody's")
+    before = digest(tmp_path)
+    assert run("encode", FOLDERS["encode"], tmp_path / "data", world / "images") == 78
+    assert "val-000000.tar" in capfd.readouterr().err
+    assert digest(tmp_path) == before
+
+
+RESULTS = FolderKind("a folder of results", ("*.json",), is_marked=True, is_nested=True)
+
+
+def test_a_folder_that_was_claimed_may_be_claimed_again_while_it_holds_only_its_own(tmp_path):
+    out = Output(tmp_path / "out", RESULTS)
+    claim(out)
+    (tmp_path / "out" / "sub").mkdir()
+    (tmp_path / "out" / "sub" / "a.json").write_text("{}")
+    claim(out)
+    (tmp_path / "out" / "sub" / "note.txt").write_text("mine")
+    with pytest.raises(Exception, match=r"note\.txt"):
+        check(out)
+
+
+def test_a_failed_command_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(KeyError), claimed([Output(tmp_path / "out", RESULTS)]):
+        assert (tmp_path / "out" / MARK).exists()
+        raise KeyError
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_replaces_a_checkpoint_and_nothing_else(tmp_path, trained_model):
+    save = trained_model
+    folder = save(tmp_path / "model")
+    save(folder)
+    (folder / "note.txt").write_text("mine")
+    with pytest.raises(Exception, match=r"note\.txt"):
+        save(folder)
+    assert json.loads((folder / "config.json").read_text())["images_seen"] == 1
+
+
+@pytest.fixture
+def trained_model():
+    from latentddae.core.config import build_choice
+    from latentddae.diffusion import OBJECTIVES
+    from latentddae.models import portable
+    from latentddae.models.registry import REGISTRY, build
+    from tests.conftest import tiny_spec
+
+    config = build_choice(REGISTRY, {"name": "dit", "depth": 1, "width": 16, "heads": 2}, "model")
+    objective = build_choice(OBJECTIVES, "flow", "objective")
+    state = {name: torch.zeros_like(v) for name, v in build(config).state_dict().items()}
+
+    def save(folder: Path) -> Path:
+        return portable.save(
+            folder,
+            model=config,
+            objective=objective,
+            latents=tiny_spec(),
+            weights={"ema": state},
+            info={"images_seen": 1, "classes": []},
+        )
+
+    return save
