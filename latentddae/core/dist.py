@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from latentddae.core.errors import ConfigError, LatentddaeError
+from latentddae.core.errors import ConfigError, LatentddaeError, as_user_error
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -253,8 +253,11 @@ def on_rank0(action: Callable[[], Result]) -> Result:
     if torch_dist.get_rank() == 0:
         try:
             box[0] = action()
-        except LatentddaeError as error:
-            box[1] = (type(error), str(error))
+        except Exception as error:
+            shown = as_user_error(error)
+            if shown is None:
+                raise
+            box[1] = (type(shown), str(shown))
     torch_dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1][0](box[1][1])
@@ -278,8 +281,10 @@ def errors_on_all_ranks() -> Iterator[None]:
     error: LatentddaeError | None = None
     try:
         yield
-    except LatentddaeError as raised:
-        error = raised
+    except Exception as raised:
+        error = as_user_error(raised)
+        if error is None:
+            raise
     first = next((e for e in gather_objects(error) if e is not None), None)
     if first is not None:
         raise first

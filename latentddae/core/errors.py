@@ -4,7 +4,13 @@ Every command runs through `run_command`: a LatentddaeError becomes one line on 
 traceback.
 """
 
+import contextlib
+import errno
+import http.client
+import json
+import re
 import sys
+import urllib.error
 from collections.abc import Callable, Sequence
 
 
@@ -38,6 +44,14 @@ class RequeueError(LatentddaeError):
     exit_code = 75
 
 
+class UnavailableError(RequeueError):
+    """Storage or a service did not answer, although it was asked several times: nothing is known to
+    be damaged, and the same command will find it once it answers again."""
+
+    is_final = False
+    """Whether it has been tried often enough already."""
+
+
 class ConfigError(LatentddaeError):
     """A refused configuration or a broken contract; running the same command again cannot help."""
 
@@ -48,19 +62,71 @@ class InUseError(ConfigError):
     """Another process holds a folder."""
 
 
+TRANSIENT = frozenset(
+    {
+        *(errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR),
+        *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN),
+        *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.EREMOTEIO),
+    }
+)
+"""What a network file system or a service answers when it cannot answer now."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+RUST_ERROR = re.compile(r"os error (\d+)")  # safetensors' own reader
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same action may succeed a moment later; the one judge of that."""
+    if isinstance(error, UnavailableError):
+        return True
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 425, 429)
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
+        return is_transient(error.reason)
+    if isinstance(error, (ConnectionError, TimeoutError, http.client.HTTPException)):
+        return not isinstance(error, BrokenPipeError)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in TRANSIENT
+    number = RUST_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return number is not None and int(number[1]) in TRANSIENT
+
+
+def as_user_error(error: BaseException) -> LatentddaeError | None:
+    """The error that a user gets for one of the system's, the network's or a parser's; None for
+    anything else, which is a bug of ours."""
+    if isinstance(error, LatentddaeError):
+        return error
+    if is_transient(error):
+        return UnavailableError(f"{error} (not available now: give the same command again)")
+    if isinstance(error, MemoryError):
+        return ConfigError("out of memory: smaller batches, fewer workers, or another machine")
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError):
+        kind = WriteError if error.errno in FULL else ConfigError
+        return kind(str(error) or type(error).__name__)
+    name = f"{type(error).__module__}.{type(error).__name__}"
+    if isinstance(error, (UnicodeError, json.JSONDecodeError)) or name.startswith("yaml."):
+        return DataError(f"{type(error).__name__}: {error}")
+    return None
+
+
 def run_command(
     name: str, main: Callable[[list[str] | None], None], argv: Sequence[str] | None = None
 ) -> int:
     """Run one command's `main` and return its exit status; errors of ours print as one line."""
     try:
         main(None if argv is None else list(argv))
-    except LatentddaeError as error:
-        message = " ".join(str(error).split())
-        # One write: the lines of ranks that fail together stay apart.
-        sys.stderr.write(f"latentddae {name}: error: {message}\n")
-        sys.stderr.flush()
-        return error.exit_code
     except BrokenPipeError:  # `latentddae info DIR | head`
         sys.stderr.close()
         return 1
+    except Exception as error:
+        shown = as_user_error(error)
+        if shown is None:  # a bug of ours: its traceback is wanted
+            raise
+        message = " ".join(str(shown).split())
+        # One write: the lines of ranks that fail together stay apart.
+        with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
+            sys.stderr.write(f"latentddae {name}: error: {message}\n")
+            sys.stderr.flush()
+        return shown.exit_code
     return 0

@@ -1,19 +1,25 @@
 """Files as contracts: complete or invisible, hashed, locked."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import secrets
 import shutil
 import socket
+import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from latentddae.core.errors import ConfigError, DataError, InUseError, WriteError
+from latentddae.core.errors import ConfigError, DataError, InUseError, WriteError, is_transient
+from latentddae.core.retry import retried, unavailable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +27,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError inside the block into a WriteError that names `path`."""
+    """Turn an OSError inside the block into a WriteError that names `path`, or, if it is transient,
+    into an UnavailableError."""
     try:
         yield
     except OSError as error:
+        if is_transient(error):
+            raise unavailable(path, error) from error
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -35,24 +44,53 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The block writes a file and closes it; it is synced before the rename. Raises WriteError.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     try:
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            move(temporary, path)
             sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that nobody can foresee."""
+    return path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name}")
+
+
+def create(path: Path) -> IO[bytes]:
+    """A new file, open for writing; never one that exists, nor what a link points to."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o644), "wb")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename, replacing the target. A file system that does not answer is asked again; one that did
+    it and could not say so is believed."""
+
+    def rename() -> None:
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            if not (is_transient(error) and not source.exists() and target.exists()):
+                raise
+
+    retried(rename, target)
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write, fsync and rename: a reader sees the old file or the new one, never a part."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    def write() -> None:
+        with atomic_path(path) as temporary, create(temporary) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+    retried(write, path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -65,31 +103,107 @@ def read_json(path: Path, what: str) -> Any:
 
     Raises ConfigError if the file cannot be opened, DataError if it is not JSON.
     """
+    return parse_json(read_bytes(path, what), f"{path} ({what})")
+
+
+MAX_BYTES = 1 << 30
+"""Of a file that is read as a whole: manifests of millions of samples have 10 MB."""
+
+
+def read_bytes(path: Path, what: str = "", limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Raises ConfigError if it cannot be opened, DataError if it is not a regular file or longer than
+    `limit`, UnavailableError if it does not answer.
+    """
+    label = f"{path} ({what})" if what else str(path)
+
     try:
-        return json.loads(path.read_bytes())
+        data = read_raw(path, limit + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({what}): {error.strerror or error}") from error
+        raise ConfigError(f"cannot read {label}: {error.strerror or error}") from error
+    except ValueError as error:  # a null character in the name
+        raise ConfigError(f"cannot read {label}: {error}") from error
+    if len(data) > limit:
+        raise DataError(f"{label} has more than {limit:,} bytes")
+    return data
+
+
+def read_raw(path: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file (-1: all). Raises OSError, UnavailableError."""
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            return file.read(size)
+
+    return retried(read, path)
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """A regular file, open for reading; OSError for a pipe, a device or a folder, without
+    waiting for one."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(handle, "rb")
+
+
+def read_text(path: Path, what: str = "", limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file, see `read_bytes`; DataError if it is not UTF-8."""
+    try:
+        return read_bytes(path, what, limit).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def parse_json(data: bytes | str, label: object) -> Any:
+    """The value of a JSON text; `label` names it in the DataError for a damaged one."""
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} ({what}) is not valid JSON: {error}") from error
+        raise DataError(f"{label} is not valid JSON: {error}") from error
 
 
 def append_json_line(path: Path, value: object) -> None:
     """One JSON object per line; each line is written with a single call."""
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(value) + "\n")
+    line = (json.dumps(value) + "\n").encode()
+
+    def append() -> None:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            with open(os.open(path, flags, 0o644), "rb+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+                file.write(b"\n" + line if torn else line)
+
+    retried(append, path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line cut off by a kill is left out."""
+    """All complete rows; a line cut off by a kill is left out, and any other damaged one is named
+    on stderr."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    rows, torn = [], 0
+    lines = read_bytes(path).split(b"\n")
+    for line in lines:
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row, torn = None, torn + (line is not lines[-1])
+        if isinstance(row, dict):
+            rows.append(row)
+    if torn:
+        warn(f"warning: {path}: {torn} damaged line{'s' if torn > 1 else ''} left out")
     return rows
+
+
+def warn(text: str) -> None:
+    """Print a line to stderr; a stderr that cannot be written takes nothing along."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -104,17 +218,25 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+
+    def sync() -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    retried(sync, folder)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file's bytes. Raises OSError, UnavailableError."""
+
+    def digest() -> str:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retried(digest, path)
 
 
 def state_dict_hash(state: Mapping[str, "Tensor"]) -> str:
@@ -145,8 +267,10 @@ def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
     me = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+")
+        handle = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{path} is a link: remove it") from error
         raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
     with contextlib.ExitStack() as stack:
         stack.enter_context(handle)

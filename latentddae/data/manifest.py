@@ -16,7 +16,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import text_hash
+from latentddae.core.files import read_bytes, text_hash
 from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
 
@@ -216,7 +216,7 @@ def read_manifest(root: Path) -> Manifest:
     if not path.is_file():
         why = "its encoding is not finished" if any(root.glob(".encode-*")) else "not a data set"
         raise DataError(f"{root} has no {MANIFEST}: {why}; run `latentddae encode` (again)")
-    return parse_manifest(path, path.read_bytes())
+    return parse_manifest(path, read_bytes(path, "manifest"))
 
 
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:

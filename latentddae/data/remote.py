@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
-from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import write_errors
+from latentddae.core.errors import ConfigError, DataError, UnavailableError, is_transient
+from latentddae.core.files import create, move, temporary_path, write_errors
 
 WEB = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
 # No "::" (fsspec chains file systems with it) and no characters that a shell or template expands.
@@ -47,7 +47,8 @@ def open_file(root: str, name: str) -> IO[bytes]:
         try:
             return open(Path(root) / name, "rb")
         except OSError as error:
-            raise DataError(f"{root}/{name} cannot be opened: {error}") from error
+            kind = UnavailableError if is_transient(error) else DataError
+            raise kind(f"{root}/{name} cannot be opened: {error}") from error
     address = f"{root.rstrip('/')}/{name}"
     try:
         if WEB.fullmatch(root):
@@ -58,7 +59,8 @@ def open_file(root: str, name: str) -> IO[bytes]:
     except ImportError as error:
         raise ConfigError(f"{root} cannot be read: {error}") from error
     except Exception as error:  # every file system has its own
-        raise DataError(f"{address} cannot be opened: {error}") from error
+        kind = UnavailableError if is_transient(error) else DataError
+        raise kind(f"{address} cannot be opened: {error}") from error
 
 
 def read_all(root: str, name: str) -> bytes:
@@ -77,9 +79,10 @@ def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | No
     Tried TRIES times with growing pauses. DataError if the file is not what the manifest says,
     WriteError if the target cannot be written.
     """
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    temporary = temporary_path(target)
 
     def copy() -> None:
+        temporary.unlink(missing_ok=True)
         digest = _copy(root, name, temporary, size)
         if sha256 is not None and digest != sha256:
             raise DataError("its hash is not the one in the manifest")
@@ -87,28 +90,29 @@ def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | No
     try:
         retried(copy, f"{root}/{name} cannot be fetched")
         with write_errors(target):
-            os.replace(temporary, target)
+            move(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def retried(action: Callable[[], Result], failure: str, tries: int = TRIES) -> Result:
     """The result of `action`, tried again after a DataError or a lost connection, `tries` times in
-    all with growing pauses; then a DataError that begins with `failure`."""
+    all with growing pauses; then an UnavailableError or a DataError that begins with `failure`."""
     for attempt in range(tries):
         if attempt:
             time.sleep(0.1 * 4 ** (attempt - 1))
         try:
             return action()
-        except (DataError, ConnectionError, TimeoutError) as error:
+        except (DataError, UnavailableError, ConnectionError, TimeoutError) as error:
             problem = error
-    raise DataError(f"{failure} ({tries} tries): {problem}") from problem
+    kind = UnavailableError if is_transient(problem) else DataError
+    raise kind(f"{failure} ({tries} tries): {problem}") from problem
 
 
 def _copy(root: str, name: str, target: Path, size: int | None) -> str:
     """Copy one file and return its hash. DataError if it does not have `size` bytes."""
     digest, count = hashlib.sha256(), 0
-    with open_file(root, name) as source, write_errors(target), open(target, "wb") as file:
+    with open_file(root, name) as source, write_errors(target), create(target) as file:
         while chunk := _read(source, CHUNK, f"{root}/{name}"):
             digest.update(chunk)
             file.write(chunk)
@@ -127,4 +131,5 @@ def _read(file: IO[bytes], size: int, name: str) -> bytes:
     try:
         return file.read(size)
     except Exception as error:  # every file system has its own
-        raise DataError(f"{name} cannot be read: {error}") from error
+        kind = UnavailableError if is_transient(error) else DataError
+        raise kind(f"{name} cannot be read: {error}") from error

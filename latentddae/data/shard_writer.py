@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from latentddae.core.errors import WriteError
-from latentddae.core.files import sync_folder, write_atomic, write_errors
+from latentddae.core.errors import UnavailableError, WriteError
+from latentddae.core.files import (
+    create,
+    move,
+    sync_folder,
+    temporary_path,
+    write_atomic,
+    write_errors,
+)
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import ChannelStats, ShardEntry
 from latentddae.data.shard_format import (
@@ -28,7 +35,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, spec: LatentSpec, num_classes: int) -> None:
         self.path = folder / f"{name}.tar"
-        self._temporary = folder / f".tmp-{os.getpid()}-{name}.tar"
+        self._temporary = temporary_path(self.path)
         self._spec = spec
         self._shape = (len(spec.views), *spec.stored_shape)
         self._npy_header = npy_header(spec.stored_dtype, spec.file_shape)
@@ -39,7 +46,7 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._stats = ChannelStats(spec)
         with write_errors(self.path):
-            self._file = open(self._temporary, "wb")
+            self._file = create(self._temporary)
 
     def add(self, key: str, stored: np.ndarray, label: int) -> None:
         """Add one sample: `stored` (V, *stored_shape) in the stored dtype."""
@@ -58,7 +65,7 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._temporary, self.path)
+            move(self._temporary, self.path)
             sync_folder(self.path.parent)
         index = np.array(self._index, INDEX_DTYPE).reshape(-1, 2)
         payload = npy_header(index.dtype, index.shape) + index.tobytes()
@@ -79,11 +86,11 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:
-        """Abort on an OSError inside the block, and raise it as a WriteError."""
+        """Abort on an OSError inside the block, and raise it as `write_errors` does."""
         try:
             with write_errors(self.path):
                 yield
-        except WriteError:
+        except (UnavailableError, WriteError):
             self.abort()
             raise
 

@@ -24,7 +24,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import sha256, write_json
+from latentddae.core.files import read_raw, sha256, write_json
+from latentddae.core.retry import retried
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
@@ -127,7 +128,7 @@ class ShardSet:
         path = self.root / entry["file"]
         index = _read_index(index_path(path), entry)
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = retried(lambda: os.open(path, os.O_RDONLY), path)
         except OSError as error:
             raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
         self._files.append(handle)
@@ -139,7 +140,7 @@ class ShardSet:
             )
         payload = math.prod(self._shape) * self.spec.stored_dtype.itemsize
         first, stride = _regular(path, index[:, 0], size, payload)
-        header = os.pread(handle, len(self._npy_header), first - len(self._npy_header))
+        header = _pread(handle, len(self._npy_header), first - len(self._npy_header), path)
         if header != self._npy_header:
             raise DataError(
                 f"shard {path}: its arrays are not {self.spec.stored_dtype} {self.spec.file_shape}"
@@ -184,7 +185,7 @@ class ShardSet:
     def _read(self, shard: int, start: int, size: int) -> memoryview | bytes:
         if self._access == "mmap":
             return self._maps[shard][start : start + size]
-        data = os.pread(self._files[shard], size, start)
+        data = _pread(self._files[shard], size, start, self.shard_names[shard])
         if len(data) < size:
             raise DataError(
                 f"shard {self.shard_names[shard]} was cut short at byte {start + len(data)}"
@@ -232,10 +233,14 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+def _pread(handle: int, size: int, start: int, name: Path | str) -> bytes:
+    return retried(lambda: os.pread(handle, size, start), name)
+
+
 def _read_index(path: Path, entry: ShardEntry) -> np.ndarray:
     """An index (n, 2) int64. DataError if its bytes are not those the manifest was made for."""
     try:
-        data = path.read_bytes()
+        data = read_raw(path)
     except OSError as error:
         raise DataError(f"index {path} cannot be read: {error.strerror}") from error
     shape = (entry["samples"], 2)

@@ -162,11 +162,12 @@ class Saver:
 
     def _publish(self, pending: PendingSave) -> None:
         self._pending = None
-        rank_file, problem = None, ""
+        rank_file: RankFile | None = None
+        problem: Exception | None = None
         try:
             rank_file = pending.file.result()
         except Exception as error:  # whatever it is: the other ranks must not wait for this one
-            problem = str(error) or repr(error)
+            problem = error
         states.commit(pending.hidden, rank_file, problem, pending.info)
         if self.engine.world.is_main and not self._has_saved:
             crash_loops.record_event(self.run, "saved")

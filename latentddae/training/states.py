@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentddae.core import dist, files, safetensors_stream
-from latentddae.core.errors import ConfigError, DataError, WriteError
+from latentddae.core.errors import ConfigError, DataError, UnavailableError, WriteError
+from latentddae.core.retry import retried
 from latentddae.training.checksums import checksums, named_sums
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
@@ -112,7 +113,8 @@ def prepare_folder(folder: Path, images: int, bytes_needed: int) -> Path:
 
 
 def write_rank_file(hidden: Path, images: int, content: RankState) -> RankFile:
-    """Write and fsync this rank's file. Raises OSError."""
+    """Write and fsync this rank's file, again where storage does not answer. Raises OSError,
+    UnavailableError."""
     world = content.world
     name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
     entries = {
@@ -125,7 +127,7 @@ def write_rank_file(hidden: Path, images: int, content: RankState) -> RankFile:
         for name, value in content.non_trainable.items()
     }
     labels = _labels(world.rank, world.size, images)
-    digest = safetensors_stream.write(hidden / name, entries, labels)
+    digest = retried(lambda: safetensors_stream.write(hidden / name, entries, labels), hidden)
     sums = checksums(content.names, content.fragments, content.values)
     return RankFile(name, digest, (hidden / name).stat().st_size, list(content.values), sums)
 
@@ -135,15 +137,22 @@ def _labels(rank: int, world_size: int, images: int) -> dict[str, str]:
     return {"rank": str(rank), "world": str(world_size), "images": str(images)}
 
 
-def commit(hidden: Path, rank_file: RankFile | None, problem: str, info: Info) -> State:
+def commit(
+    hidden: Path, rank_file: RankFile | None, problem: Exception | None, info: Info
+) -> State:
     """Make a state visible once every rank has written (a collective).
 
     Raises WriteError on every rank, with the older states untouched, if one rank could not write
-    (`problem` says why, `rank_file` is None).
+    (`problem` says why, `rank_file` is None); UnavailableError if storage did not answer.
     """
-    results = dist.gather_objects((rank_file, problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
-    return _publish(hidden, [file for file, _ in results if file], problems, info)
+    text = "" if problem is None else str(problem) or repr(problem)
+    results = dist.gather_objects((rank_file, text, isinstance(problem, UnavailableError)))
+    problems = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(results) if text]
+    if problems and any(unavailable for *_, unavailable in results):
+        if dist.world_from_environment().is_main:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise UnavailableError(f"a state was not written: {problems[0]}")
+    return _publish(hidden, [file for file, *_ in results if file], problems, info)
 
 
 @dist.rank0
@@ -163,8 +172,11 @@ def _publish(hidden: Path, rank_files: list[RankFile], problems: list[str], info
     try:
         files.write_json(hidden / MANIFEST, {**manifest, "check": files.text_hash(manifest)})
         files.sync_folder(hidden)
-        hidden.rename(final)
+        files.move(hidden, final)
         files.sync_folder(final.parent)
+    except UnavailableError:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
     except (OSError, WriteError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
         raise WriteError(f"state {final} could not be written: {error}") from error
@@ -195,7 +207,7 @@ def read_manifest(path: Path) -> State:
     """A state by its folder; raises DataError if its `state.json` is missing or damaged."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(files.read_raw(file))
         check = manifest.pop("check", None)
         if check != files.text_hash(manifest):
             raise DataError(f"{file} is damaged: its hash is not the recorded one")
@@ -226,12 +238,11 @@ def verify(state: State, world: dist.World | None = None) -> None:
 
 def _verify_file(path: Path, recorded: Info, labels: Mapping[str, str]) -> None:
     try:
-        if path.stat().st_size != recorded["bytes"]:
+        if retried(path.stat, path).st_size != recorded["bytes"]:
             raise DataError(f"{path} is damaged: it has another size than recorded")
         if files.sha256(path) != recorded["sha256"]:
             raise DataError(f"{path} is damaged: its sha256 is not the recorded one")
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+        header = retried(lambda: _header(path), path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -239,6 +250,11 @@ def _verify_file(path: Path, recorded: Info, labels: Mapping[str, str]) -> None:
     for label, expected in labels.items():
         if header.get(label) != expected:
             raise DataError(f"{path} belongs to {label} {header.get(label)}, not to {expected}")
+
+
+def _header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def newest_intact(

@@ -66,7 +66,7 @@ def write_states(folder: Path, count: int) -> None:
         hidden = states.prepare_folder(folder, number, 0)
         mine = states.RankState(dist.World(), ["w"], [], {"master": []}, {"b": torch.zeros(3)})
         part = states.write_rank_file(hidden, number, mine)
-        states.commit(hidden, part, "", {"images": number, "shapes": {"w": [1]}})
+        states.commit(hidden, part, None, {"images": number, "shapes": {"w": [1]}})
 
 
 def left(folder: Path) -> list[int]:
@@ -277,5 +277,5 @@ def test_leftovers_go_at_the_next_start(tmp_path) -> None:
 def test_a_write_error_names_rank_and_state(tmp_path) -> None:
     hidden = states.prepare_folder(tmp_path, 5, 0)
     with pytest.raises(WriteError, match=r"images-0+5 could not be written: rank 0: no ink"):
-        states.commit(hidden, None, "no ink", {"images": 5})
+        states.commit(hidden, None, OSError("no ink"), {"images": 5})
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, is_transient
+from latentddae.core.retry import unavailable
 from latentddae.data.sources.source import Item, Source, make_source
 from latentddae.data.sources.tars import members
 
@@ -96,6 +97,8 @@ def val_truth(folder: Path) -> dict[int, str]:
         try:
             truth = read(path)
         except (OSError, ValueError, KeyError, IndexError, tarfile.TarError) as error:
+            if is_transient(error):
+                raise unavailable(path, error) from error
             raise DataError(f"ground truth {path} cannot be read: {error!r}") from error
         unknown = next((wnid for wnid in truth.values() if wnid not in set(wnids())), None)
         if unknown is not None:

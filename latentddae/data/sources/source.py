@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.retry import retried
 from latentddae.data.shard_format import invalid_key_reason, key_from_path
 from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
 
@@ -38,9 +39,10 @@ class Source:
         return len(self.keys)
 
     def image(self, i: int) -> Image.Image:
-        """The i-th image, RGB. BadImageError gives the reason if it cannot be read."""
+        """The i-th image, RGB. BadImageError gives the reason if it is bad, UnavailableError is for
+        one that cannot be read now."""
         try:
-            data = self.read(i)
+            data = retried(lambda: self.read(i), self.names[i])
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
         return decode(data) if isinstance(data, bytes) else to_rgb(data)

@@ -1,0 +1,41 @@
+"""What storage cannot do now is tried again with growing pauses; the one retry of the package."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from latentddae.core.errors import UnavailableError, is_transient
+
+PAUSES = (0.05, 0.2, 1.0, 3.0)
+"""Seconds before the second, third, ... try."""
+
+Result = TypeVar("Result")
+
+
+def retried(action: Callable[[], Result], what: object) -> Result:
+    """The result of `action`, called again after each transient error (see errors.is_transient).
+
+    `what` is named in the UnavailableError that is raised in the end. Every other error passes at
+    once. `action` must be one that can be repeated.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except Exception as error:
+            if not is_transient(error) or getattr(error, "is_final", False):
+                raise
+            if pause is None:
+                final = unavailable(what, error)
+                final.is_final = True
+                raise final from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def unavailable(what: object, error: BaseException) -> UnavailableError:
+    """The error for what has been tried often enough."""
+    reason = getattr(error, "strerror", None) or error
+    return UnavailableError(
+        f"{what} is not available now ({reason}), {len(PAUSES) + 1} tries; nothing is known to be "
+        "damaged: give the same command again"
+    )
