@@ -121,7 +121,7 @@ class Toy:
         )
         hidden = states.prepare_folder(folder, self.images, 0)
         part = states.write_rank_file(hidden, self.images, content)
-        return states.commit(hidden, part, "", info)
+        return states.commit(hidden, part, None, info)
 
     def load(self, folder: Path) -> "Toy":
         state = states.find(folder)

@@ -40,8 +40,8 @@ def test_finds_the_planted_classes_from_the_chosen_cell(
 ):
     command = COMMANDS[name].main
     for _ in range(2):  # the second run adds nothing
-        command(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", grid_file))
-    (line,) = results.read(tmp_path / results.RESULTS)
+        command(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--cell", grid_file))
+    (line,) = results.read(tmp_path / "out" / results.RESULTS)
     best = json.loads(grid_file.read_text())["chosen"]
     assert line.kind == name
     assert (line.cell.block, line.cell.level) == (best["block"], best["level"])
@@ -54,8 +54,8 @@ def test_finds_the_planted_classes_from_the_chosen_cell(
 
 def test_a_cell_by_hand(checkpoint_folder, tiny_shards, tmp_path):
     cell = ("--block", 2, "--level", 0.2, "--pool", "grid2", "--seed", 8, "--limit", 80)
-    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *cell))
-    (line,) = results.read(tmp_path / results.RESULTS)
+    linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", *cell))
+    (line,) = results.read(tmp_path / "out" / results.RESULTS)
     assert (line.width, line.seed, line.n_seen["train"]) == (96, 8, 80)
 
 
@@ -107,20 +107,20 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
 ):
     other = write_checkpoint(tmp_path / "other", train, seed=9)
     with pytest.raises(ConfigError, match="the grid was computed with weights"):
-        linear.main(arguments(other, tiny_shards, tmp_path, "--cell", grid_file))
+        linear.main(arguments(other, tiny_shards, tmp_path / "out", "--cell", grid_file))
     with pytest.raises(UsageError, match="name the cell"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--block", 1))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--block", 1))
     with pytest.raises(ConfigError, match="the result of `latentddae grid`"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--cell", "none.json"))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--cell", "none.json"))
     rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, *rest))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", *rest))
 
 
 def test_labels_make_no_difference_to_a_conditional_network(train, tiny_shards, tmp_path):
     folder = write_checkpoint(tmp_path / "labelled", train, replace(CONFIG, num_classes=4))
-    linear.main(arguments(folder, tiny_shards, tmp_path, "--block", 2, "--level", 0.1))
-    assert results.read(tmp_path / results.RESULTS)[0].n_seen["test"] == 32
+    linear.main(arguments(folder, tiny_shards, tmp_path / "out", "--block", 2, "--level", 0.1))
+    assert results.read(tmp_path / "out" / results.RESULTS)[0].n_seen["test"] == 32
 
 
 HERE = ("--block", 2, "--level", 0.3)
@@ -150,7 +150,7 @@ def test_few_shots_use_the_selected_samples_only(
     name, checkpoint_folder, tiny_shards, tmp_path, capsys
 ):
     few = ("--few-shot", "1,5,50%", "--few-shot-draws", 3)
-    rest = (checkpoint_folder, tiny_shards, tmp_path, *HERE, *few)
+    rest = (checkpoint_folder, tiny_shards, tmp_path / "out", *HERE, *few)
     lines = lines_of(COMMANDS[name], *rest)
     assert [line.n_seen["train"] for line in lines] == [4, 20, 48]
     assert [line.protocol["few_shot"] for line in lines] == ["1", "5", "50%"]
@@ -171,7 +171,7 @@ def test_scores_and_confusion_are_those_of_the_predictions(
 
     monkeypatch.setattr(ShardSet, "__init__", uneven)
     rest = (*HERE, "--metric", "mean_per_class", "--reference-accuracy", 85.73)
-    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path / "out", *rest)
     found = json.loads((tmp_path / f"confusion-{line.id}.json").read_text())
     assert found["classes"] == ["a", "b", "c", "d"]
     table = np.array(found["counts"])
@@ -188,12 +188,12 @@ def test_a_config_file_holds_options_and_the_command_line_wins(
     file = tmp_path / "probe.yaml"
     file.write_text("block: 1\nlevel: 0.2\nlimit: 80\nreference_accuracy: 85.73\nfew_shot: []\n")
     rest = ("--config", file, "--block", 3)
-    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path, *rest)
+    (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path / "out", *rest)
     assert (line.cell.block, line.cell.level, line.n_seen["train"]) == (3, 0.2, 80)
     assert "reference 85.73 %" in capsys.readouterr().out
     file.write_text("blok: 1\n")
     with pytest.raises(ConfigError, match="unknown key blok; did you mean block"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path, "--config", file))
+        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--config", file))
 
 
 def test_a_clean_input_has_no_noise_to_average(checkpoint_folder, tiny_shards, tmp_path):
@@ -222,9 +222,9 @@ def test_features_on_disk_replace_the_network(
     assert abs(read.accuracy - fresh.accuracy) <= 1 / 32  # float16
     assert read.n_seen == fresh.n_seen
     with pytest.raises(ConfigError, match="noise seed 4, asked for is 5"):
-        lines_of(COMMANDS[name], *common, tmp_path, *HERE, "--seed", 5, *held)
+        lines_of(COMMANDS[name], *common, tmp_path / "out", *HERE, "--seed", 5, *held)
     with pytest.raises(UsageError, match="holds one noise"):
-        lines_of(linear, *common, tmp_path, *rest, *held, "--recipe", "ddae")
+        lines_of(linear, *common, tmp_path / "out", *rest, *held, "--recipe", "ddae")
 
 
 @pytest.mark.parametrize("recipe", ["lbfgs", "dinov2"])

@@ -72,12 +72,12 @@ def test_a_suite_scores_each_set_by_its_own_metric_and_splits(
 def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
     data = pets_and_flowers / "flowers102"
     checkpoint = write_checkpoint(tmp_path / "export", ShardSet(data, "train"))
-    common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path)]
+    common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
     cell = ["--block", "1", "--level", "0.1", "--train-splits", "train,test"]
     with pytest.raises(UsageError, match="test is one of --train-splits"):
         linear.main([*common, *cell])
     with pytest.raises(UsageError, match="name data folders"):
-        suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path)])
+        suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])
 
 
 def test_every_torchvision_set_is_known_with_splits_that_it_has():
