@@ -224,7 +224,8 @@ def _check_surroundings(path: Path) -> None:
         for name, texts, what in READ_ONLY:
             if _begins_with(parent / name, texts):
                 raise ConfigError(
-                    f"{path} lies inside {parent}, {what}: nothing was changed; choose another --out"
+                    f"{path} lies inside {parent}, {what}: nothing was changed; choose another "
+                    "--out"
                 )
         if STATES.fullmatch(parent.name) and (parent / "state.json").exists():
             raise ConfigError(f"{path} lies inside {parent}, a resume state: choose another --out")

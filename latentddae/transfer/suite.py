@@ -18,8 +18,8 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_json
-from latentddae.models.zoo import Stated
 from latentddae.core.outputs import Output
+from latentddae.models.zoo import Stated
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
 from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train

@@ -202,7 +202,9 @@ def test_the_command_without_pixels(checkpoint_folder, tiny_shards, subject, tmp
     grid_file = tmp_path / "grid.json"
     grid_file.write_text(json.dumps(to_dict(subject.grid)))
     arguments = f"--checkpoint {checkpoint_folder} --data {tiny_shards} --grid {grid_file}"
-    comparison.main([*arguments.split(), "--out", str(tmp_path / "out"), "--baseline-levels", "0.3"])
+    comparison.main(
+        [*arguments.split(), "--out", str(tmp_path / "out"), "--baseline-levels", "0.3"]
+    )
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 7
     assert lines[0].startswith("DDAE features, mean")

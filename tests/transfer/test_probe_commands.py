@@ -111,7 +111,9 @@ def test_refuses_a_grid_of_other_weights_and_no_cell(
     with pytest.raises(UsageError, match="name the cell"):
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--block", 1))
     with pytest.raises(ConfigError, match="the result of `latentddae grid`"):
-        linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--cell", "none.json"))
+        linear.main(
+            arguments(checkpoint_folder, tiny_shards, tmp_path / "out", "--cell", "none.json")
+        )
     rest = ("--cell", grid_file, "--pool", "mode")
     with pytest.raises(UsageError, match="no pool"):
         linear.main(arguments(checkpoint_folder, tiny_shards, tmp_path / "out", *rest))
