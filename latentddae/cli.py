@@ -13,6 +13,7 @@ from latentddae.training.preemption import listen_early
 
 GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
     "data": {
+        "inspect": ("latentddae.data.inspect_source", "what a place with images is read as"),
         "encode": ("latentddae.data.encoding.encode", "images -> latent shards"),
         "info": ("latentddae.data.info", "contents of a data folder"),
         "verify": ("latentddae.data.verify", "check a data folder and list every problem"),

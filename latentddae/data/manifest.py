@@ -19,14 +19,20 @@ from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import read_bytes, text_hash
 from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
+from latentddae.data.shard_format import FORMAT, MANIFEST
 
-FORMAT = "latentddae-shards"
-VERSION = 1
-MANIFEST = "manifest.json"
+VERSION = 2
 SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
 DATA_FOLDER = FolderKind(
     "a data set",
-    (MANIFEST, "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar", "*-[0-9]*.idx.npy", ".encode-*/"),
+    (
+        MANIFEST,
+        "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar",
+        "*-[0-9]*.idx.npy",
+        "*.content.npy",
+        "*.names.json",
+        ".encode-*/",
+    ),
     proof=lambda folder: is_data_folder(folder),
 )
 UNIT_STD = (0.7, 1.3)  # SD latents have .97, the demo's autoencoder 1.0 on CIFAR-10, 1.17 on MNIST
@@ -58,6 +64,8 @@ class ShardEntry(TypedDict):
     index_sha256: str
     sums: NotRequired[Sums]
     """In the encoder's journal only."""
+    content: NotRequired[list[str]]
+    """Hash of each sample's image, 16 hexadecimal digits; in the encoder's journal only."""
     bad: NotRequired[list[tuple[str, str]]]
     """Left-out images and reasons; in the encoder's journal only."""
 
@@ -70,7 +78,14 @@ class EncodingFacts(TypedDict, total=False):
     bad: int
     bad_images: list[list[str]]
     """The first of them: name, reason."""
-    ignored_files: int
+    origin: str
+    """What the keys are relative to: the same key and origin is the same file."""
+    shared: dict[str, int]
+    """Other split -> images of this one that are in it, too."""
+    understood: dict[str, object]
+    """How the source was read, see `sources.understanding`."""
+    content_sha256: str
+    """Hash of the file SPLIT.content.npy, see `content`."""
     settings: dict[str, object]
     """Everything that determines the bytes, see `plan.make_plan`."""
 
@@ -181,6 +196,7 @@ def add_split(
 def _without_sums(entry: ShardEntry) -> ShardEntry:
     entry = entry.copy()
     entry.pop("sums", None)
+    entry.pop("content", None)
     return entry
 
 

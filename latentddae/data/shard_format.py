@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+FORMAT = "latentddae-shards"
+MANIFEST = "manifest.json"
 BLOCK = tarfile.BLOCKSIZE
 RECORD = tarfile.RECORDSIZE
 NAME_BYTES = 100
 INDEX_DTYPE = np.dtype("<i8")
 MEMBERS = {"moments": "moments.npy", "deterministic": "moments.npy", "image": "image.npy"}
+PLAIN = re.compile(r"[A-Za-z0-9_\-/]*")
 KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 
 
@@ -29,13 +32,19 @@ def index_path(shard: Path) -> Path:
 
 
 def key_from_path(path: str) -> str:
-    """A path relative to the data set as a key: without extension, and with characters other than
-    letters, digits, "_", "-" and "/" replaced by "-xx", their UTF-8 bytes in hexadecimal."""
-    stem = path[: len(path) - len(os.path.splitext(path)[1])]
+    """A path relative to the data set as a key: escaped, without extension."""
+    return escape_path(path[: len(path) - len(os.path.splitext(path)[1])])
+
+
+def escape_path(path: str) -> str:
+    """A path with characters other than letters, digits, "_", "-" and "/" replaced by "-xx", their
+    UTF-8 bytes in hexadecimal."""
+    if PLAIN.fullmatch(path):
+        return path
     return re.sub(
         r"[^A-Za-z0-9_\-/]",
         lambda match: "".join(f"-{byte:02x}" for byte in match[0].encode(errors="surrogateescape")),
-        stem,
+        path,
     )
 
 

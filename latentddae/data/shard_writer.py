@@ -17,6 +17,7 @@ from latentddae.core.files import (
     write_atomic,
     write_errors,
 )
+from latentddae.data.content import content_hash
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import ChannelStats, ShardEntry
 from latentddae.data.shard_format import (
@@ -42,20 +43,23 @@ class ShardWriter:
         # At least 2: the label of a sample without one is "-1".
         self._label_width = max(len(str(num_classes - 1)), 2)
         self._index: list[tuple[int, int]] = []
+        self._content: list[int] = []
         self._bytes = 0
         self._sha256 = hashlib.sha256()
         self._stats = ChannelStats(spec)
         with write_errors(self.path):
             self._file = create(self._temporary)
 
-    def add(self, key: str, stored: np.ndarray, label: int) -> None:
-        """Add one sample: `stored` (V, *stored_shape) in the stored dtype."""
+    def add(self, key: str, stored: np.ndarray, label: int, content: int | None = None) -> None:
+        """Add one sample: `stored` (V, *stored_shape) in the stored dtype, and the hash of its
+        image (default: of its first view)."""
         assert (stored.shape, stored.dtype) == (self._shape, self._spec.stored_dtype), stored.shape
         offset = self._bytes + BLOCK + len(self._npy_header)
         member = MEMBERS[self._spec.kind]
         self._write(tar_member(f"{key}.{member}", self._npy_header, stored.tobytes()))
         self._write(tar_member(f"{key}.cls", f"{label:0{self._label_width}d}".encode()))
         self._index.append((offset, label))
+        self._content.append(content_hash(stored[0]) if content is None else content)
         self._stats.add(stored)
 
     def close(self) -> ShardEntry:
@@ -77,6 +81,7 @@ class ShardWriter:
             "sha256": self._sha256.hexdigest(),
             "index_sha256": hashlib.sha256(payload).hexdigest(),
             "sums": self._stats.to_dict(),
+            "content": [f"{value:016x}" for value in self._content],
         }
 
     def abort(self) -> None:

@@ -26,9 +26,11 @@ import numpy as np
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import read_raw, sha256, write_json
 from latentddae.core.retry import retried
+from latentddae.data import content
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
+    EncodingFacts,
     ShardEntry,
     add_split,
     new_manifest,
@@ -78,7 +80,8 @@ def write_split(
         manifest = read_manifest(root)
     else:
         manifest = new_manifest(spec, {"resolution": spec.size}, classes)
-    write_json(root / MANIFEST, add_split(manifest, split, spec, entries))
+    facts: EncodingFacts = {"content_sha256": content.write(root, split, entries)}
+    write_json(root / MANIFEST, add_split(manifest, split, spec, entries, facts))
 
 
 class ShardSet:

@@ -65,8 +65,10 @@ def make_photos(tmp_path: Path) -> Callable[..., Path]:
     return lambda **options: write_photos(tmp_path / "many", **options)
 
 
-def write_photos(root: Path, classes: tuple[str, ...] = ("1", "2", "10"), each: int = 10) -> Path:
-    rng = np.random.default_rng(0)
+def write_photos(
+    root: Path, classes: tuple[str, ...] = ("1", "2", "10"), each: int = 10, seed: int = 0
+) -> Path:
+    rng = np.random.default_rng(seed)
     for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(each):

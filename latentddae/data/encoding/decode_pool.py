@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from latentddae.core import rng
+from latentddae.data.content import content_hash
 from latentddae.data.encoding.plan import Plan, copy_number
 from latentddae.data.sources.pixels import CROPS, BadImageError
 
@@ -25,6 +26,8 @@ class Decoded:
     """(n, views, 3, H, W) uint8; zeros for a bad image."""
     problems: dict[int, str]
     """Row of a bad image -> reason."""
+    content: np.ndarray
+    """(n,) uint64: hash of each image's deterministic crop."""
 
 
 def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
@@ -40,7 +43,8 @@ def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
                     if len(pending) > AHEAD:
                         yield _finished(pending.popleft())
                     memory.rotate()
-                    batch = Decoded(indices, memory[0][: len(indices)], {})
+                    content = np.zeros(len(indices), np.uint64)
+                    batch = Decoded(indices, memory[0][: len(indices)], {}, content)
                     rows = [range(k, len(indices), config.workers) for k in range(config.workers)]
                     tasks = [pool.submit(_decode, plan, batch, r) for r in rows if r]
                     pending.append((batch, tasks))
@@ -59,15 +63,16 @@ def _finished(batch: tuple[Decoded, list[Future[None]]]) -> Decoded:
 def _decode(plan: Plan, batch: Decoded, rows: range) -> None:
     for row in rows:
         try:
-            crops(plan, int(batch.indices[row]), batch.pixels[row])
+            square = crops(plan, int(batch.indices[row]), batch.pixels[row])
+            batch.content[row] = content_hash(square)
         except BadImageError as error:
             batch.problems[row] = str(error)
             batch.pixels[row] = 0
 
 
-def crops(plan: Plan, index: int, out: np.ndarray) -> None:
-    """Write all views of one image to `out` (V, 3, H, W) uint8. Random crops are keyed by (seed,
-    sample key, copy)."""
+def crops(plan: Plan, index: int, out: np.ndarray) -> np.ndarray:
+    """Write all views of one image to `out` (V, 3, H, W) uint8 and return its deterministic crop
+    (H, W, 3). Random crops are keyed by (seed, sample key, copy)."""
     config = plan.config
     image = plan.source.image(index)
     crop = CROPS[config.crop]
@@ -79,3 +84,4 @@ def crops(plan: Plan, index: int, out: np.ndarray) -> None:
             draw = rng.uniform(config.seed, f"crop/{copy}", position, (5,))[0].numpy()
             pixels = np.asarray(crop.random(image, config.resolution, draw))
         target[:] = rearrange(pixels, "h w c -> c h w")
+    return square

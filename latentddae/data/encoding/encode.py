@@ -20,6 +20,7 @@ from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
 from latentddae.core.files import exclusive, write_json
 from latentddae.core.outputs import Output
+from latentddae.data import content
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
 from latentddae.data.encoding.journal import Journal, describe_changes
 from latentddae.data.encoding.plan import EncodeConfig, Plan, check_views, make_plan, pipeline
@@ -34,7 +35,7 @@ from latentddae.data.manifest import (
     new_manifest,
     read_manifest,
 )
-from latentddae.data.sources.open import open_source
+from latentddae.data.sources.open import open_split
 from latentddae.data.sources.source import relabel, train_or_test_share
 
 TIMEOUT_S = 3 * 86400.0  # ranks wait for each other only at the end, hours apart
@@ -80,6 +81,7 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> Spli
     if finished:
         _say(world, f"{config.out} holds split {config.split} already: {_summary(finished)}")
         return finished
+    _say(world, _understood(plan))
     if plan.shards < world.size:
         _say(world, _too_few_shards(plan, world))
     with contextlib.ExitStack() as lock:
@@ -104,7 +106,7 @@ def open_inputs(
 ) -> tuple[Plan, Autoencoder]:
     """The plan and the autoencoder; ConfigError or DataError if the source or the weights are not
     what the settings say."""
-    source = open_source(config.source, config.split, config.classes, config.root, config.download)
+    source = open_split(config, config.split, config.out)
     if config.test_share:
         source = train_or_test_share(source, config.split, config.test_share)
     if (Path(config.out) / MANIFEST).exists():
@@ -122,7 +124,7 @@ def open_inputs(
 
 def finished_entry(plan: Plan, journal: Journal) -> SplitEntry | None:
     """The manifest's entry if this very split is done; a journal that a kill left behind is
-    deleted. ConfigError if the folder holds something else."""
+    deleted. ConfigError if the folder holds something else, or the same files as another split."""
     out, split = journal.out, plan.config.split
     if not (out / MANIFEST).exists():
         return None
@@ -138,6 +140,7 @@ def finished_entry(plan: Plan, journal: Journal) -> SplitEntry | None:
         )
     entry = manifest["splits"].get(split)
     if entry is None:
+        content.check_keys(out, manifest, split, plan.source.origin, plan.source.keys)
         return None
     changed = differences(entry.get("settings", {}), plan.settings)
     if changed:
@@ -164,8 +167,8 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
             f"again"
         )
     bad = [*plan.source.rejected, *journal.bad_images()]
-    if len(bad) > config.max_bad:
-        raise DataError(f"{too_many(len(bad), config.max_bad)}, e.g. {bad[0][0]}: {bad[0][1]}")
+    if len(bad) > plan.max_bad:
+        raise DataError(f"{too_many(len(bad), plan.max_bad)}, e.g. {bad[0][0]}: {bad[0][1]}")
     samples = sum(entry["samples"] for entry in entries)
     if samples + len(bad) != len(plan.order) + len(plan.source.rejected):
         raise DataError(
@@ -179,14 +182,21 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         manifest = read_manifest(out)
     else:
         manifest = new_manifest(plan.spec, pipeline(config), plan.source.classes)
+    shared = content.check_new_split(
+        out, manifest, config.split, content.hashes_of(entries), plan.max_overlap
+    )
     facts: EncodingFacts = {
         "source": plan.source.name,
         "device": autoencoder.device.type,
         "bad": len(bad),
         "bad_images": [list(image) for image in bad[:BAD_NAMED]],
-        "ignored_files": plan.source.ignored,
+        "origin": plan.source.origin,
+        "shared": shared,
         "settings": plan.settings,
     }
+    if plan.source.understood is not None:
+        facts["understood"] = plan.source.understood.to_dict()
+    facts["content_sha256"] = content.write(out, config.split, entries)
     manifest = add_split(manifest, config.split, plan.spec, entries, facts)
     write_json(out / MANIFEST, manifest)
     journal.delete()
@@ -195,6 +205,11 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
 
 def _hold(lock: contextlib.ExitStack, out: Path) -> None:
     lock.enter_context(exclusive(out, "encode"))
+
+
+def _understood(plan: Plan) -> str:
+    understood = plan.source.understood
+    return "" if understood is None else "\n".join(understood.lines())
 
 
 def _too_few_shards(plan: Plan, world: dist.World) -> str:
@@ -232,6 +247,7 @@ def describe_plan(config: EncodeSplitsConfig) -> str:
     world, lines = dist.world_from_environment(), []
     for split in config.each_split():
         planned, autoencoder = open_inputs(split, None, world)
+        lines.append(_understood(planned))
         lines.append(
             f"would encode {len(planned.order)} images of {planned.source.name} ({split.split}), "
             f"views {', '.join(split.views)}, to {planned.spec.shape} latents of "

@@ -3,6 +3,7 @@ and which batch of the autoencoder."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,16 +15,15 @@ from latentddae.core.files import text_hash
 from latentddae.data.encoding.autoencoder import DEFAULT_ID
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import order
+from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.pixels import CROPS
 from latentddae.data.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(SourceOptions):
     """Encode images to latent shards, once. A killed command continues when it is given again."""
 
-    source: str
-    """Folder, .tar file or the name of a set."""
     out: str
     """Data folder to write; another split of it may be there already."""
     autoencoder: str = DEFAULT_ID
@@ -34,13 +34,6 @@ class EncodeConfig:
     """Height and width of the crop in pixels."""
     split: str = "train"
     """train, val or test."""
-    classes: Literal["auto", "folders", "imagenet1k"] = "auto"
-    """How class folders are numbered: in their natural order (folders), as in ImageNet-1k, or auto:
-    as in ImageNet-1k if all of them are among its ids."""
-    root: str = "data/raw"
-    """Where named sets are kept."""
-    download: bool = False
-    """Fetch a named set that is not there."""
     views: tuple[str, ...] = ("original",)
     """original, mirror (the mirrored image, encoded), copy1, copy2, ... (random crops)."""
     crop: str = "center"
@@ -50,8 +43,10 @@ class EncodeConfig:
     the keys, the rest is train. 0: use the source's own splits."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the autoencoder; fp32 uses TF32 convolutions on a GPU."""
-    max_bad: int = 0
-    """Unreadable images to leave out before the command stops."""
+    max_bad: int | str = 0
+    """Unreadable images to leave out before the command stops: a number, or a share like 1%."""
+    max_overlap: int | str = 0
+    """Images of this split that may be in another split, too: a number, or a share like 1%."""
     seed: int = 0
     """Of the permutation of the samples and of the random crops."""
     batch: int = 64
@@ -65,11 +60,25 @@ class EncodeConfig:
         require(
             self,
             positive=("resolution", "batch", "shard_size", "workers"),
-            non_negative=("max_bad", "test_share"),
+            non_negative=("test_share",),
         )
+        for name in ("max_bad", "max_overlap"):
+            allowance(name, getattr(self, name), 1)
         if self.crop not in CROPS:
             raise ValueError(f"crop is {self.crop!r}, allowed: {', '.join(CROPS)}")
         check_views(self.views)
+
+
+def allowance(name: str, value: int | str, total: int) -> int:
+    """How many of `total` a limit allows, which is a number or a share like "1%". ValueError for
+    anything else."""
+    text = str(value).strip()
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", text)
+    if share and float(share[1]) <= 100:
+        return int(total * float(share[1]) / 100)
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a number, 0 or more, or a share like 1%, got {value!r}")
+    return int(text)
 
 
 def check_views(views: tuple[str, ...]) -> None:
@@ -104,6 +113,17 @@ class Plan:
     def shards(self) -> int:
         """Number of shards."""
         return -(-len(self.order) // self.config.shard_size)
+
+    @property
+    def max_bad(self) -> int:
+        """Bad images that may be left out."""
+        total = len(self.source) + len(self.source.rejected)
+        return allowance("max_bad", self.config.max_bad, total)
+
+    @property
+    def max_overlap(self) -> int:
+        """Images that may be in another split, too."""
+        return allowance("max_overlap", self.config.max_overlap, len(self.source))
 
     def batches(self, shard: int) -> Iterator[np.ndarray]:
         """The source indices (n,) of each autoencoder batch of a shard."""

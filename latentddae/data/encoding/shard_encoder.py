@@ -87,7 +87,7 @@ class ShardEncoder:
     def __init__(self, plan: Plan, autoencoder: Autoencoder, journal: Journal, rank: int) -> None:
         self.plan, self.journal, self.rank = plan, journal, rank
         earlier = [*plan.source.rejected, *journal.bad_images()] if rank == 0 else []
-        self.bad = BadImages(plan.config.max_bad, earlier)
+        self.bad = BadImages(plan.max_bad, earlier)
         self._encode_batch = BatchEncoder(plan, autoencoder)
 
     def run(self, shards: list[int]) -> None:
@@ -118,7 +118,8 @@ class ShardEncoder:
                     if row in batch.problems:
                         self.bad.add(source.names[index], batch.problems[row])
                     else:
-                        writer.add(source.keys[index], stored[row], int(source.labels[index]))
+                        label, content = int(source.labels[index]), int(batch.content[row])
+                        writer.add(source.keys[index], stored[row], label, content)
                 bar.update(len(batch.indices))
                 bar.set_postfix(bad=len(self.bad.images), refresh=False)
             entry = writer.close()

@@ -1,14 +1,17 @@
-"""Folders of images: one folder per class, perhaps below one folder per split."""
+"""Folders of images: split folders, class folders, or neither."""
 
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from latentddae.core.errors import ConfigError
-from latentddae.data.sources.imagenet import canonical_classes
-from latentddae.data.sources.pixels import EXTENSIONS
-from latentddae.data.sources.source import Item, Source, make_source
+from latentddae.core.errors import ConfigError, LatentddaeError
+from latentddae.data.sources import imagenet
+from latentddae.data.sources.listing import ALL, Listing
+from latentddae.data.sources.options import SourceOptions
+from latentddae.data.sources.scan import Tree, join
+from latentddae.data.sources.source import Item
 
 SPLITS = {  # our name -> the names that data sets use
     "train": ("train", "training"),
@@ -18,64 +21,235 @@ SPLITS = {  # our name -> the names that data sets use
 CLASSES = ("auto", "folders", "imagenet1k")
 """How class folders are numbered. folders: in their natural order; imagenet1k: by the 1,000 ids of
 ImageNet in canonical order; auto: imagenet1k if all folders are among those ids, else folders."""
+# What may follow the name of a split in a folder's name: train_images, val2017, test-set.
+AFTER = r"(?:[-_ ]?(?:set|data|images?|imgs?|split|folder|[0-9]+))*"
+OUTSIDE, ABOVE = "outside the split folders", "above the folders that name classes"
 
 
-def entries_of_split(path: Path, entries: list[Path], split: str) -> list[Path]:
-    """Those files or folders of `path` that are named after the split; none if no entry is named
-    after any split. ConfigError if only other splits are there."""
-    splits = {entry: _split_of(entry.name) for entry in entries}
-    if not any(splits.values()):
-        return []
-    matching = [entry for entry in entries if splits[entry] == split]
-    if not matching:
-        available = sorted({name for name in splits.values() if name})
-        raise ConfigError(f"{path} has no split {split!r}; it has: {', '.join(available)}")
-    return matching
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder is named after."""
+    for split, names in SPLITS.items():
+        if re.fullmatch(f"(?:{'|'.join(names)}){AFTER}", name.lower()):
+            return split
+    return None
 
 
-def _split_of(name: str) -> str | None:
-    stem = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-    return next((split for split, names in SPLITS.items() if stem in names), None)
+def split_of_file(name: str) -> str | None:
+    """The split that a file is named after: train-000000.tar, imagenet1k-validation-00.tar. None
+    if it is no split, or several."""
+    words = re.split(r"[^a-z]+", name.lower())
+    splits = {s for s, names in SPLITS.items() if any(word in names for word in words)}
+    return splits.pop() if len(splits) == 1 else None
 
 
-def class_folder_source(root: Path, classes: str = "auto") -> Source:
-    """ROOT/CLASS/.../IMAGE, classes in natural order; a folder of images alone has no labels."""
-    folders = natural_order(child.name for child in root.iterdir() if _is_class(child))
-    names = class_list(root, folders, classes)
-    label_of = {name: label for label, name in enumerate(names)}
+def wrappers(tree: Tree) -> list[str]:
+    """Folders from the root down to the one that matters: while there is one folder with images
+    only, and it holds more of them."""
+    chain = [""]
+    while True:
+        inside, names = tree.below(chain[-1]), tree.children(chain[-1])
+        # A folder that holds images itself is a class and no wrapper.
+        if "" in inside or len(names) != 1 or split_of_folder(names[0]) or names[0] in inside:
+            return chain
+        chain.append(join(chain[-1], names[0]))
+
+
+def split_folders(tree: Tree, top: str, layout: str) -> dict[str, str]:
+    """Split -> its folder in the tree; {} if there are no splits. ConfigError if two readings are
+    possible."""
+    names = tree.children(top)
+    splits = {name: split_of_folder(name) for name in names}
+    named = [name for name in names if splits[name]]
+    if layout in ("classes", "flat") or not named:
+        if layout == "splits":
+            raise ConfigError(f"{tree.name}: no folder with images is named after a split")
+        return {}
+    below = tree.below(top)
+    flat = {name for name in names if all(f == name for f in below if f.split("/")[0] == name)}
+    if layout == "auto" and len(named) < len(names):
+        if len(named) == 1 and flat == set(names):
+            return {}  # car, train, boat
+        raise ConfigError(
+            f"{join(tree.name, top)}: are {', '.join(sorted(names)[:8])} classes or splits? say "
+            f"--layout classes or --layout splits"
+        )
+    folders: dict[str, str] = {}
+    for name in named:
+        split = splits[name]
+        assert split is not None
+        if split in folders:
+            raise ConfigError(
+                f"{tree.name}: {Path(folders[split]).name} and {name} are both named after the "
+                f"split {split}; rename one, or say --layout classes"
+            )
+        folders[split] = join(top, name)
+    return folders
+
+
+@dataclass
+class Group:
+    """The folders of one split."""
+
+    split: str
+    top: str
+    """Its folder in the tree."""
+    folders: dict[str, list[str]]
+    """Folder below `top` -> names of images."""
+
+    @property
+    def is_flat(self) -> bool:
+        return set(self.folders) <= {""}
+
+
+def folder_listing(tree: Tree, options: SourceOptions) -> Listing:
+    """Images in class folders, perhaps below split folders, or in none. ConfigError where two
+    readings are possible."""
+    top = wrappers(tree)[-1]
+    if top:
+        tree.notes.append(f"read from its folder {top}")
+    splits = split_folders(tree, top, options.layout)
+    listing = Listing(tree, "", {})
+    groups = [Group(split, folder, tree.below(folder)) for split, folder in splits.items()]
+    if not splits:
+        groups = [Group(ALL, top, tree.below(top))]
+    inside = sum(len(names) for group in groups for names in group.folders.values())
+    outside = sum(map(len, tree.images.values())) - inside
+    if outside and splits:
+        if options.layout != "splits":
+            raise ConfigError(
+                f"{tree.name}: {outside} images lie beside the split folders "
+                f"{', '.join(splits.values())}; move them, or say --layout splits to leave them out"
+            )
+        listing.reject(OUTSIDE, tree.name, outside)
+    labelled = [g for g in groups if not g.is_flat and options.layout != "flat"]
+    kind = "class folders" if labelled else "images without class folders"
+    listing.layout = f"{kind} below split folders" if splits else kind
+    names = _class_names(tree, labelled, options, listing)
+    for group in groups:
+        listing.origins[group.split] = str(tree.root / group.top)
+        _list_group(listing, group, names if group in labelled else {}, options)
+    return listing
+
+
+def _class_names(
+    tree: Tree, groups: Sequence[Group], options: SourceOptions, listing: Listing
+) -> dict[str, str]:
+    """Folder below a split -> the name of its class; sets the listing's classes."""
+    if not groups:
+        return {}
+    depths: Counter[int] = Counter()
+    for group in groups:
+        for folder, images in group.folders.items():
+            depths[folder.count("/") + 1 if folder else 0] += len(images)
+    listing.depth = ", ".join(f"{d} ({count:,} images)" for d, count in sorted(depths.items()))
+    level = class_level(tree, groups, depths, options)
+    prefix_of: dict[str, str] = {}
+    for group in groups:
+        for folder in group.folders:
+            parts = folder.split("/") if folder else []
+            count = level or len(parts)
+            if parts and len(parts) >= count:
+                prefix_of[folder] = "/".join(parts[:count])
+    prefixes = set(prefix_of.values())
+    last = {prefix: prefix.rsplit("/", 1)[-1] for prefix in prefixes}
+    unique = len(set(last.values())) == len(prefixes)
+    names = {folder: last[p] if unique else p for folder, p in prefix_of.items()}
+    listing.classes, listing.numbering = class_list(
+        tree.root, natural_order(set(names.values())), options.classes
+    )
+    where = "the folder that holds the image" if not level else f"folder {level} below the split"
+    listing.labels = "names of folders" if level == 1 else f"names of folders: {where}"
+    return names
+
+
+def class_level(
+    tree: Tree, groups: Sequence[Group], depths: Counter[int], options: SourceOptions
+) -> int:
+    """Which folder below a split names the class: 1, 2, ...; 0: the one that holds the image."""
+    text = options.class_level
+    if text in ("first", "leaf") or text.isdecimal():
+        level = {"first": 1, "leaf": 0}.get(text)
+        return int(text) if level is None else level
+    if text != "auto":
+        raise ConfigError(f"class_level is {text!r}, allowed: auto, first, leaf or a number")
+    counts = ", ".join(f"{count} images {d} deep" for d, count in sorted(depths.items()))
+    if len(depths) > 1:
+        if options.layout == "classes" and set(depths) == {0, 1}:
+            return 1
+        raise ConfigError(
+            f"{tree.name}: images lie at several depths ({counts}): choose --class-level first, "
+            f"leaf or a number, or give the folder that holds the classes"
+        )
+    (depth,) = depths
+    inner = {folder.split("/", 1)[1] for g in groups for folder in g.folders if "/" in folder}
+    if depth == 1 or len(inner) == 1:  # CLASS/images/IMAGE has one reading
+        return 1
+    example = next(folder for g in groups for folder in g.folders if "/" in folder)
+    raise ConfigError(
+        f"{tree.name}: which folder of {example} names the class ({counts})? choose --class-level "
+        f"first, leaf or a number"
+    )
+
+
+def _list_group(
+    listing: Listing, group: Group, names: dict[str, str], options: SourceOptions
+) -> None:
+    """List the images of one split."""
+    tree = listing.tree
+    if group.is_flat and any(map(imagenet.VAL_IMAGE.fullmatch, group.folders.get("", ()))):
+        _list_flat_val(listing, group)
+        return
+    label_of = {name: label for label, name in enumerate(listing.classes)}
+    paths: dict[str, list[str]] = {}
+    for folder, images in group.folders.items():
+        if names and folder not in names:
+            _reject_above(listing, group, folder, len(images))
+            continue
+        paths.setdefault(names.get(folder, ""), []).extend(join(folder, name) for name in images)
     items: list[Item] = []
-    ignored = 0
-    for folder in folders or [""]:
-        for file in sorted(_files_below(root / folder)):
-            if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                below = file[len(str(root / folder)) :].lstrip("/")
-                relative = os.path.join(folder, below)  # os.path.relpath takes ten times as long
-                items.append(Item(relative, label_of.get(folder, -1), Path(file)))
-            else:
-                ignored += 1
-    return make_source(str(root), names, items, ignored)
+    for name in natural_order(paths):
+        label = label_of.get(name, -1) if names else -1
+        items += [tree.item(join(group.top, path), path, label) for path in sorted(paths[name])]
+    listing.items[group.split] = items
 
 
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+def _reject_above(listing: Listing, group: Group, folder: str, count: int) -> None:
+    listing.reject(ABOVE, join(listing.tree.name, join(group.top, folder)), count)
 
 
-def class_list(root: Path, folders: list[str], classes: str) -> list[str]:
-    """The class names in the order of their labels, for folders in natural order."""
+def _list_flat_val(listing: Listing, group: Group) -> None:
+    """The flat val images of ImageNet, with the ground truth found near them."""
+    tree, images = listing.tree, group.folders[""]
+    every = {name: tree.item(join(group.top, name), name, -1) for name in images}
+    listing.items[group.split] = list(every.values())
+    try:
+        folder = tree.root / group.top if tree.members is None else tree.root.parent
+        items, where = imagenet.label_val(tree.name, every, folder)
+    except LatentddaeError as error:
+        listing.errors[group.split] = error
+        return
+    listing.items[group.split] = items
+    listing.classes, listing.numbering = imagenet.wnids(), "as in ImageNet-1k"
+    listing.layout = f"{listing.layout}; val images of ImageNet"
+    listing.labels = where if listing.labels == "none" else f"{listing.labels}; val: {where}"
+
+
+def class_list(
+    root: Path | str, folders: Sequence[str], classes: str
+) -> tuple[tuple[str, ...], str]:
+    """The class names in the order of their labels, for folders in natural order; and that order
+    in words."""
     if classes not in CLASSES:
         raise ConfigError(f"classes is {classes!r}, allowed: {', '.join(CLASSES)}")
+    natural = "in natural order of the names (2 before 10)"
     if classes == "folders":
-        return folders
-    canonical = canonical_classes(folders)
+        return tuple(folders), natural
+    canonical = imagenet.canonical_classes(folders)
     if classes == "imagenet1k" and canonical is None:
         raise ConfigError(f"{root}: not all its folders are ids of ImageNet-1k")
-    return canonical or folders
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (os.path.join(parent, file) for file in files if not file.startswith("."))
+    if canonical is None:
+        return tuple(folders), natural
+    return tuple(canonical), f"as in ImageNet-1k ({len(folders)} of its 1,000 ids)"
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

@@ -8,29 +8,36 @@ renamed. All layouts have the same keys: `n01440764/n01440764_10026`,
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
-from latentddae.core.errors import ConfigError, DataError, is_transient
+from latentddae.core.errors import ConfigError, DataError, LatentddaeError, is_transient
 from latentddae.core.retry import unavailable
-from latentddae.data.sources.source import Item, Source, make_source
+from latentddae.data.sources.listing import Listing
+from latentddae.data.sources.scan import Tree, join
+from latentddae.data.sources.source import Item
 from latentddae.data.sources.tars import members
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
+ARCHIVES = (TRAIN_TAR, VAL_TAR)
 DEVKIT = "ILSVRC2012_devkit_t12"
 WNID = re.compile(r"n[0-9]{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
-VAL_IMAGES = 50_000
+ABOVE = 4  # folders between Kaggle's val images and its csv files: ILSVRC/Data/CLS-LOC/val
 
 
 @lru_cache
 def wnids() -> tuple[str, ...]:
     """The 1,000 WordNet ids of ILSVRC 2012 in canonical order (timm's list)."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
+    # Read without importing timm, which imports torch: `inspect` needs seconds and little memory.
+    spec = find_spec("timm")
+    assert spec is not None and spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / "data" / "_info" / "imagenet_synsets.txt"
+    return tuple(path.read_text().split())
 
 
 def canonical_classes(folders: Sequence[str]) -> list[str] | None:
@@ -41,8 +48,25 @@ def canonical_classes(folders: Sequence[str]) -> list[str] | None:
     return list(wnids()) if set(folders) <= set(wnids()) else None
 
 
-def train_tar_source(path: Path) -> Source:
-    """ILSVRC2012_img_train.tar: one tar per class, read without unpacking."""
+def archive_listing(tree: Tree, folder: Path, names: Sequence[str] = ARCHIVES) -> Listing:
+    """ILSVRC2012_img_train.tar (a tar of tars) and ILSVRC2012_img_val.tar (flat, with the ground
+    truth near it), read without unpacking."""
+    listing = Listing(tree, "the official archives of ImageNet", {}, wnids())
+    listing.numbering = "as in ImageNet-1k"
+    for split, name, read in (("train", TRAIN_TAR, _train_tar), ("val", VAL_TAR, _val_tar)):
+        if name not in names or not (folder / name).is_file():
+            continue
+        listing.origins[split] = str(folder / name)
+        try:
+            listing.items[split] = read(folder / name)
+        except LatentddaeError as error:
+            listing.items[split], listing.errors[split] = [], error
+    listing.labels = "names of the inner tars; ground truth beside the archive"
+    listing.add_found(sum(map(len, listing.items.values())))
+    return listing
+
+
+def _train_tar(path: Path) -> list[Item]:
     label_of = {wnid: label for label, wnid in enumerate(wnids())}
     items = []
     for inner in members(path):
@@ -51,48 +75,41 @@ def train_tar_source(path: Path) -> Source:
             raise DataError(f"{path}: {inner.name} is no class of ImageNet-1k")
         for image in members(path, inner.offset, inner.size):
             name = f"{wnid}/{image.name}"
-            items.append(Item(name, label_of[wnid], path, image.offset, image.size))
-    return make_source(str(path), wnids(), sorted(items, key=lambda item: item.path))
+            items.append(Item(name, label_of[wnid], str(path), image.offset, image.size))
+    return sorted(items, key=lambda item: item.path)
 
 
-def val_tar_source(path: Path) -> Source:
-    """ILSVRC2012_img_val.tar, flat, with the ground truth beside it."""
-    images = ((image.name, path, image.offset, image.size) for image in members(path))
-    return _flat_val(path, path.parent, images)
+def _val_tar(path: Path) -> list[Item]:
+    images = {m.name: Item(m.name, -1, str(path), m.offset, m.size) for m in members(path)}
+    return label_val(str(path), images, path.parent)[0]
 
 
-def val_folder_source(folder: Path) -> Source:
-    """A folder of ILSVRC2012_val_*.JPEG, flat, with the ground truth in it or beside it."""
-    images = ((file.name, file, 0, -1) for file in sorted(folder.glob("ILSVRC2012_val_*.JPEG")))
-    truth_folder = folder if any(_truth_files(folder)) else folder.parent
-    return _flat_val(folder, truth_folder, images)
-
-
-def _flat_val(
-    name: Path, truth_folder: Path, images: Iterable[tuple[str, Path, int, int]]
-) -> Source:
-    """A source of (name, file, offset, size), labelled by the ground truth in a folder."""
-    truth = val_truth(truth_folder)
+def label_val(name: str, images: Mapping[str, Item], folder: Path) -> tuple[list[Item], str]:
+    """The flat val images by their names, labelled by the ground truth in `folder` or in one of
+    the folders above it; and which file that is."""
+    truth, where = val_truth(folder)
     label_of = {wnid: label for label, wnid in enumerate(wnids())}
-    items, ignored = [], 0
-    for image, file, offset, size in images:
+    items = []
+    for image, item in images.items():
         number = VAL_IMAGE.fullmatch(Path(image).name)
         if number is None:
-            ignored += 1
-            continue
+            raise ConfigError(f"{name}: {image} lies among the val images of ImageNet")
         wnid = truth.get(int(number[1]))
         if wnid is None:
-            raise DataError(f"{name}: the ground truth beside it does not name {image}")
-        items.append(Item(f"{wnid}/{Path(image).name}", label_of[wnid], file, offset, size))
-    return make_source(str(name), wnids(), sorted(items, key=lambda item: item.path), ignored)
+            raise DataError(f"{name}: the ground truth {where} does not name {image}")
+        key = f"{wnid}/{Path(image).name}"
+        items.append(replace(item, path=key, label=label_of[wnid], file=item.location))
+    return sorted(items, key=lambda item: item.path), where
 
 
-def _truth_files(folder: Path) -> Iterable[tuple[Path, Callable[[Path], dict[int, str]]]]:
-    return [(folder / n, read) for n, read in TRUTH.items() if (folder / n).exists()]
+def _truth_files(folder: Path) -> Iterator[tuple[Path, Callable[[Path], dict[int, str]]]]:
+    """Files with the ground truth in a folder or up to ABOVE folders above it, nearest first."""
+    for place in [folder, *folder.resolve().parents[:ABOVE]]:
+        yield from ((place / n, read) for n, read in TRUTH.items() if (place / n).exists())
 
 
-def val_truth(folder: Path) -> dict[int, str]:
-    """Number of a val image -> WordNet id, from the first of the TRUTH files in the folder."""
+def val_truth(folder: Path) -> tuple[dict[int, str], str]:
+    """Number of a val image -> WordNet id, from the nearest of the TRUTH files, and its path."""
     for path, read in _truth_files(folder):
         try:
             truth = read(path)
@@ -103,7 +120,7 @@ def val_truth(folder: Path) -> dict[int, str]:
         unknown = next((wnid for wnid in truth.values() if wnid not in set(wnids())), None)
         if unknown is not None:
             raise DataError(f"ground truth {path} names the class {unknown!r}")
-        return truth
+        return truth, str(path)
     raise ConfigError(
         f"{folder} has no labels for the ImageNet val images; put one of these there: "
         f"{', '.join(TRUTH)}"
@@ -171,28 +188,36 @@ TRUTH: dict[str, Callable[[Path], dict[int, str]]] = {
 }
 
 
-def is_tiny(folder: Path) -> bool:
-    """Tiny-ImageNet's own layout: wnids.txt and train/WNID/images/."""
-    return (folder / "wnids.txt").is_file() and (folder / "train").is_dir()
+def is_tiny(tree: Tree, top: str) -> bool:
+    """Tiny-ImageNet, as it is shipped or with its val images sorted into class folders."""
+    return "wnids.txt" in tree.files.get(top, ()) and "train" in tree.children(top)
 
 
-def tiny_source(folder: Path, split: str) -> Source:
-    """Tiny-ImageNet as it is unpacked; its 200 ids, sorted, are the classes; test has no labels."""
-    classes = sorted((folder / "wnids.txt").read_text().split())
+def tiny_listing(tree: Tree, top: str) -> Listing:
+    """Tiny-ImageNet; its 200 ids, sorted, are the classes; test has no labels."""
+    classes = sorted(tree.read(join(top, "wnids.txt")).decode().split())
+    listing = Listing(tree, "Tiny-ImageNet", {}, tuple(classes))
+    listing.labels, listing.numbering = "names of folders, val_annotations.txt", "by sorted ids"
     label_of = {wnid: label for label, wnid in enumerate(classes)}
-    if split == "train":
-        files = sorted((folder / "train").glob("*/images/*.JPEG"))
-        named = [(f"{file.parts[-3]}/{file.name}", file.parts[-3], file) for file in files]
-    else:
-        wnid_of: dict[str, str] = {}
-        if split == "val":
-            rows = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-            wnid_of = {name: wnid for name, wnid, *_ in (row.split("\t") for row in rows)}
-        files = sorted((folder / split / "images").glob("*.JPEG"))
-        named = [(file.name, wnid_of.get(file.name, ""), file) for file in files]
-        named = [(f"{wnid}/{name}" if wnid else name, wnid, file) for name, wnid, file in named]
-    unknown = next((wnid for _, wnid, _ in named if wnid and wnid not in label_of), None)
-    if unknown is not None:
-        raise DataError(f"{folder}: class {unknown!r} is not in wnids.txt")
-    items = [Item(name, label_of.get(wnid, -1), file) for name, wnid, file in named]
-    return make_source(str(folder), classes, items)
+    annotations = join(top, "val/val_annotations.txt")
+    wnid_of: dict[str, str] = {}
+    if "val_annotations.txt" in tree.files.get(join(top, "val"), ()):
+        rows = (row.split("\t") for row in tree.read(annotations).decode().splitlines())
+        wnid_of = {name: wnid for name, wnid, *_ in rows}
+    for split in ("train", "val", "test"):
+        items = []
+        for folder, names in tree.below(join(top, split)).items():
+            first = folder.split("/", 1)[0]
+            for name in names:
+                wnid = first if first in label_of else wnid_of.get(name, "")
+                if split != "test" and wnid not in label_of:
+                    raise DataError(
+                        f"{tree.name}: class {wnid or first!r} of {name} is not in wnids.txt"
+                    )
+                path = join(join(join(top, split), folder), name)
+                label = label_of.get(wnid, -1)
+                items.append(tree.item(path, f"{wnid}/{name}" if wnid else name, label))
+        if items:
+            listing.items[split] = sorted(items, key=lambda item: item.path)
+            listing.origins[split] = str(tree.root / top / split)
+    return listing

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS: it would run Ghostscript
+IMAGE_NAMES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .heic .heif".split()
+)
+"""Extensions of files that are believed to be images without a look at their content."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+"""What is decoded. No EPS: it would run Ghostscript."""
 MAX_PIXELS = 2**26  # 67 megapixels are 201 MB as RGB; checked in the header, before decoding
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # EXIF orientation -> what makes the image upright

@@ -5,17 +5,21 @@ Nothing is extracted or copied: a sample is a range of bytes in some file.
 
 import hashlib
 import os
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from latentddae.core.errors import ConfigError
 from latentddae.core.retry import retried
-from latentddae.data.shard_format import invalid_key_reason, key_from_path
+from latentddae.data.shard_format import escape_path, invalid_key_reason, key_from_path
 from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
+from latentddae.data.sources.understanding import Understanding
+
+KEY_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,11 @@ class Source:
     """(n,) int64, index into `classes`; -1 without a label."""
     read: Callable[[int], bytes | Image.Image]
     rejected: tuple[tuple[str, str], ...] = ()
-    """Files whose names cannot become keys: (name, reason)."""
-    ignored: int = 0
-    """Number of files without the extension of an image."""
+    """Images that cannot have a key of their own: (name, reason). They count as bad ones."""
+    understood: Understanding | None = None
+    """How the place was read, where there was something to decide."""
+    origin: str = ""
+    """What the keys are relative to: the same key and origin is the same file."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -48,52 +54,91 @@ class Source:
         return decode(data) if isinstance(data, bytes) else to_rgb(data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A listed image: where its bytes are."""
 
     path: str
     """Relative to the data set; gives the key."""
     label: int
-    file: Path
+    file: str
+    """What holds its bytes; a folder, with `/` at its end, holds the file `path`."""
     offset: int = 0
     size: int = -1
     """-1: the whole file."""
+    deflated: bool = False
+    """The bytes are compressed, as in a .zip."""
+
+    @property
+    def location(self) -> str:
+        """The file that holds its bytes."""
+        return self.file + self.path if self.file.endswith("/") else self.file
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError."""
+        with open(self.location, "rb") as file:
+            if self.size < 0:
+                return file.read()
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if not self.deflated:
+            return data
+        try:
+            return zlib.decompress(data, -zlib.MAX_WBITS)
+        except zlib.error as error:
+            raise OSError(f"its compressed bytes are damaged: {error}") from error
+
+
+def keys_of(paths: Sequence[str]) -> list[str]:
+    """A key for each path: without its extension, which is kept where two paths differ in nothing
+    else; a key that is too long for a tar is replaced by a hash of the path."""
+    keys = [key_from_path(path) for path in paths]
+    if len(set(keys)) < len(keys):
+        taken = Counter(keys)
+        keys = [
+            escape_path(path) if taken[key] > 1 else key
+            for path, key in zip(paths, keys, strict=True)
+        ]
+    return [
+        key if invalid_key_reason(key) is None else hashed_key(path)
+        for path, key in zip(paths, keys, strict=True)
+    ]
+
+
+def hashed_key(path: str) -> str:
+    """The key of a path whose own is too long."""
+    text = path.encode(errors="surrogateescape")
+    return f"h-{hashlib.blake2b(text, digest_size=KEY_HASH_BYTES).hexdigest()}"
 
 
 def make_source(
-    name: str, classes: Sequence[str], items: Sequence[Item], ignored: int = 0
+    name: str,
+    classes: Sequence[str],
+    items: Sequence[Item],
+    missing: Sequence[tuple[str, str]] = (),
+    understood: Understanding | None = None,
+    origin: str = "",
 ) -> Source:
-    """A source of byte ranges. Items whose path gives no valid key, or one that is taken, are
-    rejected."""
+    """A source of byte ranges. Items whose path is another one's, too, are rejected; `missing` are
+    images that should be there: (name, reason)."""
     kept: list[Item] = []
     path_of: dict[str, str] = {}  # by key
-    rejected: list[tuple[str, str]] = []
-    for item in items:
-        key = key_from_path(item.path)
-        reason = invalid_key_reason(key)
+    rejected = list(missing)
+    for item, key in zip(items, keys_of([item.path for item in items]), strict=True):
         if key in path_of:
-            reason = f"duplicate key {key!r}, first used by {path_of[key]}"
-        if reason:
-            rejected.append((item.path, reason))
+            rejected.append((item.path, f"duplicate key {key!r}, first used by {path_of[key]}"))
             continue
         path_of[key] = item.path
         kept.append(item)
-
-    def read(i: int) -> bytes:
-        item = kept[i]
-        with open(item.file, "rb") as file:
-            return file.read() if item.size < 0 else os.pread(file.fileno(), item.size, item.offset)
-
     return Source(
         name=name,
         classes=tuple(classes),
         keys=tuple(path_of),
         names=tuple(item.path for item in kept),
         labels=np.array([item.label for item in kept], np.int64),
-        read=read,
+        read=lambda i: kept[i].read(),
         rejected=tuple(rejected),
-        ignored=ignored,
+        understood=understood,
+        origin=origin,
     )
 
 
@@ -102,13 +147,15 @@ def relabel(source: Source, classes: Sequence[str]) -> Source:
     the list lacks one of the source's classes."""
     if source.classes == tuple(classes):
         return source
-    unknown = [name for name in source.classes if name not in classes]
+    place = {name: label for label, name in enumerate(classes)}
+    used = np.unique(source.labels[source.labels >= 0])
+    unknown = [source.classes[label] for label in used if source.classes[label] not in place]
     if unknown:
         raise ConfigError(
             f"{source.name} has the class {unknown[0]!r}, which the data set does not have "
             f"({len(source.classes)} classes against {len(classes)})"
         )
-    new_label = np.array([*(list(classes).index(name) for name in source.classes), -1])
+    new_label = np.array([*(place.get(name, -1) for name in source.classes), -1])
     return replace(source, classes=tuple(classes), labels=new_label[source.labels])
 
 
@@ -122,6 +169,11 @@ def train_or_test_share(source: Source, split: str, test_share: float) -> Source
         raise ConfigError(
             f"a test share cuts a source into train and test; got split {split!r}, share "
             f"{test_share}"
+        )
+    if source.understood is not None and len(source.understood.splits) > 1:
+        raise ConfigError(
+            f"{source.name} has splits of its own: {', '.join(source.understood.splits)}; leave "
+            f"out --test-share"
         )
     hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]
     ranked = np.array(sorted(range(len(source)), key=hashes.__getitem__), np.int64)

@@ -154,12 +154,15 @@ def test_an_unfinished_encoding_refuses_other_settings(
 
 
 def test_second_split_must_have_the_same_codec_and_known_classes(
-    photos: Path, tmp_path: Path, small_autoencoder: Autoencoder
+    photos: Path,
+    make_photos: Callable[..., Path],
+    tmp_path: Path,
+    small_autoencoder: Autoencoder,
 ) -> None:
-    out = tmp_path / "out"
+    out, others = tmp_path / "out", make_photos(seed=1)
     encode(settings(photos, out), small_autoencoder)
-    (photos / "2").rename(tmp_path / "moved")
-    encode(settings(photos, out, split="val", views=("original",)), small_autoencoder)
+    (others / "2").rename(tmp_path / "moved")
+    encode(settings(others, out, split="val", views=("original",)), small_autoencoder)
     val = ShardSet(out, "val")
     assert val.classes == ("1", "2", "10")
     assert set(val.labels.tolist()) == {0, 2}  # a missing folder shifts no label
@@ -169,6 +172,27 @@ def test_second_split_must_have_the_same_codec_and_known_classes(
     (tmp_path / "moved").rename(photos / "3")
     with pytest.raises(ConfigError, match="class '3'"):
         encode(settings(photos, out, split="test"), small_autoencoder)
+
+
+def test_splits_that_share_images_are_refused(
+    photos: Path, make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = settings(photos, tmp_path / "out", autoencoder="none")
+    encode(config)
+    with pytest.raises(ConfigError, match=r"30 of 30 images .* --test-share 0\.2 makes them"):
+        encode(replace(config, split="test"))
+    others = make_photos(seed=1)
+    with Image.open(photos / "1" / "img_00.jpg") as image:
+        image.save(others / "2" / "another-name.png")
+    copied = replace(config, source=str(others), split="test")
+    with pytest.raises(ConfigError, match=r"1 of 31 images .* --max-overlap 1"):
+        encode(copied)
+    with pytest.raises(ConfigError, match="has no split 'test'"):
+        ShardSet(tmp_path / "out", "test")
+    entry = encode(replace(copied, max_overlap="5%"))
+    assert (entry["samples"], entry["shared"]) == (31, {"train": 1})
+    parts = replace(config, out=str(tmp_path / "parts"), test_share=0.2)
+    assert encode(parts)["samples"] + encode(replace(parts, split="test"))["samples"] == 30
 
 
 def test_bad_images_are_named_counted_and_limited(

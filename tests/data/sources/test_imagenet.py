@@ -148,7 +148,9 @@ def test_class_lists_can_be_chosen(tmp_path: Path) -> None:
     assert open_source(str(tmp_path), "train", "folders").labels.tolist() == [0, 1]
     assert open_source(str(tmp_path), "train", "folders").classes == CHOSEN[1:]
     (tmp_path / "other").mkdir()
-    assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1]
+    assert open_source(str(tmp_path), "train").labels.tolist() == [207, 999]  # no image, no class
+    (tmp_path / "other" / "a.jpg").write_bytes(jpeg(0))
+    assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match="not all its folders are ids"):
         open_source(str(tmp_path), "train", "imagenet1k")
 

@@ -54,18 +54,25 @@ def test_other_files_are_counted_not_read(photos: Path) -> None:
     (photos / "2" / "notes.txt").write_text("hello")
     (photos / "2" / ".hidden.jpg").write_text("hello")
     source = open_source(str(photos), "train")
-    assert (len(source), source.ignored) == (30, 1)
+    understood = source.understood
+    assert understood is not None
+    assert (len(source), understood.found, understood.listed) == (30, 31, 30)
+    assert (understood.rejected, understood.others) == (
+        {"in a system file or folder": 1},
+        {".txt": 1},
+    )
 
 
-def test_names_that_cannot_be_keys_are_set_aside(photos: Path) -> None:
+def test_every_name_becomes_a_key(photos: Path) -> None:
     image = (photos / "1" / "img_00.jpg").read_bytes()
-    (photos / "1" / "img_00.png").write_bytes(image)
-    (photos / "1" / f"{'x' * 120}.jpg").write_bytes(image)
+    for name in ("img_00.png", f"{'x' * 120}.jpg", f"{'写' * 40}.jpg"):
+        (photos / "1" / name).write_bytes(image)
     source = open_source(str(photos), "train")
-    assert len(source) == 30
-    reasons = dict(source.rejected)
-    assert "duplicate key '1/img_00', first used by 1/img_00.jpg" in reasons["1/img_00.png"]
-    assert "too long" in reasons[f"1/{'x' * 120}.jpg"]
+    assert (len(source), source.rejected) == (33, ())
+    assert {"1/img_00-2ejpg", "1/img_00-2epng"} < set(source.keys)  # stems collide
+    hashed = {name for key, name in zip(source.keys, source.names, strict=True) if key[:2] == "h-"}
+    assert hashed == {f"1/{'x' * 120}.jpg", f"1/{'写' * 40}.jpg"}
+    assert open_source(str(photos), "train").keys == source.keys
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -89,7 +96,9 @@ def test_webdataset_tars(photos: Path, tmp_path: Path) -> None:
     source = open_source(str(folder), "train")
     assert source.keys == ("a/1", "a/2", "b")
     assert source.labels.tolist() == [2, 0, -1]
-    assert (source.classes, source.ignored) == (("0", "1", "2"), 1)
+    assert source.classes == ("0", "1", "2")
+    assert source.understood is not None
+    assert source.understood.others == {".txt": 1}
     assert source.read(1) == image
     assert open_source(str(folder), "test").keys == ("t",)
     assert open_source(str(folder / "test-000000.tar"), "val").keys == ("t",)

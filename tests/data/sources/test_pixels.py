@@ -199,10 +199,10 @@ def test_a_folder_of_oddities_is_encoded_or_named(
     for number, data in enumerate(files):
         (folder / f"{number:03d}.JPEG").write_bytes(data)  # extensions mean nothing
     (folder / f"{'n' * 120}.jpg").write_bytes(JPEG)
-    (folder / "000.png").write_bytes(PNG)  # the key of 000.JPEG
+    (folder / "000.png").write_bytes(PNG)  # 000.JPEG is another one
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (folder / "notes.txt").write_text("no image")
-    bad = len(BAD) + 3
+    bad = len(BAD) + 1
     config = EncodeConfig(
         source=str(folder),
         out=str(tmp_path / "out"),
@@ -212,10 +212,10 @@ def test_a_folder_of_oddities_is_encoded_or_named(
         max_bad=bad,
     )
     entry = encode(config)
-    assert (entry["samples"], entry["bad"], entry["ignored_files"]) == (len(GOOD), bad, 1)
+    assert (entry["samples"], entry["bad"]) == (len(GOOD) + 2, bad)
+    assert entry["understood"]["others"] == {".txt": 1}
     named = dict(entry["bad_images"])
     assert len(named) == bad
-    assert "duplicate key" in named["000.png"]
     assert "cannot be read" in named["gone.jpg"]
     said = capsys.readouterr().err
     assert all(f"bad image {name}: " in said for name in named)

@@ -1,0 +1,127 @@
+"""Which images a split holds, by a hash of their pixels: SPLIT.content.npy, (N,) uint64.
+
+The hash is that of an image's deterministic crop, so the same picture under another name, or saved
+again without loss, has the same one; of arrays that were encoded elsewhere it is that of the first
+view. Splits that share images are refused when they are encoded and when they are scored.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import write_atomic
+from latentddae.data.manifest import Manifest, ShardEntry, read_manifest
+
+DTYPE = np.dtype("<u8")
+NAMED = 3  # shared images that a message names
+
+
+def content_hash(pixels: np.ndarray) -> int:
+    """64 bits of the bytes of an array of any shape."""
+    data = np.ascontiguousarray(pixels).data
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def content_path(root: Path, split: str) -> Path:
+    """The file with the hashes of a split."""
+    return root / f"{split}.content.npy"
+
+
+def hashes_of(entries: Sequence[ShardEntry]) -> np.ndarray:
+    """The hashes in the entries of all shards of a split: (N,) uint64, in the samples' order."""
+    return np.array([int(text, 16) for e in entries for text in e.get("content", ())], DTYPE)
+
+
+def write(root: Path, split: str, entries: Sequence[ShardEntry]) -> str:
+    """Write the hashes of a split; returns the file's own hash, for the manifest."""
+    buffer = io.BytesIO()
+    np.save(buffer, hashes_of(entries))
+    write_atomic(content_path(root, split), buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def read(root: Path, manifest: Manifest, split: str) -> np.ndarray:
+    """The hashes of a split: (N,) uint64. DataError if they are not those of its samples."""
+    path, entry = content_path(root, split), manifest["splits"][split]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; encode it again") from error
+    if hashlib.sha256(data).hexdigest() != entry.get("content_sha256"):
+        raise DataError(f"{path} is damaged or of another split; encode it again")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def check_keys(
+    root: Path, manifest: Manifest, split: str, origin: str, keys: Sequence[str]
+) -> None:
+    """ConfigError if another split was made of some of the same files."""
+    from latentddae.data.shards import ShardSet
+
+    for other, entry in manifest["splits"].items():
+        if other == split or not origin or entry.get("origin") != origin:
+            continue
+        others = ShardSet(root, other)
+        shared = set(keys) & set(others.keys(np.arange(len(others))))
+        if shared:
+            raise ConfigError(
+                f"{len(shared)} of {len(keys)} images of split {split} are in split {other}, too, "
+                f"e.g. {min(shared)}: the source has no splits? --test-share 0.2 makes them"
+            )
+
+
+def check_new_split(
+    root: Path, manifest: Manifest, split: str, hashes: np.ndarray, allowed: int
+) -> dict[str, int]:
+    """Other split -> how many of the images `hashes` (N,) it holds, too. ConfigError if more than
+    `allowed` do."""
+    shared = {}
+    for other in manifest["splits"]:
+        if other == split:
+            continue
+        count = int(np.isin(hashes, read(root, manifest, other)).sum())
+        if count > allowed:
+            raise ConfigError(
+                f"{count} of {len(hashes)} images of split {split} are in split {other} of {root}, "
+                f"too (the same pixels); remove them, or allow it with --max-overlap {count}"
+            )
+        if count:
+            shared[other] = count
+    return shared
+
+
+def check_disjoint(root: Path, train: Sequence[str], test: str, allowed: bool = False) -> None:
+    """Refuse to score a split that shares images with those that are fitted on, unless `allowed`
+    here, or up to the number that was allowed when it was encoded. Raises ConfigError."""
+    manifest = read_manifest(root)
+    if allowed or test not in manifest["splits"]:
+        return
+    hashes = read(root, manifest, test)
+    for split in train:
+        if split not in manifest["splits"]:
+            continue
+        count = int(np.isin(hashes, read(root, manifest, split)).sum()) if split != test else -1
+        pair = (manifest["splits"][test], test, split), (manifest["splits"][split], split, test)
+        told = max(entry.get("shared", {}).get(other, 0) for entry, _, other in pair)
+        if split == test or count > told:
+            many = "all" if split == test else f"{count} of {len(hashes)}"
+            raise ConfigError(
+                f"{many} images of split {test} of {root} are in split {split}, too: its score "
+                f"would say nothing; encode a clean split, or say --allow-overlap"
+            )
+
+
+def duplicates(root: Path, manifest: Manifest) -> dict[tuple[str, str], int]:
+    """(split, other split) -> images of the first that the second holds, too; (split, split) ->
+    images that are there more than once."""
+    hashes = {split: read(root, manifest, split) for split in manifest["splits"]}
+    counts = {}
+    for number, (split, own) in enumerate(hashes.items()):
+        counts[split, split] = len(own) - len(np.unique(own))
+        for other in list(hashes)[number + 1 :]:
+            counts[split, other] = int(np.isin(own, hashes[other]).sum())
+    return {pair: count for pair, count in counts.items() if count}

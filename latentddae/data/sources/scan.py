@@ -1,0 +1,270 @@
+"""One walk over a folder or a .zip: which files are images, and which are something else.
+
+A file is an image by its content; only names that end like an image's are believed unopened, so
+that 1.3 million of them are listed in seconds (what cannot be decoded is a bad image later).
+"""
+
+import os
+import struct
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latentddae.core.errors import DataError
+from latentddae.data.shard_format import FORMAT, MANIFEST
+from latentddae.data.sources.pixels import IMAGE_NAMES
+from latentddae.data.sources.source import Item
+
+SYSTEM_NAMES = frozenset(
+    "__MACOSX @eaDir @__thumb lost+found $RECYCLE.BIN #recycle #snapshot Thumbs.db desktop.ini "
+    "ehthumbs.db __pycache__ RECYCLER".split()
+) | {"System Volume Information", "Network Trash Folder", "Temporary Items", "Icon\r"}
+"""Files and folders that operating systems and tools leave behind; so is every name that begins
+with a dot. What lies in them is counted and never read."""
+
+HEAD_BYTES = 32
+MAGIC = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\xff\x0a"),
+    *(b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  "),
+)
+BOXES = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")
+
+SYSTEM, SKIPPED, LINKED = (
+    "in a system file or folder",
+    "left out by --skip-extensions",
+    "a link to an image that is listed",
+)
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder belongs to an operating system or a tool."""
+    return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def is_image_head(head: bytes) -> bool:
+    """Whether the first HEAD_BYTES of a file are those of an image, of whatever format."""
+    return (
+        head.startswith(MAGIC)
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[4:8] == b"ftyp" and head[8:12] in BOXES)
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in (b" ", b"\n", b"\r"))
+    )
+
+
+def extension_of(name: str) -> str:
+    """The extension of a file name: lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+@dataclass
+class Tree:
+    """The files of a folder or an archive, by folder; paths are relative to its root, with `/`."""
+
+    name: str
+    root: Path
+    images: dict[str, list[str]] = field(default_factory=dict)
+    """Folder ("": the root) -> names of the images in it."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Folder -> names of other regular files in it."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> images that are left out for it."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Reason -> the first image that is left out for it."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Extension -> files that are no images."""
+    notes: list[str] = field(default_factory=list)
+    links: set[str] = field(default_factory=set)
+    """Images that are symbolic links."""
+    members: dict[str, Item] | None = None
+    """Path -> where its bytes are; None: the files lie below `root`."""
+
+    def add(self, folder: str, name: str, is_image: bool, system: bool, skip: frozenset) -> None:
+        """Count one regular file."""
+        if not is_image:
+            self.others[extension_of(name) or "without extension"] += 1
+            if not system:
+                self.files.setdefault(folder, []).append(name)
+        elif system:
+            self.reject(SYSTEM, join(folder, name))
+        elif extension_of(name).lstrip(".") in skip:
+            self.reject(SKIPPED, join(folder, name))
+        else:
+            self.images.setdefault(folder, []).append(name)
+
+    def reject(self, reason: str, path: str, count: int = 1) -> None:
+        """Count images that are left out."""
+        self.rejected[reason] += count
+        self.examples.setdefault(reason, path)
+
+    @property
+    def found(self) -> int:
+        """Images in the tree, whether they will be listed or not."""
+        return sum(map(len, self.images.values())) + sum(self.rejected.values())
+
+    def below(self, top: str) -> dict[str, list[str]]:
+        """Folders with images in or below `top`, relative to it."""
+        if not top:
+            return self.images
+        start = f"{top}/"
+        return {
+            folder[len(start) :]: names
+            for folder, names in self.images.items()
+            if folder == top or folder.startswith(start)
+        }
+
+    def children(self, top: str) -> list[str]:
+        """Names of the folders directly in `top` that bear images, at any depth."""
+        names = (folder.split("/", 1)[0] for folder in self.below(top) if folder)
+        return list(dict.fromkeys(names))
+
+    def read(self, path: str) -> bytes:
+        """A whole file. DataError if it cannot be read."""
+        item = (self.members or {}).get(path) or Item(path, -1, os.path.join(self.root, path))
+        try:
+            return item.read()
+        except OSError as error:
+            raise DataError(f"{self.name}/{path} cannot be read: {error.strerror}") from error
+
+    def item(self, path: str, key: str, label: int) -> Item:
+        """The image at a path as an item with the name `key`."""
+        if self.members is None:
+            file = f"{self.root}/{path}"
+            # Items of one folder share one text: a million of them fit into little memory.
+            return Item(
+                key, label, sys.intern(file.removesuffix(key)) if file.endswith(f"/{key}") else file
+            )
+        member = self.members[path]
+        return Item(key, label, member.file, member.offset, member.size, member.deflated)
+
+
+def join(folder: str, name: str) -> str:
+    """A path in a tree."""
+    return f"{folder}/{name}" if folder else name
+
+
+def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -> Tree:
+    """All regular files below a folder; each real folder once, however many links lead to it.
+
+    `out`, the folder that will be written, and data folders of ours are not looked into.
+    """
+    tree = Tree(str(root), root)
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise DataError(f"{root} cannot be read: no permission")
+    seen = set()
+    if out and os.path.isdir(out):
+        seen.add(_identity(out))
+    # Links come last, so that a folder is known by its own name and not by that of a link.
+    folders: list[tuple[str, bool]] = [("", False)]
+    linked: list[tuple[str, bool]] = []
+    while folders or linked:
+        folder, system = folders.pop() if folders else linked.pop()
+        path = os.path.join(root, folder) if folder else str(root)
+        identity = _identity(path)
+        if identity in seen:
+            tree.notes.append(f"folder {folder} is one that was read already")
+            continue
+        seen.add(identity)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if folder and _is_data_folder(path, entries):
+            tree.notes.append(f"folder {folder} holds latent shards of ours")
+            continue
+        for entry in entries:
+            hidden = system or is_system(entry.name)
+            if entry.is_dir():
+                (linked if entry.is_symlink() else folders).append(
+                    (join(folder, entry.name), hidden)
+                )
+            else:
+                _add_file(tree, folder, entry, hidden, skip)
+    for names in tree.images.values():
+        names.sort()
+    return tree
+
+
+def _add_file(
+    tree: Tree, folder: str, entry: os.DirEntry, system: bool, skip: frozenset[str]
+) -> None:
+    is_link = entry.is_symlink()
+    if not entry.is_file() and not (is_link and not os.path.exists(entry.path)):
+        tree.others["no regular file"] += 1  # pipes, sockets, devices
+        return
+    named = extension_of(entry.name) in IMAGE_NAMES
+    is_image = named or is_image_head(_head(entry.path))
+    if is_image and is_link and not system:
+        tree.links.add(join(folder, entry.name))
+    tree.add(folder, entry.name, is_image, system, skip)
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(HEAD_BYTES)
+    except OSError:
+        return b""
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _is_data_folder(path: str, entries: list[os.DirEntry]) -> bool:
+    if any(entry.name.startswith(".encode-") for entry in entries):
+        return True
+    manifest = os.path.join(path, MANIFEST)
+    if not any(entry.name == MANIFEST for entry in entries):
+        return False
+    with open(manifest, "rb") as file:
+        return FORMAT.encode() in file.read(4096)
+
+
+def scan_zip(path: Path, skip: frozenset[str] = frozenset()) -> Tree:
+    """All regular members of a .zip, read later at their offsets. DataError if it is damaged."""
+    tree = Tree(str(path), path, members={})
+    assert tree.members is not None
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for info in archive.infolist():
+                if info.is_dir() or (info.external_attr >> 28) not in (0, 8):
+                    continue
+                if info.flag_bits & 1 or info.compress_type not in (0, 8):
+                    raise DataError(f"{path}: {info.filename} is encrypted or not deflated")
+                header = os.pread(file.fileno(), 30, info.header_offset)
+                name, extra = struct.unpack("<HH", header[26:30])
+                item = Item(
+                    info.filename,
+                    -1,
+                    str(path),
+                    info.header_offset + 30 + name + extra,
+                    info.compress_size,
+                    info.compress_type == 8,
+                )
+                add_member(tree, info.filename, item, skip)
+    except (zipfile.BadZipFile, OSError, struct.error) as error:
+        raise DataError(f"{path} is no whole .zip: {error}") from error
+    return tree
+
+
+def add_member(tree: Tree, name: str, item: Item, skip: frozenset[str]) -> None:
+    """Count one member of an archive."""
+    assert tree.members is not None
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    path = "/".join(parts)
+    tree.members[path] = item
+    is_image = extension_of(path) in IMAGE_NAMES or is_image_head(item.read()[:HEAD_BYTES])
+    folder, _, last = path.rpartition("/")
+    tree.add(folder, last, is_image, any(map(is_system, parts)), skip)
+
+
+def text_files(tree: Tree, folders: Iterator[str]) -> Iterator[str]:
+    """Paths of the other files directly in some folders."""
+    for folder in dict.fromkeys(folders):
+        for name in sorted(tree.files.get(folder, ())):
+            yield join(folder, name)
