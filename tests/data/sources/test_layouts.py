@@ -471,7 +471,7 @@ def test_kaggle_imagenet(tmp_path: Path) -> None:
         files={
             "LOC_val_solution.csv": truth,
             "LOC_train_solution.csv": f"ImageId,PredictionString\n{train},{wnids()[3]} 1 2 3 4\n",
-            "LOC_sample_submission.csv": f"ImageId,Prediction\nILSVRC2012_test_00000001,{wnids()[0]}\n",
+            "LOC_sample_submission.csv": f"ImageId,Label\nILSVRC2012_test_00000001,{wnids()[0]}\n",
             "LOC_synset_mapping.txt": f"{wnids()[3]} tench",
             f"ILSVRC/Annotations/CLS-LOC/val/{next(iter(val))}.xml": "<x/>",
         },
