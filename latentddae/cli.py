@@ -53,6 +53,10 @@ GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
         "sample": ("latentddae.generation.sample", "images from a checkpoint"),
         "fid": ("latentddae.generation.fid", "FID, sFID, IS, KID, precision, recall of samples"),
     },
+    "exchange": {
+        "convert": ("latentddae.models.convert.convert", "a checkpoint in another format"),
+        "publish": ("latentddae.models.convert.publish", "a checkpoint with its model card"),
+    },
     "tools": {
         "demo": ("latentddae.demo", "the whole pipeline on real images, on a laptop CPU"),
         "doctor": ("latentddae.doctor", "check that this machine can train"),
