@@ -22,6 +22,7 @@ LAYERS = [
     {"diffusion", "models"},
     {"data"},
     {"models.registry", "models.portable", "models.convert", "models.zoo", "models.timm_backbone"},
+    {"models.trunks"},
     {"planning"},
     {"training"},
     {"transfer.results", "transfer.grids"},

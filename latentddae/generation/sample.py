@@ -122,7 +122,8 @@ def check_model(checkpoint: Checkpoint, config: SampleConfig) -> None:
         raise ConfigError("guidance needs a model with labels; this one is unconditional")
     if scale != 1 and config.labels == "none":
         raise ConfigError("guidance needs labels; labels none leaves nothing to guide towards")
-    SAMPLERS[config.sampler.kind].nodes(checkpoint.objective, config)
+    sampler = SAMPLERS[config.sampler.kind]
+    sampler.nodes(sampler.objective(checkpoint.objective, config.sampler), config)
 
 
 def check_folder(config: SampleConfig, record: dict[str, object]) -> None:

@@ -13,6 +13,7 @@ float32.
     tokens = model.taps(x, t, y, blocks=[3])    # {3: (N, T, D)}
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
@@ -54,6 +55,7 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
     has_class_token = False
+    branches = 2  # attention and MLP
 
     def __init__(self, config: DiTConfig, seed: int = 0) -> None:
         super().__init__()
@@ -97,13 +99,19 @@ class DiT(nn.Module):
             tokens, c = self.wide_head(x, tokens, c)
         return unpatchify(self.final_layer(tokens, c), self.config.patch_size)
 
-    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
+    def stream(
+        self, x: Tensor, t: Tensor, y: Conditioning = None, branch_scales: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, output of block k (N, T, D) float32) for k = 1 ... depth, running block k only
-        when asked."""
+        when asked.
+
+        `branch_scales` (N, depth, 2) multiplies the gates of each block's attention and MLP.
+        """
         tokens, c = self.input_tokens(x), self.embed_condition(t.expand(len(x)), y)
         condition = self.block_condition(c)
         for number in range(1, len(self.blocks) + 1):
-            tokens = self.run_block(number, tokens, condition)
+            scale = None if branch_scales is None else branch_scales[:, number - 1]
+            tokens = self.run_block(number, tokens, condition, scale)
             yield number, self.of_image(tokens)
 
     def run_block(
@@ -135,6 +143,21 @@ class DiT(nn.Module):
             if number == numbers[-1]:
                 break
         return outputs
+
+    def truncate(self, block: int) -> None:
+        """Remove the blocks after block k and the output layer."""
+        self.blocks = self.blocks[:block]
+        self.wide_head = None
+        self.final_layer = nn.Identity()  # type: ignore[assignment]
+
+    def layers(self) -> int:
+        """The blocks."""
+        return len(self.blocks)
+
+    def layer_of(self, name: str) -> int:
+        """The number of a parameter's block, 0 for embeddings."""
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return int(block[1]) + 1 if block else 0
 
     def tap_shapes(self) -> dict[int, tuple[int, int]]:
         """{k: (T, D)} of every block."""

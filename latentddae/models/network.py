@@ -75,6 +75,8 @@ class Network(Protocol):
 
     checkpoint_blocks: int
     """Every n-th block recomputes its activations in the backward pass; 0: none does."""
+    branches: int
+    """Residual branches of a block that `branch_scales` of `stream` reaches; 0: none."""
     has_class_token: bool
     """Whether a class token goes beside the map of tokens (ViTs of timm)."""
 
@@ -91,8 +93,13 @@ class Network(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Tensor:
         """`forward`, as nn.Module calls it."""
 
-    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (k, output of block k (N, T, D)), k = 1 ... depth; block k runs when asked for."""
+    def stream(
+        self, x: Tensor, t: Tensor, y: Conditioning = None, branch_scales: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (k, output of block k (N, T, D)), k = 1 ... depth; block k runs when asked for.
+
+        `branch_scales` (N, depth, branches) multiplies each block's residual branches (drop path).
+        """
 
     def taps(
         self, x: Tensor, t: Tensor, y: Conditioning, blocks: Iterable[int]
@@ -104,6 +111,15 @@ class Network(Protocol):
 
     def tap_shapes(self) -> dict[int, tuple[int, int]]:
         """{k: (T, D)}: tokens and channels of the output of every block k."""
+
+    def truncate(self, block: int) -> None:
+        """Remove later blocks and the output layer: `stream` ends at block k."""
+
+    def layers(self) -> int:
+        """Layers in the order of computation that `layer_of` counts, without embeddings."""
+
+    def layer_of(self, name: str) -> int:
+        """The layer, 1 to `layers()`, that a parameter belongs to; 0 for those of embeddings."""
 
     def flops(self) -> int:
         """Floating-point operations of one image's forward pass, two per multiply-accumulate."""

@@ -58,6 +58,7 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
     null_label = None
+    branches = 0
     checkpoint_blocks = 0
 
     def __init__(self, network: Any) -> None:
@@ -77,7 +78,9 @@ class Backbone(nn.Module):
         """Refused for images (N, 3, H, W): raises ConfigError."""
         raise ConfigError("a timm backbone gives features only: it does not denoise")
 
-    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
+    def stream(
+        self, x: Tensor, t: Tensor, y: Conditioning = None, branch_scales: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Images (N, 3, H, W) in [-1, 1] -> (k, tokens of block k (N, T, D) float32), k = 1, ..."""
         for number, (feature_map, _) in enumerate(self.feature_maps(x, self.config.depth), start=1):
             yield number, as_tokens(feature_map)
@@ -102,6 +105,18 @@ class Backbone(nn.Module):
             height, width = (math.ceil(size / info["reduction"]) for size in self.size)
             shapes[number] = (height * width, info["num_chs"])
         return shapes
+
+    def truncate(self, block: int) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError("fine-tuning takes networks that are trained here, not timm's")
+
+    def layers(self) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError("the layers of a timm backbone are not counted")
+
+    def layer_of(self, name: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError("the layers of a timm backbone are not counted")
 
     def flops(self) -> NoReturn:
         """Raises ConfigError."""

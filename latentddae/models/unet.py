@@ -322,6 +322,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.has_class_token = False
+        self.branches = 0
         self.checkpoint_blocks = 0
         """Every n-th decoder block keeps no activations and runs again in the backward pass."""
         with torch.random.fork_rng(devices=[]):
@@ -376,9 +377,12 @@ class UNet(nn.Module):
             continue
         return self.final(F.silu(self.norm(h))).float()
 
-    def stream(self, x: Tensor, t: Tensor, y: Conditioning = None) -> Iterator[tuple[int, Tensor]]:
+    def stream(
+        self, x: Tensor, t: Tensor, y: Conditioning = None, branch_scales: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, output of decoder block k (N, H * W, C) float32) for k = 1 ... depth, running
-        block k only when asked."""
+        block k only when asked. There is no drop path: `branch_scales` must be None."""
+        assert branch_scales is None
         for number, h in self._decode(x, t, y):
             yield number, rearrange(h, "n c h w -> n (h w) c")
 
@@ -442,6 +446,25 @@ class UNet(nn.Module):
         if every and number % every == 0 and torch.is_grad_enabled():
             return checkpoint(block, x, time, use_reentrant=False)  # keeps the dropout's generator
         return block(x, time)
+
+    def truncate(self, block: int) -> None:
+        """Remove the decoder after block k, and the output layer."""
+        ends = [number for number, module in enumerate(self.up, 1) if isinstance(module, Block)]
+        self.up = self.up[: ends[block - 1]]
+        self.norm, self.final = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+
+    def layers(self) -> int:
+        """Modules of the encoder, the bottleneck, and the modules of the decoder."""
+        return len(self.down) + 1 + len(self.up)
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, 0 for the first convolution and the time embedding."""
+        part, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        before = {"down": 0, "middle": len(self.down), "up": len(self.down) + 1}
+        if part not in before:
+            return 0
+        return before[part] + 1 + (int(number) if number.isdigit() else 0)
 
     def tap_shapes(self) -> dict[int, tuple[int, int]]:
         """{k: (T, C)} of every decoder block."""

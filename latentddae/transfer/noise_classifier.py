@@ -24,6 +24,7 @@ from latentddae.core.precision import DTYPES
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models.layers import sinusoidal_embedding
+from latentddae.models.trunks import null_labels
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer import results
@@ -31,7 +32,7 @@ from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks, describe_level
-from latentddae.transfer.extraction.trunk import null_labels, precision_of
+from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.protocol.splits import labels_of, subset
 from latentddae.transfer.reporting import plots

@@ -144,7 +144,7 @@ def test_from_scratch_is_fresh_and_the_default_is_not(start, tmp_path, ranks, ch
 def test_layer_decay_follows_the_formula(checkpoint) -> None:
     """decay^(blocks + 1 - layer): embeddings are layer 0, block k is k, the head is last."""
     model = Classifier(zoo.build(checkpoint.model.config), 2, classes=4, norm="affine")
-    lr_scale = layer_decay(0.5, 2)
+    lr_scale = layer_decay(0.5, model.trunk)
     scales = {name: lr_scale(name) for name, _ in model.named_parameters()}
     assert {v for k, v in scales.items() if "embedder" in k} == {0.125}
     assert {v for k, v in scales.items() if k.startswith("trunk.blocks.0.")} == {0.25}

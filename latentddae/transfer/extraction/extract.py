@@ -21,6 +21,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.subsets import SampleSet
 from latentddae.diffusion.objective import Objective
 from latentddae.models.frozen_trunk import Output
+from latentddae.models.trunks import Trunk
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.pooling import pool_of
 from latentddae.transfer.extraction.spec import (
@@ -30,7 +31,7 @@ from latentddae.transfer.extraction.spec import (
     check_blocks,
     members_of,
 )
-from latentddae.transfer.extraction.trunk import BATCH, Trunk, device_of, timestep, trunk_at
+from latentddae.transfer.extraction.trunk import BATCH, device_of, timestep, trunk_at
 
 Progress = Callable[[int], object]
 """Called with the number of samples of each finished batch."""

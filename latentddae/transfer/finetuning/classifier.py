@@ -6,7 +6,6 @@ Early layers may learn more slowly (layer decay), and whole branches may be drop
 path), by keyed draws.
 """
 
-import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentddae.core import rng
-from latentddae.core.errors import ConfigError
-from latentddae.models.dit import DiT
 from latentddae.models.network import Network
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks
@@ -51,24 +48,19 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Classifier(nn.Module):
-    """The first `block` blocks of a DiT, and a linear head on the mean token.
+    """The first `block` blocks of a network, and a linear head on the mean token.
 
-    `trunk` is changed: later blocks and the output layer are removed. Raises ConfigError for
-    another kind of network.
+    `trunk` is changed: later blocks and the output layer are removed.
     """
 
     def __init__(
         self, trunk: Network, block: int, classes: int, norm: NormName = "layer", seed: int = 0
     ) -> None:
         super().__init__()
-        if not isinstance(trunk, DiT):
-            raise ConfigError(f"fine-tuning needs a dit, not {trunk.config.kind}")
         (self.block,) = check_blocks([block], trunk.config.depth)
+        width = trunk.tap_shapes()[block][1]
+        trunk.truncate(block)
         self.trunk = trunk
-        self.trunk.blocks = trunk.blocks[:block]
-        self.trunk.wide_head = None
-        self.trunk.final_layer = nn.Identity()  # type: ignore[assignment]
-        width = trunk.config.hidden_size
         self.norm = NORMS[norm](width)
         self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(
@@ -80,15 +72,11 @@ class Classifier(nn.Module):
         """Logits of network inputs (N, C, H, W) at network times (N,), with the null label: (N,
         classes) float32.
 
-        `branch_scales` (N, block, 2) multiplies the gates of each block's attention and MLP, see
-        `drop_path`.
+        `branch_scales` (N, block, branches) multiplies the branches of each block, see `drop_path`.
         """
-        tokens = self.trunk.input_tokens(x)
-        condition = self.trunk.block_condition(self.trunk.embed_condition(t))
-        for number in range(1, self.block + 1):
-            scale = None if branch_scales is None else branch_scales[:, number - 1]
-            tokens = self.trunk.run_block(number, tokens, condition, scale)
-        pooled = self.norm(pool_mean(self.trunk.of_image(tokens)))
+        for _, tokens in self.trunk.stream(x, t, None, branch_scales):
+            last = tokens
+        pooled = self.norm(pool_mean(last))
         return self.head(pooled.to(self.head.weight.dtype)).float()
 
 
@@ -105,15 +93,13 @@ def drop_path(rate: float, blocks: int, seed: int, position: Tensor) -> Tensor |
     return kept / (1 - rates)
 
 
-def layer_decay(decay: float, blocks: int) -> Callable[[str], float]:
-    """Learning-rate factors decay^(blocks + 1 - layer) by parameter name: embeddings are layer 0,
-    block k is layer k, the head is layer blocks + 1 (BEiT, MAE)."""
-    return lambda name: decay ** (blocks + 1 - layer_of(name, blocks))
+def layer_decay(decay: float, trunk: Network) -> Callable[[str], float]:
+    """Learning-rate factors decay^(layers + 1 - layer) by parameter name: embeddings are layer 0,
+    the head is one layer after those of the truncated trunk (BEiT, MAE)."""
+    layers = trunk.layers()
 
+    def factor(name: str) -> float:
+        prefix, _, rest = name.partition(".")
+        return decay ** (layers + 1 - trunk.layer_of(rest)) if prefix == "trunk" else 1.0
 
-def layer_of(name: str, blocks: int) -> int:
-    """The layer of a classifier's parameter."""
-    block = re.match(r"trunk\.blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return 0 if name.startswith("trunk.") else blocks + 1
+    return factor

@@ -18,6 +18,7 @@ from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
 from latentddae.data.training_data import DataConfig
 from latentddae.models import zoo
+from latentddae.models.trunks import null_labels
 from latentddae.models.zoo import Checkpoint, Stated
 from latentddae.training.config import RunConfig, contract
 from latentddae.training.job import Evaluation, Job
@@ -27,7 +28,7 @@ from latentddae.training.states import State
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise, network_input
 from latentddae.transfer.extraction.inputs import Weights, describe_checkpoint, open_shards
 from latentddae.transfer.extraction.spec import check_blocks, check_level
-from latentddae.transfer.extraction.trunk import null_labels, timestep
+from latentddae.transfer.extraction.trunk import timestep
 from latentddae.transfer.finetuning.classifier import (
     Classifier,
     NormName,
@@ -111,6 +112,8 @@ def open_inputs(config: FinetuneConfig, device: torch.device) -> Opened:
     checkpoint = zoo.load(config.checkpoint, config.weights, device, config.stated)
     check_blocks([config.block], checkpoint.model.config.depth)
     null_labels(checkpoint.model, 1)  # refuses a network that has none
+    if config.drop_path and not checkpoint.model.branches:
+        raise ConfigError(f"a {checkpoint.model.config.kind} has no drop path: drop_path=0")
     if config.data.stream:
         raise ConfigError("fine-tuning reads samples at random: not possible with data.stream")
     root = Path(config.data.path)
@@ -166,7 +169,7 @@ class Task:
             model=self.classifier,
             samples=samples,
             data=config.data,
-            lr_scale=layer_decay(config.layer_decay, config.block),
+            lr_scale=layer_decay(config.layer_decay, self.classifier.trunk),
             tensors=with_partners(samples, config, world) if config.mix.active else unpaired,
             loss=self.loss,
             evaluations=(

@@ -1,0 +1,121 @@
+"""Every command on one pixel checkpoint: a small U-Net, trained for some steps on images."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentddae import train
+from latentddae.core import files
+from latentddae.core.errors import run_command
+from latentddae.generation import sample
+from latentddae.models import zoo
+from latentddae.training import export
+from latentddae.transfer import (
+    finetune,
+    geometry,
+    grid,
+    knn,
+    linear,
+    noise_classifier,
+    report,
+    results,
+    visualize,
+)
+
+CONFIG = Path(__file__).parent / "training" / "tiny_unet.yaml"
+BLOCK, LEVEL = "2", "t=0.06"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pixel_shards, ranks) -> Path:
+    """A finished run, with samples and a probe on the way."""
+    folder = tmp_path_factory.mktemp("pixel") / "run"
+    monitor = "monitor={every_images: 48, images: 4, steps: 3, frechet_images: 8}"
+    probe = "monitor.probe={every_images: 48, level: 0.06}"
+    arguments = ("--config", str(CONFIG), f"run={folder}", f"data.path={pixel_shards}")
+    action = lambda: run_command(
+        "train", train.main, [*arguments, monitor, probe, "total_images=48"]
+    )  # noqa: E731, E501
+    assert ranks(action) == [0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probed(run, pixel_shards) -> Callable[..., Path]:
+    """Run a command on the checkpoint and the images; the folder of its results."""
+
+    def command(module, *rest: object) -> Path:
+        out = run.parent / module.__name__.rpartition(".")[2]
+        given = ("--checkpoint", run, "--data", pixel_shards, "--out", out, *rest)
+        module.main([str(argument) for argument in given])
+        return out
+
+    return command
+
+
+def test_train_and_export(run, tmp_path) -> None:
+    events = files.read_json_lines(run / "events.jsonl") if (run / "events.jsonl").exists() else []
+    rows = files.read_json_lines(run / "metrics.jsonl") + events
+    assert any("frechet_latents" in row for row in rows)
+    assert any(row.get("event") == "probe" and 0 <= row["top1"] <= 1 for row in rows)
+    assert list((run / "samples").glob("*.png"))
+    export.main([str(run), "--out", str(tmp_path / "export")])
+    checkpoint = zoo.load(tmp_path / "export")
+    assert checkpoint.model.config.augment_dim == 9
+    assert checkpoint.latent_spec.kind == "image"
+
+
+def test_probes(probed) -> None:
+    out = probed(grid, "--levels", "t=0.0229,t=0.06", "--holdout", 0.3)
+    chosen = json.loads((out / "grid.json").read_text())
+    assert {cell["block"] for cell in chosen["cells"]} == {1, 2, 3, 4}
+    cell = ("--cell", out / "grid.json")
+    for module in (linear, knn):
+        (result,) = results.read(probed(module, *cell) / results.RESULTS)
+        assert result.accuracy > 0.5 and result.cell.t in (
+            pytest.approx(0.0229),
+            pytest.approx(0.06),
+        )
+    (result,) = results.read(
+        probed(linear, "--block", BLOCK, "--level", LEVEL, "--recipe", "ddae", "--epochs", 2)
+        / results.RESULTS
+    )[1:]
+    assert result.protocol["optimizer"] == "adam"
+
+
+def test_analysis(probed) -> None:
+    (result,) = results.read(probed(geometry, "--levels", LEVEL) / results.RESULTS)
+    assert result.kind == "geometry"
+    out = probed(noise_classifier, "--block", BLOCK, "--epochs", 1, "--batch", 32)
+    assert len(results.read(out / results.RESULTS)[0].values["curve"]) == 20
+    out = probed(visualize, "--block", BLOCK, "--level", LEVEL, "--queries", 2)
+    assert len(json.loads((out / "visualize.json").read_text())["queries"]) == 2
+
+
+def test_finetune(run, pixel_shards, tmp_path, ranks) -> None:
+    out = tmp_path / "finetuned"
+    given = [
+        "--checkpoint", run, "--out", out, f"data.path={pixel_shards}", "block=3", "level=0.06",
+        "layer_decay=0.7", "total_images=64", "global_batch=16", "holdout=0.2",
+        "engine.precision=fp32",
+    ]  # fmt: skip
+    action = lambda *more: run_command("finetune", finetune.main, [*map(str, given), *more])  # noqa: E731
+    assert ranks(lambda: action("drop_path=0.1")) == [78]
+    assert ranks(action) == [0]
+    (result,) = results.read(out / results.RESULTS)
+    assert 0 <= result.accuracy <= 1
+
+
+def test_samples_and_their_distance(run, pixel_shards, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "samples"
+    settings = ("--sampler", "heun", "--steps", "3", "--clip", "--float64")
+    sample.main(["--checkpoint", str(run), "--num", "6", "--out", str(out), *settings])
+    assert len(list((out / "images").glob("*.png"))) == 6
+    assert json.loads((out / "sample.json").read_text())["float64"] is True
+
+
+def test_report(run, probed, tmp_path) -> None:
+    report.main([str(run), "--out", str(tmp_path / "report.html")])
+    assert "run" in (tmp_path / "report.html").read_text()
