@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from latentddae import train
 from latentddae.core import files
 from latentddae.core.errors import run_command
-from latentddae.generation import sample
+from latentddae.generation import fid, sample
+from latentddae.generation.inception import Features
 from latentddae.models import zoo
 from latentddae.training import export
 from latentddae.transfer import (
@@ -28,6 +30,16 @@ CONFIG = Path(__file__).parent / "training" / "tiny_unet.yaml"
 BLOCK, LEVEL = "2", "t=0.06"
 
 
+class MeanColours:
+    """Stands in for Inception, which would be a download."""
+
+    original, weights_hash = False, "none"
+
+    def __call__(self, images: np.ndarray) -> Features:
+        means = images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
+        return Features(means, means, means)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, pixel_shards, ranks) -> Path:
     """A finished run, with samples and a probe on the way."""
@@ -35,10 +47,8 @@ def run(tmp_path_factory, pixel_shards, ranks) -> Path:
     monitor = "monitor={every_images: 48, images: 4, steps: 3, frechet_images: 8}"
     probe = "monitor.probe={every_images: 48, level: 0.06}"
     arguments = ("--config", str(CONFIG), f"run={folder}", f"data.path={pixel_shards}")
-    action = lambda: run_command(
-        "train", train.main, [*arguments, monitor, probe, "total_images=48"]
-    )  # noqa: E731, E501
-    assert ranks(action) == [0]
+    options = [*arguments, monitor, probe, "total_images=48"]
+    assert ranks(lambda: run_command("train", train.main, options)) == [0]
     return folder
 
 
@@ -83,6 +93,7 @@ def test_probes(probed) -> None:
         / results.RESULTS
     )[1:]
     assert result.protocol["optimizer"] == "adam"
+    assert result.protocol["crop_padding"] == 4
 
 
 def test_analysis(probed) -> None:
@@ -114,6 +125,10 @@ def test_samples_and_their_distance(run, pixel_shards, tmp_path, monkeypatch) ->
     sample.main(["--checkpoint", str(run), "--num", "6", "--out", str(out), *settings])
     assert len(list((out / "images").glob("*.png"))) == 6
     assert json.loads((out / "sample.json").read_text())["float64"] is True
+    monkeypatch.setattr(fid, "open_inception", lambda config: MeanColours())
+    fid.main([str(out), str(pixel_shards), "--out", str(tmp_path)])
+    (row,) = files.read_json_lines(tmp_path / "fid.jsonl")
+    assert row["fid"] > 0 and row["reference"]["count"] == 96
 
 
 def test_report(run, probed, tmp_path) -> None:

@@ -13,10 +13,14 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import UsageError, run_command
+from latentddae.data.latents import LatentSpec
 from latentddae.transfer.probes.recipes import LBFGS, RECIPES, Recipe
 from latentddae.transfer.protocol import session, sgd_probe
 from latentddae.transfer.protocol.options import ProbeOptions
 from latentddae.transfer.results import Result
+
+DDAE_CROP_PADDING = 4
+"""Of DDAE's probes of pixel models (arXiv 2303.09769)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,17 @@ class LinearConfig(ProbeOptions):
     """Recipe: weight decays, each combined with every learning rate."""
     noise_samples_cached: int | None = None
     """Recipe: extract features this many times and mix them, instead of once per epoch."""
+    crop_padding: int | None = None
+    """Recipe, on images: pad training images by this many pixels, crop them to their size and
+    mirror half of them, anew for every epoch; 0: neither. Default: 4 for ddae, else 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, positive=("noise_samples_cached", "epochs", "batch_size"))
+        require(
+            self,
+            positive=("noise_samples_cached", "epochs", "batch_size"),
+            non_negative=("crop_padding",),
+        )
         if self.recipe == LBFGS:
             return
         self.training()
@@ -49,6 +60,12 @@ class LinearConfig(ProbeOptions):
                 f"--features holds one noise, which {self.recipe} would learn; use "
                 f"--noise-samples-cached K, or --recipe {LBFGS}"
             )
+
+    def padding(self, latents: LatentSpec) -> int:
+        """`crop_padding`, or the recipe's for data of this kind."""
+        if self.crop_padding is not None:
+            return self.crop_padding
+        return DDAE_CROP_PADDING if self.recipe == "ddae" and latents.kind == "image" else 0
 
     def training(self) -> Recipe:
         """The named recipe with the settings that replace its own."""
@@ -67,8 +84,8 @@ def linear(config: LinearConfig) -> list[Result]:
     probes = session.open_session(config)
     if config.recipe == LBFGS:
         return session.run_probes(probes, "linear")
-    noises = config.noise_samples_cached
-    return [sgd_probe.run(probes, config.recipe, config.training(), noises)]
+    noises, padding = config.noise_samples_cached, config.padding(probes.train.spec)
+    return [sgd_probe.run(probes, config.recipe, config.training(), noises, padding)]
 
 
 def run(config: LinearConfig) -> None:

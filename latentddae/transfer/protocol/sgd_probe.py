@@ -8,6 +8,7 @@ versions for each sample; a single version would let a head learn its noise.
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from latentddae.core import dist
 from latentddae.core.errors import DataError
 from latentddae.core.rng import key_positions, purpose_key, uniform
-from latentddae.data.subsets import SingleView
+from latentddae.data.crops import CropFlip
+from latentddae.data.subsets import SampleSet, SingleView
 from latentddae.transfer.probes import sgd
 from latentddae.transfer.probes.recipes import Recipe
 from latentddae.transfer.protocol.session import ProbeSession, run_once
@@ -28,25 +30,38 @@ EpochFeatures = Callable[[int], np.ndarray]
 
 
 def run(
-    session: ProbeSession, name: str, recipe: Recipe, noise_samples_cached: int | None
+    session: ProbeSession,
+    name: str,
+    recipe: Recipe,
+    noise_samples_cached: int | None,
+    crop_padding: int = 0,
 ) -> Result:
-    """The result of a recipe on the session's cell. A collective."""
+    """The result of a recipe on the session's cell. A collective.
+
+    With `crop_padding` every version of a training image is cropped and mirrored anew, see
+    data/crops.py.
+    """
     if dist.world_from_environment().is_main:
         print(format_rates(recipe, len(session.split.train)), file=sys.stderr)
     protocol = {
         "name": f"{name}/{VERSION}",
         **dataclasses.asdict(recipe),
         "noise_samples_cached": noise_samples_cached,
+        **({"crop_padding": crop_padding} if crop_padding else {}),
     }
 
     def measure(noise_seed: int) -> list[sgd.SgdResult]:
-        return _measure(session, recipe, noise_seed, noise_samples_cached)
+        versions = partial(one_version, session, noise_seed, crop_padding=crop_padding)
+        features: EpochFeatures = versions
+        if noise_samples_cached is not None:
+            features = cached(session, noise_seed, noise_samples_cached, versions)
+        return _measure(session, recipe, noise_seed, features)
 
     return run_once(session, "linear", protocol, measure)
 
 
 def _measure(
-    session: ProbeSession, recipe: Recipe, noise_seed: int, noise_samples_cached: int | None
+    session: ProbeSession, recipe: Recipe, noise_seed: int, features: EpochFeatures
 ) -> list[sgd.SgdResult]:
     """Heads trained with one seed of the noise: a result on rank 0, an empty list elsewhere."""
     split, train, test = session.split, session.train, session.test
@@ -55,11 +70,6 @@ def _measure(
     if len(recipe.learning_rates) * len(recipe.weight_decays) > 1:
         rows = split.train[split.heldout]
         heldout_x = session.features(train, rows, noise_seed, "held out")
-    features = (
-        online(session, noise_seed)
-        if noise_samples_cached is None
-        else cached(session, noise_seed, noise_samples_cached)
-    )
     epochs = (features(epoch) for epoch in range(recipe.epochs))
     if not dist.world_from_environment().is_main:
         for _ in epochs:  # takes part in the extraction
@@ -92,15 +102,10 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def online(session: ProbeSession, seed: int) -> EpochFeatures:
-    """Features that are extracted anew for every epoch."""
-    return lambda epoch: one_version(session, seed, epoch)
-
-
-def cached(session: ProbeSession, seed: int, count: int) -> EpochFeatures:
+def cached(session: ProbeSession, seed: int, count: int, version: EpochFeatures) -> EpochFeatures:
     """`count` versions of the features, kept in memory as float16; every epoch mixes them sample by
     sample."""
-    stored = [_as_float16(one_version(session, seed, number)) for number in range(count)]
+    stored = [_as_float16(version(number)) for number in range(count)]
 
     def features(epoch: int) -> np.ndarray:
         choice = choose(_positions(session), seed, f"probe/cached/{epoch}", count)
@@ -112,8 +117,9 @@ def cached(session: ProbeSession, seed: int, count: int) -> EpochFeatures:
     return features
 
 
-def one_version(session: ProbeSession, seed: int, number: int) -> np.ndarray:
-    """Features of all training samples with noises and views of their own: (N, D) float32."""
+def one_version(session: ProbeSession, seed: int, number: int, crop_padding: int = 0) -> np.ndarray:
+    """Features of all training samples with noises, views and crops of their own: (N, D)
+    float32."""
     train, indices = session.train, session.split.train
     options = training_views(train.spec.views)
     views = np.zeros(len(train), np.int64)
@@ -121,7 +127,11 @@ def one_version(session: ProbeSession, seed: int, number: int) -> np.ndarray:
         choose(_positions(session), seed, f"probe/view/{number}", len(options))
     ]
     noise_seed = purpose_key(seed, f"probe/draw/{number}")[0]
-    return session.features(SingleView(train, views), indices, noise_seed, f"version {number + 1}")
+    shown: SampleSet = SingleView(train, views)
+    if crop_padding:
+        purpose = f"probe/version/{number}"
+        shown = CropFlip(shown, seed=seed, purpose=purpose, padding=crop_padding)
+    return session.features(shown, indices, noise_seed, f"version {number + 1}")
 
 
 def training_views(names: Sequence[str]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Probes by recipe: they read what is there and nothing else, and choose without the test set."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_cached_draws_are_mixed_sample_by_sample(checkpoint_folder, tiny_shards,
     opened = opened_at(checkpoint_folder, tiny_shards, tmp_path, block=1, level="0.2")
     draws = [sgd_probe.one_version(opened, 5, number) for number in range(3)]
     assert np.abs(draws[0] - draws[1]).max() > 0.01  # one view: the noise is another
-    epoch = sgd_probe.cached(opened, 5, 3)
+    epoch = sgd_probe.cached(opened, 5, 3, partial(sgd_probe.one_version, opened, 5))
     picks = []
     for number in range(2):
         distance = [np.abs(epoch(number) - d.astype(np.float16)).max(axis=1) for d in draws]
