@@ -62,7 +62,8 @@ class FidConfig:
     protocol: str | None = None
     """Fixes the metrics and refuses samples that differ: adm-imagenet256-50k,
     adm-imagenet512-50k, dit-imagenet256-50k-cfg1.5, dit-imagenet256-50k-nocfg,
-    sit-imagenet256-50k-cfg1.5 or ddae-cifar10-50k."""
+    sit-imagenet256-50k-cfg1.5, ddae-cifar10-50k, ddae-cifar10-50k-ddim100 or
+    ddae-cifar10-50k-edm18."""
     metrics: tuple[str, ...] = ()
     """Without a protocol: some of fid, sfid, is, kid, pr; none given: fid."""
     kid_subset: int = 1000

@@ -1,7 +1,7 @@
 """Named evaluation protocols: they fix what a published number depends on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError
@@ -39,6 +39,9 @@ ADM_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 DIT_SAMPLING = {"sampler.name": "ancestral", "steps": 250, "labels": "random", "precision": "fp32"}
 SIT_SAMPLING = {**DIT_SAMPLING, "sampler.name": "euler_maruyama"}
 ADM_METRICS = ("fid", "sfid", "is", "pr")
+DDAE_CIFAR10 = EvaluationProtocol(
+    name="ddae-cifar10-50k", metrics=("fid",), images=50_000, size=32, reference_images=50_000
+)
 
 _ALL = (
     # ADM's reference holds mu and sigma of the whole training set and 10,000 images for P and R.
@@ -80,8 +83,29 @@ _ALL = (
         reference_has=ADM_ARRAYS,
         samples={**SIT_SAMPLING, "guidance.scale": 1.5, "guidance.channels": 3},
     ),
-    EvaluationProtocol(
-        name="ddae-cifar10-50k", metrics=("fid",), images=50_000, size=32, reference_images=50_000
+    DDAE_CIFAR10,
+    # DDAE's own samplers (arXiv 2303.09769).
+    replace(
+        DDAE_CIFAR10,
+        name="ddae-cifar10-50k-ddim100",
+        samples={
+            "sampler.name": "ddim",
+            "sampler.table": "ddae",
+            "sampler.eta": 0.0,
+            "steps": 100,
+            "clip": True,
+        },
+    ),
+    replace(
+        DDAE_CIFAR10,
+        name="ddae-cifar10-50k-edm18",
+        samples={
+            "sampler.name": "heun",
+            "sampler.churn": 0.0,
+            "steps": 18,
+            "clip": True,
+            "float64": True,
+        },
     ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
