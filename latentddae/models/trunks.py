@@ -10,7 +10,7 @@ runs as it is, with a copy of its weights in the dtype asked for.
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError
 from latentddae.models.frozen_trunk import Output, fold, foldable
 from latentddae.models.network import Network
-from latentddae.models.timm_backbone import BackboneTrunk
+from latentddae.models.timm_backbone import Backbone, BackboneTrunk
 
 IMAGES_AT_ONCE = 128
 """Images per call of a network that does not fold."""
@@ -53,7 +53,7 @@ class PlainTrunk:
             yield number, Output(tokens)
 
     def normalised(self, block: int, tokens: Tensor) -> Tensor:
-        """Refused: only a folded DiT has an adaLN to offer."""
+        """Refused for tokens (N, T, D): only a folded DiT has an adaLN to offer."""
         raise ConfigError(f"this network's block {block} has no adaLN to normalise by")
 
 
@@ -73,24 +73,24 @@ def null_labels(model: Network, count: int) -> Tensor | None:
 
 
 def open_plain(model: Network, network_t: Tensor, depth: int, dtype: torch.dtype) -> Trunk:
-    """The network itself if its weights have this dtype, else a copy of it."""
+    """At the network time (1,): the network itself if its weights have this dtype, else a copy."""
     del depth  # the stream is lazy
     if next(model.parameters()).dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     return PlainTrunk(model, network_t)
 
 
-def open_dit(model: Any, network_t: Tensor, depth: int, dtype: torch.dtype) -> Trunk:
-    """The DiT folded into a ViT, where it folds."""
+def open_dit(model: Network, network_t: Tensor, depth: int, dtype: torch.dtype) -> Trunk:
+    """The DiT at the network time (1,), folded into a ViT where it folds."""
     if foldable(model):
         return fold(model, network_t, depth=depth, dtype=dtype)
     return open_plain(model, network_t, depth, dtype)
 
 
-def open_backbone_trunk(model: Any, network_t: Tensor, depth: int, dtype: torch.dtype) -> Trunk:
-    """A timm network, which knows no time."""
+def open_backbone_trunk(model: Network, network_t: Tensor, depth: int, dtype: torch.dtype) -> Trunk:
+    """A timm network, which knows no network time (1,)."""
     del network_t
-    return BackboneTrunk(model, depth, dtype)
+    return BackboneTrunk(cast(Backbone, model), depth, dtype)
 
 
 TRUNKS: Mapping[str, Callable[[Network, Tensor, int, torch.dtype], Trunk]] = {
