@@ -3,7 +3,7 @@
     python data_prep/cifar.py --source cifar10 --out data/cifar10 --download
 
 For the latent models' transfer, DDAE's recipe (crops at 32 pixels, then 256): --autoencoder
-stabilityai/sd-vae-ft-ema --resolution 256 --crop native --views original,copy1,copy2
+stabilityai/sd-vae-ft-ema --resolution 256 --crop native --views copy1,copy2 --test-views original
 """
 
 import sys

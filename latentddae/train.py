@@ -32,7 +32,7 @@ from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.models.network import Condition
 from latentddae.planning.flops import training_flops
-from latentddae.training.config import TrainConfig, contract, resolve
+from latentddae.training.config import TrainConfig, check_labels, contract, resolve
 from latentddae.training.deepspeed_config import derive
 from latentddae.training.export import WEIGHTS, export
 from latentddae.training.job import Evaluation, Job
@@ -63,6 +63,7 @@ def plan(config: TrainConfig) -> str:
     samples = open_data(config.data)
     data = info_of(samples)
     config = resolve(config, data)
+    check_labels(config, samples)
     world = dist.world_from_environment()
     batches = {"global_batch": config.global_batch, "rank": world.rank, "world": world.size}
     open_loader(config.data, samples, seed=config.seed, **batches)
@@ -91,6 +92,7 @@ class Pretraining:
         self.samples = dist.on_all_ranks(lambda: open_data(config.data))
         self.data = info_of(self.samples)
         self.config = resolve(config, self.data)
+        check_labels(self.config, self.samples)
         self.monitor = self._open_monitor()
         self.probe = dist.on_all_ranks(self._open_probe)
         self.model = zoo.build(self.config.model, seed=config.seed).to(context.device)
@@ -183,7 +185,7 @@ class Pretraining:
         if not config.conditional:
             return x0, t, noise, Condition(augment=augment)
         dropped = rng.uniform(seed, "label drop", position) < config.label_dropout
-        label = torch.where(dropped, config.model.num_classes, label)
+        label = torch.where(dropped | (label < 0), config.model.num_classes, label)
         return x0, t, noise, Condition(label=label, augment=augment)
 
     def score_samples(self, state: State) -> dict[str, float]:

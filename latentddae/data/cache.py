@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from latentddae.core.errors import ConfigError, InUseError
-from latentddae.core.files import exclusive, text_hash, write_errors
+from latentddae.core.files import exclusive, sha256, text_hash, write_atomic, write_errors
 from latentddae.data.manifest import MANIFEST, ShardEntry, read_manifest, split_info
 from latentddae.data.remote import fetch, is_remote
 from latentddae.data.shard_format import index_path
@@ -49,7 +49,10 @@ def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
         for shard in tqdm(missing, desc=f"cache {split}", unit="shard", disable=None):
             index = index_path(folder / shard["file"])
             fetch(root, index.name, index, None, shard["index_sha256"])
-            fetch(root, shard["file"], folder / shard["file"], shard["bytes"], shard["sha256"])
+            path = folder / shard["file"]
+            _note(path).unlink(missing_ok=True)
+            fetch(root, shard["file"], path, shard["bytes"], shard["sha256"])
+            write_atomic(_note(path), _noted_text(path, shard["sha256"]))
     return folder
 
 
@@ -74,10 +77,25 @@ def open_set(
 
 
 def _is_complete(folder: Path, shard: ShardEntry) -> bool:
-    """Whether a shard is in the cache: files appear under their names only after a hash check."""
+    """Whether the cache holds this very shard, by its hash. A shard that has not been touched since
+    it was fetched has the hash that was noted then; any other is read."""
     path = folder / shard["file"]
-    size = path.stat().st_size if path.exists() else -1
-    return size == shard["bytes"] and index_path(path).exists()
+    index, noted = index_path(path), _note(path)
+    if not (path.exists() and index.exists() and noted.exists()):
+        return False
+    if noted.read_text() != _noted_text(path, shard["sha256"]) and sha256(path) != shard["sha256"]:
+        return False
+    return sha256(index) == shard["index_sha256"]
+
+
+def _note(shard: Path) -> Path:
+    """The file beside a cached shard that holds the hash that its bytes had, and when."""
+    return shard.with_suffix(".sha256")
+
+
+def _noted_text(shard: Path, digest: str) -> str:
+    status = shard.stat()
+    return f"{digest} {status.st_size} {status.st_mtime_ns}"
 
 
 def _make_room(cache: Path, keep: Path, needed: int, limit: float) -> None:

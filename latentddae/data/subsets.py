@@ -4,6 +4,7 @@ A `ShardSet` is one split on disk. `Subset`, `Concat`, `Reordered` and `SingleVi
 read nothing until `gather` is called.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,26 @@ class Subset:
     def keys(self, indices: np.ndarray) -> list[str]:
         """Keys of the samples at `indices` (n,)."""
         return self.parent.keys(self.indices[indices])
+
+
+def labelled(samples: SampleSet) -> SampleSet:
+    """The samples that have a label; how many are left out is said on stderr.
+
+    DataError if none has one.
+    """
+    rows = np.flatnonzero(samples.labels >= 0)
+    if len(rows) == len(samples):
+        return samples
+    if not len(rows):
+        raise DataError(
+            f"{samples.root}: the {len(samples)} samples of {samples.split} have no label"
+        )
+    print(
+        f"{samples.root}: {len(samples) - len(rows)} of {len(samples)} samples of {samples.split} "
+        "have no label and are left out",
+        file=sys.stderr,
+    )
+    return Subset(samples, rows)
 
 
 class Concat:

@@ -15,6 +15,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
 from latentddae.core.files import sha256
+from latentddae.data import content
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import (
     MANIFEST,
@@ -26,6 +27,7 @@ from latentddae.data.manifest import (
     statistics,
 )
 from latentddae.data.shard_format import MEMBERS, index_path, invalid_key_reason, npy_header
+from latentddae.data.shards import ShardSet
 
 TOLERANCE = 1e-3  # of mean and std, relative and absolute
 
@@ -36,6 +38,8 @@ class VerifyConfig:
 
     data: Path = positional()
     """Data folder."""
+    duplicates: bool = False
+    """Count the images that are in two splits, or twice in one, under whatever name."""
 
 
 class DamagedError(LatentddaeError):
@@ -57,6 +61,10 @@ def find_problems(root: Path) -> Iterator[str]:
             yield f"{path.name}: not in {MANIFEST}"
     for name in manifest["splits"]:
         yield from find_split_problems(root, manifest, name)
+        try:
+            content.read(root, manifest, name)
+        except DataError as error:
+            yield str(error)
 
 
 def find_split_problems(root: Path, manifest: Manifest, name: str) -> Iterator[str]:
@@ -187,7 +195,7 @@ class ShardCheck:
         if not np.isfinite(stored).all():
             yield f"{key} holds numbers that are not finite"
             return
-        if spec.kind != "image" and stored.std() == 0:
+        if spec.kind != "image" and stored.min() == stored.max():
             yield f"{key} is constant"
         self.stats.add(stored)
 
@@ -202,8 +210,33 @@ def verify(config: VerifyConfig) -> None:
     if count:
         raise DamagedError(f"{root}: {count} problem{'s' if count > 1 else ''}, listed above")
     splits = read_manifest(root)["splits"]
+    if config.duplicates:
+        print("\n".join(describe_duplicates(root)))
     samples = ", ".join(f"{name} {split['samples']} samples" for name, split in splits.items())
     print(f"{root}: {samples}, no problems")
+
+
+def describe_duplicates(root: Path) -> list[str]:
+    """How many images the splits share, and have twice, line by line, with some of their keys."""
+    manifest = read_manifest(root)
+    lines = []
+    for (split, other), count in content.duplicates(root, manifest).items():
+        where = "more than once in" if split == other else f"of {split} in"
+        lines.append(f"{count} images {where} {other}: {_named(root, manifest, split, other)}")
+    return lines or ["no image is there twice"]
+
+
+def _named(root: Path, manifest: Manifest, split: str, other: str) -> str:
+    """Keys of some of the images that two splits share."""
+    hashes, others = content.read(root, manifest, split), content.read(root, manifest, other)
+    unique, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+    shared = first[counts > 1] if split == other else first[np.isin(unique, others)]
+    rows = np.sort(shared)[: content.NAMED]
+    twins = []
+    for key, value in zip(ShardSet(root, split).keys(rows), hashes[rows], strict=True):
+        matches = np.flatnonzero(others == value)[-1:]
+        twins.append(f"{key} = {ShardSet(root, other).keys(matches)[0]}")
+    return ", ".join(twins)
 
 
 def plan(config: VerifyConfig) -> str:

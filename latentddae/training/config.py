@@ -1,10 +1,12 @@
 """The settings of a run, and which of them must stay the same while it is continued."""
 
 import argparse
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latentddae.core import config as configuration
+from latentddae.core import dist
 from latentddae.core.config import require, transient
 from latentddae.core.errors import ConfigError
 from latentddae.data.manifest import SplitInfo
@@ -247,3 +249,25 @@ def resolve(config: TrainConfig, data: SplitInfo) -> TrainConfig:
         raise ConfigError(f"model does not fit the data {data.root}: {error}") from error
     check_augmentation(config.augmentation, data.spec, model)
     return replace(config, model=model)
+
+
+def check_labels(config: TrainConfig, samples: SampleSet | SplitInfo) -> None:
+    """Say how many samples have no label, which a conditional network is told by the null label.
+
+    ConfigError if none has one. Labels of a streamed split are not read in advance.
+    """
+    if not config.conditional:
+        return
+    labels = None if isinstance(samples, SplitInfo) else samples.labels
+    if not samples.classes or (labels is not None and labels.max() < 0):
+        raise ConfigError(
+            f"{samples.root}: split {samples.split} has no labels, which conditional=true needs; "
+            f"train with conditional=false"
+        )
+    missing = 0 if labels is None else int((labels < 0).sum())
+    if missing and dist.world_from_environment().is_main:
+        print(
+            f"{samples.root}: {missing} of {len(samples)} samples of {samples.split} have no "
+            "label; they are trained on with the null label",
+            file=sys.stderr,
+        )

@@ -34,7 +34,6 @@ from latentddae.transfer.extraction.inputs import (
     TransferOptions,
     describe_checkpoint,
     open_checkpoint,
-    open_shards,
 )
 from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
 from latentddae.transfer.extraction.trunk import BATCH, device_of
@@ -43,7 +42,7 @@ from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
 from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.protocol.cells import check_grid, chosen_cell, probe_data
-from latentddae.transfer.protocol.options import open_test
+from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
 from latentddae.transfer.protocol.splits import Split, split_train
 from latentddae.transfer.results import CheckpointInfo, DataInfo, Result, Values
 
@@ -383,7 +382,7 @@ def table_text(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(CompareSettings, TransferOptions):
+class CompareConfig(CompareSettings, OverlapOption, TransferOptions):
     """The pretrained network against raw latents, raw pixels, untrained networks and backbones."""
 
     grid: Path
@@ -406,8 +405,8 @@ def open_comparison(config: CompareConfig) -> Comparison:
     """Everything that a command names, checked against each other."""
     checkpoint = config.open_checkpoint()
     grid = read_grid(config.grid)
-    train = open_shards(config.data, "train", checkpoint)
-    test = open_test(config.data, config.test_split, checkpoint)
+    train = open_train(config.data, ("train",), checkpoint)
+    test = open_test(config.data, config.test_split, checkpoint, allow_overlap=config.allow_overlap)
     pixels = None
     if config.pixels is not None:
         pixels = ShardSet(config.pixels, "train"), ShardSet(config.pixels, test.split)

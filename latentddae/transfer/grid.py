@@ -21,11 +21,11 @@ from latentddae.core.command import Command
 from latentddae.core.config import require, to_dict
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import exclusive, read_json, text_hash, write_atomic, write_json
-from latentddae.data.subsets import Concat, SampleSet
+from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grids, results
 from latentddae.transfer.extraction.extract import BATCH, Progress
-from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
+from latentddae.transfer.extraction.inputs import TransferOptions
 from latentddae.transfer.extraction.pooling import POOLS, check_pools
 from latentddae.transfer.extraction.spec import (
     Block,
@@ -41,6 +41,7 @@ from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.grids import Grid, GridCell
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.protocol import search
+from latentddae.transfer.protocol.options import open_train
 from latentddae.transfer.protocol.rerank import Reranking, rerank, shortlist
 from latentddae.transfer.protocol.ridge_cells import ridge_scores
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
@@ -378,11 +379,10 @@ def open_run(config: GridConfig) -> GridRun:
         blocks=blocks_of(config.blocks, checkpoint.model.config.depth),
         **options,
     )
-    sets = [open_shards(config.data, name, checkpoint) for name in config.train_splits]
     return GridRun(
         checkpoint=checkpoint,
         checkpoint_info=config.describe(checkpoint),
-        train=sets[0] if len(sets) == 1 else Concat(sets),
+        train=open_train(config.data, config.train_splits, checkpoint),
         out=config.out,
         settings=settings,
         data_name=config.data.resolve().name,

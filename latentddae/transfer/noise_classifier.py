@@ -29,12 +29,12 @@ from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
-from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
+from latentddae.transfer.extraction.inputs import TransferOptions
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks, describe_level
 from latentddae.transfer.extraction.trunk import precision_of
-from latentddae.transfer.protocol.options import open_test
-from latentddae.transfer.protocol.splits import labels_of, subset
+from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
+from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
 from latentddae.transfer.results import CellInfo, Result, Values
 
@@ -174,7 +174,7 @@ def accuracy_curve(
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseClassifierConfig(HeadTraining, TransferOptions):
+class NoiseClassifierConfig(HeadTraining, OverlapOption, TransferOptions):
     """One MLP on a block's features for all noise levels, and its accuracy curve on test."""
 
     block: int
@@ -204,10 +204,8 @@ def open_inputs(config: NoiseClassifierConfig) -> Opened:
     checkpoint = config.open_checkpoint()
     check_blocks([config.block], checkpoint.model.config.depth)
     null_labels(checkpoint.model, 1)
-    train = open_shards(config.data, "train", checkpoint)
-    test = open_test(config.data, config.test_split, checkpoint)
-    for samples in (train, test):
-        labels_of(samples, np.arange(len(samples)))
+    train = open_train(config.data, ("train",), checkpoint)
+    test = open_test(config.data, config.test_split, checkpoint, allow_overlap=config.allow_overlap)
     chosen = subset(train.keys(np.arange(len(train))), config.limit, config.seed)
     return Opened(checkpoint, Subset(train, chosen), test)
 

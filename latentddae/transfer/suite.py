@@ -22,7 +22,7 @@ from latentddae.core.outputs import Output
 from latentddae.models.zoo import Stated
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
-from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
+from latentddae.transfer.protocol.options import OverlapOption, ProbeOptions, open_test, open_train
 from latentddae.transfer.protocol.session import open_session, run_probes
 from latentddae.transfer.results import RESULTS_FOLDER, Result
 
@@ -57,7 +57,7 @@ SETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteConfig(Stated):
+class SuiteConfig(Stated, OverlapOption):
     """Grid, linear and k-NN probe on several data sets."""
 
     data: tuple[Path, ...] = positional(())
@@ -130,6 +130,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
         cell=out / "grid" / "grid.json",
         train_splits=transfer_set.train,
         test_split=transfer_set.test,
+        allow_overlap=config.allow_overlap,
         metric=transfer_set.metric,
         **vars(config.stated),
     )
@@ -185,7 +186,9 @@ def plan(config: SuiteConfig) -> str:
     for data in config.folders:
         transfer_set = SETS.get(data.name, TransferSet())
         train = open_train(data, transfer_set.train, checkpoint)
-        test = open_test(data, transfer_set.test, checkpoint)
+        test = open_test(
+            data, transfer_set.test, checkpoint, transfer_set.train, config.allow_overlap
+        )
         lines.append(
             f"{data.name}: {transfer_set.metric}, {len(train)} training samples of {train.split}, "
             f"{len(test)} test samples of {test.split}; results go to {config.out / data.name}"

@@ -13,8 +13,9 @@ import pytest
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import exclusive
 from latentddae.data.cache import cached, open_set
+from latentddae.data.latents import LatentSpec
 from latentddae.data.remote import open_file
-from latentddae.data.shards import ShardSet
+from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.stream import StreamLoader, open_stream
 
 MakeSet = Callable[..., tuple[Path, np.ndarray]]
@@ -162,3 +163,24 @@ def test_a_cache_in_use_is_waited_for(
     monkeypatch.setattr("latentddae.data.cache.time.sleep", nap)
     assert cached(str(root), "train", tmp_path / "cache", 1e9) == folder
     assert next(naps) == 4
+
+
+def test_a_set_encoded_again_heals_the_cache(
+    make_set: Callable[..., tuple[Path, np.ndarray]], spec: LatentSpec, tmp_path: Path
+) -> None:
+    """The same path, the same sizes, other numbers; and a cached shard that was changed."""
+    root, stored = make_set()
+    cache = tmp_path / "cache"
+    first = open_set(str(root), "train", str(cache))
+    np.testing.assert_array_equal(first.gather(np.arange(20)), stored)
+    keys = [f"class{i % 3}/img_{i:05d}" for i in range(20)]
+    labels = [i % 3 for i in range(20)]
+    write_split(root, "train", spec, stored[::-1].copy(), labels, keys, ["a", "b", "c"], 8)
+    again = open_set(str(root), "train", str(cache))
+    np.testing.assert_array_equal(again.gather(np.arange(20)), stored[::-1])
+    shard = next(cache.glob("set-*/train-000001.tar"))
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    healed = open_set(str(root), "train", str(cache))
+    np.testing.assert_array_equal(healed.gather(np.arange(20)), stored[::-1])

@@ -107,8 +107,8 @@ def test_ddaes_own_protocol_runs_as_shipped(name, time, reference, tmp_path, cap
 
     views = ("original", "copy1", "copy2")
     random = np.random.default_rng(0)
-    stored = random.normal(size=(24, 3, 8, 8, 8)).astype(np.float16)
     for split in ("train", "val"):
+        stored = random.normal(size=(24, 3, 8, 8, 8)).astype(np.float16)
         keys = [f"{split}/{i}" for i in range(24)]
         labels = [i % 2 for i in range(24)]
         spec = tiny_spec(views=views)

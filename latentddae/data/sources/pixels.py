@@ -28,6 +28,7 @@ TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PADDING = 4  # black pixels around an image of DDAE's random crop, for 32 and for 64 pixels
 MAX_ASPECT = 64  # a centre crop shows nothing of a thinner image, and resizing it takes gigabytes
 
 
@@ -120,28 +121,29 @@ def random_resized_crop(image: Image.Image, resolution: int, draw: np.ndarray) -
 
 
 def resize_center(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centre square, resized to (resolution, resolution) by a bicubic filter."""
+    """The largest centre square, resized to (resolution, resolution) by an antialiased bilinear
+    filter."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return image.resize((resolution, resolution), Image.Resampling.BILINEAR)
 
 
 def random_shift_crop(image: Image.Image, resolution: int, draw: np.ndarray) -> Image.Image:
     """DDAE's augmentation for transfer: shift and mirror at native resolution, then resize.
 
-    The centre square is padded with black by an eighth on each side (4 of 32 pixels); a square of
-    its size is cropped at random and mirrored with probability 1/2. `draw` (5,) is uniform in
-    [0, 1); entries 2 to 4 are left, top and mirror.
+    The centre square is padded with black by PADDING pixels on each side, whatever its size; a
+    square of its size is cropped at random and mirrored with probability 1/2. `draw` (5,) is
+    uniform in [0, 1); entries 2 to 4 are left, top and mirror. The same as torchvision's
+    RandomCrop(side, padding=4) and Resize(resolution) of a PIL image.
     """
-    side = min(image.size)
-    pad = side // 8
+    side, pad = min(image.size), PADDING
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     left, top = (int((2 * pad + 1) * u) - pad for u in draw[2:4])
     image = image.crop((left, top, left + side, top + side))  # black outside
     image = ImageOps.mirror(image) if draw[4] < 0.5 else image
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return image.resize((resolution, resolution), Image.Resampling.BILINEAR)
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ CROPS = {
         random_shift_crop,
         {
             "crop": "native",
-            "filter": "bicubic",
-            "copies": "mirrored by a coin and shifted by an eighth at native resolution",
+            "filter": "bilinear, antialiased",
+            "copies": "mirrored by a coin and cropped at random, padded by 4, at native resolution",
         },
     ),
 }

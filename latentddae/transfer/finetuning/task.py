@@ -26,7 +26,7 @@ from latentddae.training.process import RunContext
 from latentddae.training.state_reader import StateReader
 from latentddae.training.states import State
 from latentddae.transfer.extraction.extract import clean_latents, keyed_noise, network_input
-from latentddae.transfer.extraction.inputs import Weights, describe_checkpoint, open_shards
+from latentddae.transfer.extraction.inputs import Weights, describe_checkpoint
 from latentddae.transfer.extraction.spec import check_blocks, check_level
 from latentddae.transfer.extraction.trunk import timestep
 from latentddae.transfer.finetuning.classifier import (
@@ -36,8 +36,8 @@ from latentddae.transfer.finetuning.classifier import (
     layer_decay,
 )
 from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
-from latentddae.transfer.protocol.options import open_test
-from latentddae.transfer.protocol.splits import Split, labels_of, split_train
+from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
+from latentddae.transfer.protocol.splits import Split, split_train
 
 EVALUATION_BATCH = 256
 STATE_KINDS = {"model": "master", "ema": "ema"}
@@ -47,7 +47,7 @@ MAY_CHANGE = ("checkpoint", "eval_every_images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig, Stated):
+class FinetuneConfig(RunConfig, Stated, OverlapOption):
     """Fine-tune a pretrained trunk, cut at a block, with a linear head.
 
     The same command again continues the run; test is scored once, at the end.
@@ -117,12 +117,12 @@ def open_inputs(config: FinetuneConfig, device: torch.device) -> Opened:
     if config.data.stream:
         raise ConfigError("fine-tuning reads samples at random: not possible with data.stream")
     root = Path(config.data.path)
-    train = open_shards(root, config.data.split, checkpoint)
-    test = open_test(root, config.test_split, checkpoint)
+    train = open_train(root, (config.data.split,), checkpoint)
+    test = open_test(
+        root, config.test_split, checkpoint, (config.data.split,), config.allow_overlap
+    )
     if test.split == train.split:
         raise ConfigError(f"data.split and test_split are both {test.split!r}")
-    for samples in (train, test):
-        labels_of(samples, np.arange(len(samples)))
     split = split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
     return Opened(checkpoint, train, test, split)
 

@@ -6,8 +6,9 @@ from typing import Literal
 
 from latentddae.core.config import require
 from latentddae.core.errors import UsageError
+from latentddae.data.content import check_disjoint
 from latentddae.data.shards import ShardSet
-from latentddae.data.subsets import Concat, SampleSet
+from latentddae.data.subsets import Concat, SampleSet, labelled
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.probes.few_shot import DRAWS, parse
@@ -16,7 +17,15 @@ TEST_SPLITS = ("test", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(TransferOptions):
+class OverlapOption:
+    """Whether a split may be scored that shares images with those that are fitted on."""
+
+    allow_overlap: bool = False
+    """Score a test split even if images of it are in train, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(OverlapOption, TransferOptions):
     """The features that are probed, the splits, and what is reported."""
 
     cell: Path | None = None
@@ -75,13 +84,24 @@ def open_train(root: Path, splits: tuple[str, ...], checkpoint: Checkpoint) -> S
     """The splits of a data folder that are fitted on; several are concatenated."""
     if not splits:
         raise UsageError("--train-splits: the list is empty")
-    parts = [open_shards(root, name, checkpoint) for name in splits]
+    parts = [labelled(open_shards(root, name, checkpoint)) for name in splits]
     return parts[0] if len(parts) == 1 else Concat(parts)
 
 
-def open_test(root: Path, split: str | None, checkpoint: Checkpoint) -> ShardSet:
-    """The split that is scored once: `split`, or the first of test and val that the folder has."""
+def open_test(
+    root: Path,
+    split: str | None,
+    checkpoint: Checkpoint,
+    train_splits: tuple[str, ...] = ("train",),
+    allow_overlap: bool = False,
+) -> SampleSet:
+    """The split that is scored once: `split`, or the first of test and val that the folder has.
+
+    ConfigError if it shares images with the splits that are fitted on, unless `allow_overlap`.
+    """
     if split is None:
         manifest = ShardSet(root, "train").manifest
         split = next((name for name in TEST_SPLITS if name in manifest["splits"]), "test")
-    return open_shards(root, split, checkpoint)
+    test = labelled(open_shards(root, split, checkpoint))
+    check_disjoint(root, train_splits, split, allow_overlap)
+    return test

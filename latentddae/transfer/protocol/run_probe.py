@@ -13,6 +13,7 @@ import numpy as np
 from latentddae.core import dist
 from latentddae.core.errors import ConfigError
 from latentddae.data.shards import ShardSet
+from latentddae.data.subsets import labelled
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.config import ProbeConfig
 from latentddae.transfer.extraction.extract import collect
@@ -43,11 +44,10 @@ class RunProbe:
         root = config.data or training_data
         if "://" in root:
             raise ConfigError(f"monitor.probe.data: {root} must be a local folder")
-        self.train = ShardSet(Path(root), config.split)
+        self.train = labelled(ShardSet(Path(root), config.split))
         self.split = split_train(
             self.train, holdout=config.holdout, seed=config.seed, limit=config.limit
         )
-        labels_of(self.train, self.split.train)  # refuses samples without a label
         if len(self.train.classes) < 2:
             raise ConfigError(f"monitor.probe.data: {root} has fewer than two classes")
 

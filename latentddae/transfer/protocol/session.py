@@ -18,7 +18,7 @@ from latentddae.core import dist, progress
 from latentddae.core.errors import UsageError
 from latentddae.core.files import write_atomic
 from latentddae.core.rng import key_positions
-from latentddae.data.subsets import SampleSet
+from latentddae.data.subsets import SampleSet, Subset
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import collect
@@ -104,6 +104,8 @@ class ProbeSession:
             model_hash = self.checkpoint_info.model_hash
             self.stored.check(model_hash, samples.split, samples.fingerprints, spec)
             rows = self.stored.features(samples.split, spec)
+            # Features on disk are of the whole split, with the samples that have no label.
+            indices = samples.indices[indices] if isinstance(samples, Subset) else indices
             return rows if np.array_equal(indices, np.arange(len(rows))) else rows[indices]
         rank_indices = indices[dist.rank_slice(len(indices))]
         is_main = dist.world_from_environment().is_main
@@ -133,7 +135,13 @@ def open_session(options: ProbeOptions) -> ProbeSession:
     grid = read_grid(options.cell) if options.cell else None
     checkpoint = options.open_checkpoint()
     train = open_train(options.data, options.train_splits, checkpoint)
-    test = open_test(options.data, options.test_split, checkpoint)
+    test = open_test(
+        options.data,
+        options.test_split,
+        checkpoint,
+        options.train_splits,
+        options.allow_overlap,
+    )
     if test.split in options.train_splits:
         raise UsageError(f"{test.split} is one of --train-splits: name another --test-split")
     info = options.describe(checkpoint)

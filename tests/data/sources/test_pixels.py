@@ -330,3 +330,19 @@ def test_native_crops_move_whole_pixels_before_resizing() -> None:
         == resize_center(image, 256).size
         == (256, 256)
     )
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_ddaes_copies_are_torchvisions(side: int) -> None:
+    """RandomCrop(padding=4) and Resize(256, bilinear) of a PIL image, for the same offsets."""
+    image = Image.effect_noise((side, side), 80).convert("RGB")
+    rng = np.random.default_rng(side)
+    for draw in rng.random((40, 5)):
+        left, top = (int(9 * u) for u in draw[2:4])
+        expected = tv.crop(tv.pad(image, [4]), top, left, side, side)
+        expected = tv.hflip(expected) if draw[4] < 0.5 else expected
+        expected = tv.resize(expected, [256, 256], tv.InterpolationMode.BILINEAR)
+        found = random_shift_crop(image, 256, draw)
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    plain = tv.resize(image, [256, 256], tv.InterpolationMode.BILINEAR)
+    np.testing.assert_array_equal(np.asarray(resize_center(image, 256)), np.asarray(plain))
