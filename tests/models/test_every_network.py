@@ -21,6 +21,7 @@ from latentddae.models.layers import modulate
 from latentddae.models.network import Condition, Network, NetworkConfig
 from latentddae.models.registry import NETWORKS
 from latentddae.models.timm_backbone import open_backbone
+from latentddae.models.trunks import open_trunk
 from latentddae.planning.flops import training_flops
 
 DIT = DiTConfig(input_size=8, hidden_size=32, depth=3, num_heads=2, num_classes=5)
@@ -137,6 +138,35 @@ def test_taps_are_the_stream(model) -> None:
     for blocks in ([], [0], [depth + 1]):
         with pytest.raises(ConfigError, match=rf"1 \.\.\. {depth}"):
             model.taps(*args, blocks)
+
+
+def test_a_truncated_network_streams_to_its_last_block(model) -> None:
+    """And every parameter that is left belongs to a layer that is used."""
+    args, block = inputs(model), (model.config.depth + 1) // 2
+    whole = dict(model.stream(*args))
+    model.truncate(block)
+    streamed = dict(model.stream(*args))
+    assert list(streamed) == list(range(1, block + 1))
+    assert all(torch.equal(streamed[k], whole[k]) for k in streamed)
+    layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    assert set(layers.values()) == set(range(model.layers() + 1))
+    streamed[block].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        told = "aug_emb" in name or "y_embedder" in name
+        assert told or parameter.grad is not None, name
+
+
+def test_trunks_give_the_blocks_in_both_precisions(model) -> None:
+    x, _, _ = inputs(model)
+    t = torch.tensor([0.3])
+    plain = model.taps(x, t.expand(4), None, range(1, model.config.depth + 1))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        with torch.inference_mode():
+            trunk = open_trunk(model, t, depth=model.config.depth, dtype=dtype)
+            for k, output in trunk.stream(x):
+                gap = (output.tokens() - plain[k]).abs().max()
+                assert gap < tolerance * plain[k].abs().max()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # a copy was cast
 
 
 def test_a_condition_of_labels_equals_the_labels(model) -> None:
