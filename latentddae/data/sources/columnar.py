@@ -79,7 +79,11 @@ class _Values:
         """The images' bytes; -1 is the size of a row without any."""
         for batch in self._batches:
             column = batch.column(self._image)
-            data = column if not hasattr(column, "field") else column.field("bytes")
+            data = column
+            if hasattr(column, "flatten") and hasattr(
+                column, "field"
+            ):  # a struct of bytes and path
+                data = column.flatten()[column.type.get_field_index("bytes")]
             count = len(batch)
             values = batch.column(self._label).to_pylist() if self._label else [None] * count
             for value, label in zip(data, values, strict=True):
