@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: small shards with structure, and real multi-process launches."""
 
+import json
 import os
 import signal
 import socket
@@ -29,6 +30,13 @@ def tiny_spec(**changes: object) -> LatentSpec:
         "autoencoder": "toy",
     }
     return LatentSpec(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def without_check(path: Path) -> dict:
+    """The content of a checked JSON file, to be changed and written by hand."""
+    content = json.loads(path.read_text())
+    content.pop("check", None)
+    return content
 
 
 @pytest.fixture(scope="session")

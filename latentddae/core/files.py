@@ -165,6 +165,36 @@ def parse_json(data: bytes | str, label: object) -> Any:
         raise DataError(f"{label} is not valid JSON: {error}") from error
 
 
+CHECK = "check"
+"""The key under which a checked JSON file holds the hash of everything else in it."""
+
+
+def write_checked_json(path: Path, value: Mapping[str, object]) -> None:
+    """A JSON object with a hash of itself, written atomically."""
+    write_json(path, with_check(value))
+
+
+def with_check(value: Mapping[str, object]) -> dict[str, object]:
+    """A JSON-able mapping with the hash of its content."""
+    return {**value, CHECK: text_hash(json.loads(json.dumps(value)))}
+
+
+def read_checked_json(path: Path, what: str) -> dict[str, Any]:
+    """The object of a JSON file, see `read_json`. DataError if it is not what was written."""
+    return checked(read_json(path, what), f"{path} ({what})")
+
+
+def checked(value: object, label: object) -> dict[str, Any]:
+    """A JSON object without its hash, which is compared if it is there: people may write such files
+    by hand. DataError if it is no object, or another one than was written."""
+    if not isinstance(value, dict):
+        raise DataError(f"{label} holds {type(value).__name__}, not an object")
+    recorded = value.pop(CHECK, None)
+    if recorded is not None and recorded != text_hash(value):
+        raise DataError(f"{label} is damaged or was edited: its hash is not the recorded one")
+    return value
+
+
 def append_json_line(path: Path, value: object) -> None:
     """One JSON object per line; each line is written with a single call."""
     line = (json.dumps(value) + "\n").encode()

@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_bytes, text_hash
+from latentddae.core.files import checked, read_bytes, text_hash
 from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shard_format import FORMAT, MANIFEST
@@ -238,7 +238,7 @@ def read_manifest(root: Path) -> Manifest:
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     """The checked manifest in these bytes; `path` is for messages."""
     try:
-        manifest: Manifest = json.loads(text)
+        manifest = cast(Manifest, checked(json.loads(text), path))
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ConfigError(
                 f"{path} is of format {manifest['format']} version {manifest['version']}; this "

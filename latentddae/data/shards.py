@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_raw, sha256, write_json
+from latentddae.core.files import read_raw, sha256, write_checked_json
 from latentddae.core.retry import retried
 from latentddae.data import content
 from latentddae.data.latents import LatentSpec
@@ -81,7 +81,7 @@ def write_split(
     else:
         manifest = new_manifest(spec, {"resolution": spec.size}, classes)
     facts: EncodingFacts = {"content_sha256": content.write(root, split, entries)}
-    write_json(root / MANIFEST, add_split(manifest, split, spec, entries, facts))
+    write_checked_json(root / MANIFEST, add_split(manifest, split, spec, entries, facts))
 
 
 class ShardSet:

@@ -24,7 +24,7 @@ from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require, to_dict
 from latentddae.core.errors import ConfigError, run_command
-from latentddae.core.files import read_json, write_json
+from latentddae.core.files import read_checked_json, write_checked_json
 from latentddae.core.imaging import image_sheet, read_image, write_png
 from latentddae.core.outputs import FolderKind, Output, head
 from latentddae.core.precision import DTYPES, resolve_precision
@@ -133,7 +133,7 @@ def check_folder(config: SampleConfig, record: dict[str, object]) -> None:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no sample.json; choose another folder")
         return
-    old, new = read_json(path, "settings of samples"), json.loads(json.dumps(record))
+    old, new = read_checked_json(path, "settings of samples"), json.loads(json.dumps(record))
     for settings in (old, new):
         settings["checkpoint"].pop("path", None)
     differing = [key for key, value in new.items() if old.get(key) != value]
@@ -249,7 +249,7 @@ def start_folder(config: SampleConfig, checkpoint: Checkpoint) -> None:
         )
     record = provenance(checkpoint, config)
     check_folder(config, record)
-    write_json(config.out / "sample.json", {**record, "num": config.num})
+    write_checked_json(config.out / "sample.json", {**record, "num": config.num})
 
 
 def outputs(config: SampleConfig) -> list[Output]:

@@ -2,12 +2,13 @@
 
 The folder holds `model.safetensors`, `ema.safetensors` and `config.json`: architecture, objective
 with its time convention, latent spec and autoencoder hash, classes, images seen, EMA, data
-fingerprints. It is written under a temporary name and renamed, so it is complete or absent.
+fingerprints, and hashes of the weights and of itself. It is written under a temporary name and
+renamed, so it is complete or absent.
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,14 @@ from torch import Tensor
 
 from latentddae.core import config, safetensors_stream
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_json, sha256, sync_folder, write_errors, write_json
-from latentddae.core.outputs import FolderKind, Output, check, head
+from latentddae.core.files import (
+    read_checked_json,
+    sha256,
+    sync_folder,
+    write_checked_json,
+    write_errors,
+)
+from latentddae.core.outputs import FolderKind, Output, check, check_content, head
 from latentddae.core.safetensors_stream import Entry
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion import OBJECTIVES
@@ -41,6 +48,7 @@ def _is_checkpoint(folder: Path) -> bool:
 CHECKPOINT_FOLDER = FolderKind(
     "a portable checkpoint", ("config.json", *WEIGHT_FILES.values()), proof=_is_checkpoint
 )
+PARTIAL_FOLDER = replace(CHECKPOINT_FOLDER, proof=lambda folder: True)
 
 
 @dataclass(frozen=True)
@@ -90,14 +98,19 @@ def save(
         **info,
     }
     temporary = folder.with_name(f".tmp-{folder.name}")
+    hashes: dict[str, str] = {}
     try:
         with write_errors(folder):
+            if temporary.exists():
+                check_content(temporary, PARTIAL_FOLDER)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, state in weights.items():
                 labels = {"weights": name, "images_seen": str(info.get("images_seen", ""))}
-                safetensors_stream.write(temporary / WEIGHT_FILES[name], _entries(state), labels)
-            write_json(temporary / "config.json", settings)
+                file = temporary / WEIGHT_FILES[name]
+                digest = safetensors_stream.write(file, _entries(state), labels)
+                hashes[file.name] = digest
+            write_checked_json(temporary / "config.json", {**settings, "files": hashes})
             _replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,13 +154,22 @@ def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoi
     model_config = config.build_choice(REGISTRY, settings.pop("model"), "model")
     objective = config.build_choice(OBJECTIVES, settings.pop("objective"), "objective")
     latents = LatentSpec.from_dict(settings.pop("latents"))
+    digest = _verified(file, settings.pop("files", {}))
     try:
         state = {name: value.to(torch.float32) for name, value in load_file(file).items()}
     except SafetensorError as error:
         raise DataError(f"{file}: {error}") from error
     model = network_with(model_config, state, file, device)
-    info = {**settings, "weights": weights, "sha256": sha256(file), "path": str(folder)}
+    info = {**settings, "weights": weights, "sha256": digest, "path": str(folder)}
     return Checkpoint(model, objective, latents, info)
+
+
+def _verified(file: Path, recorded: Mapping[str, str]) -> str:
+    """The hash of a file of weights. DataError if it is not the recorded one."""
+    digest = sha256(file)
+    if recorded.get(file.name, digest) != digest:
+        raise DataError(f"{file} is damaged: its sha256 is not the one in config.json")
+    return digest
 
 
 def network_with(
@@ -167,9 +189,7 @@ def network_with(
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    settings = read_json(folder / "config.json", "a checkpoint")
-    if not isinstance(settings, dict):
-        raise DataError(f"{folder}/config.json holds no settings")
+    settings = read_checked_json(folder / "config.json", "a checkpoint")
     if settings.get("format") != FORMAT:
         raise ConfigError(
             f"{folder} has format {settings.get('format')}, this version reads {FORMAT}"

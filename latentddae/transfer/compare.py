@@ -21,7 +21,7 @@ from latentddae.core import progress
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, run_command
-from latentddae.core.files import exclusive, read_json, write_json
+from latentddae.core.files import exclusive, read_checked_json, write_checked_json
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
@@ -346,13 +346,13 @@ def _rank(result: Result) -> tuple[float, int]:
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """compare.json: the results with `chosen` beside their fields."""
     content = [{**results.to_dict(row.result), "chosen": row.chosen} for row in rows]
-    write_json(path, {"kind": "compare-table", "rows": content})
+    write_checked_json(path, {"kind": "compare-table", "rows": content})
 
 
 def read_table(path: Path) -> list[Row]:
     """The rows of a compare.json."""
     rows = []
-    for fields in read_json(path, "the result of `latentddae compare`")["rows"]:
+    for fields in read_checked_json(path, "the result of `latentddae compare`")["rows"]:
         chosen = fields.pop("chosen")
         rows.append(Row(results.from_dict(fields, str(path)), chosen))
     return rows

@@ -20,7 +20,13 @@ from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require, to_dict
 from latentddae.core.errors import UsageError, run_command
-from latentddae.core.files import exclusive, read_json, text_hash, write_atomic, write_json
+from latentddae.core.files import (
+    exclusive,
+    read_checked_json,
+    text_hash,
+    write_atomic,
+    write_checked_json,
+)
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import grids, results
@@ -289,7 +295,7 @@ def read_level(run: GridRun, level: float) -> LevelResult | None:
     path = level_path(run.out, level)
     if not path.exists():
         return None
-    row = read_json(path, "a finished level of a grid")
+    row = read_checked_json(path, "a finished level of a grid")
     if row["identity"] != run.identity or row["units"]["level"] != level:
         return None
     cells = (GridCell(**{**cell, "accuracies": tuple(cell["accuracies"])}) for cell in row["cells"])
@@ -299,12 +305,12 @@ def read_level(run: GridRun, level: float) -> LevelResult | None:
 def write_level(run: GridRun, result: LevelResult) -> None:
     """Keep a finished level for the next start of the same grid."""
     row = {"identity": run.identity, **asdict(result)}
-    write_json(level_path(run.out, result.units["level"]), row)
+    write_checked_json(level_path(run.out, result.units["level"]), row)
 
 
 def write(run: GridRun, grid: Grid) -> None:
     """grid.json, grid.csv, a heat map per pool, and the result line."""
-    write_json(run.out / grids.FILE, grids.to_dict(grid))
+    write_checked_json(run.out / grids.FILE, grids.to_dict(grid))
     write_atomic(run.out / "grid.csv", grids.to_csv(grid))
     for pool in grid.pools:
         write_atomic(run.out / f"grid-{pool}.png", plots.heat_map(grid, pool))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_json
+from latentddae.core.files import read_checked_json
 from latentddae.transfer.results import CheckpointInfo, Fingerprints, Json, LevelUnits
 
 FORMAT = 2
@@ -176,4 +176,4 @@ def from_dict(row: object, where: str = "grid") -> Grid:
 
 def read_grid(path: Path) -> Grid:
     """A finished grid.json. ConfigError if it does not exist, DataError if it is damaged."""
-    return from_dict(read_json(path, "the result of `latentddae grid`"), str(path))
+    return from_dict(read_checked_json(path, "the result of `latentddae grid`"), str(path))

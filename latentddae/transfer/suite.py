@@ -17,7 +17,7 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
-from latentddae.core.files import write_json
+from latentddae.core.files import write_checked_json
 from latentddae.core.outputs import Output
 from latentddae.models.zoo import Stated
 from latentddae.transfer.extraction.inputs import open_checkpoint
@@ -174,7 +174,7 @@ def run(config: SuiteConfig) -> list[SuiteRow]:
     rows = [run_set(config, data) for data in config.folders]
     if dist.world_from_environment().is_main:
         content = {"kind": "suite", "rows": [asdict(row) for row in rows]}
-        write_json(config.out / "suite.json", content)
+        write_checked_json(config.out / "suite.json", content)
         print(table(rows))
     return rows
 

@@ -19,7 +19,7 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import UsageError, run_command
-from latentddae.core.files import write_json
+from latentddae.core.files import write_checked_json
 from latentddae.core.imaging import encode_png
 from latentddae.data.preview import decoded, find_source, source_crops
 from latentddae.data.shards import ShardSet
@@ -184,7 +184,7 @@ def run(config: VisualizeConfig) -> None:
     """Write visualize.json and print how many neighbours are of the right class."""
     content = visualization(open_session(config), config)
     if dist.world_from_environment().is_main:
-        write_json(config.out / FILE, content)
+        write_checked_json(config.out / FILE, content)
         queries = rows(content, "queries")
         right = [near["right"] for query in queries for near in rows(query, "neighbours")]
         print(

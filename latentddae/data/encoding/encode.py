@@ -18,7 +18,7 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
-from latentddae.core.files import exclusive, write_json
+from latentddae.core.files import exclusive, write_checked_json
 from latentddae.core.outputs import Output
 from latentddae.data import content
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
@@ -88,6 +88,7 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> Spli
         dist.on_rank0(lambda: _hold(lock, journal.out))
         try:
             dist.on_rank0(journal.start)
+            dist.on_rank0(journal.discard_damaged)
             unfinished = dist.on_rank0(journal.unfinished)
             with dist.errors_on_all_ranks():
                 encoder = ShardEncoder(plan, autoencoder, journal, world.rank)
@@ -198,7 +199,7 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         facts["understood"] = plan.source.understood.to_dict()
     facts["content_sha256"] = content.write(out, config.split, entries)
     manifest = add_split(manifest, config.split, plan.spec, entries, facts)
-    write_json(out / MANIFEST, manifest)
+    write_checked_json(out / MANIFEST, manifest)
     journal.delete()
     return manifest["splits"][config.split]
 

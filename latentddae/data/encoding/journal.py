@@ -10,7 +10,7 @@ from typing import cast
 
 from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError
-from latentddae.core.files import read_json, write_json
+from latentddae.core.files import read_checked_json, sha256, warn, write_checked_json
 from latentddae.data.encoding.plan import Plan
 from latentddae.data.manifest import ShardEntry
 from latentddae.data.shard_format import index_path, shard_name
@@ -27,16 +27,30 @@ class Journal:
         """Record the plan's settings. ConfigError if an unfinished encoding has other ones."""
         path = self.folder / "plan.json"
         if path.exists():
-            changed = differences(read_json(path, "plan of an encoding"), self.plan.settings)
+            changed = differences(
+                read_checked_json(path, "plan of an encoding"), self.plan.settings
+            )
             if changed:
                 raise ConfigError(
                     f"{self.out} holds an unfinished encoding with other settings: "
                     f"{describe_changes(changed)}; continue with the old ones, or remove {self.out}"
                 )
         else:
-            write_json(path, self.plan.settings)
+            write_checked_json(path, self.plan.settings)
         for stale in [*self.folder.glob("failed-*"), *self.out.glob(".tmp-*")]:
             stale.unlink()
+
+    def discard_damaged(self) -> None:
+        """Forget the shards of an earlier start that are not what was written: they are encoded
+        again."""
+        for shard, entry in enumerate(self.entries()):
+            if entry is None:
+                continue
+            tar = self.out / f"{self.name(shard)}.tar"
+            recorded = (entry["sha256"], entry["index_sha256"])
+            if (sha256(tar), sha256(index_path(tar))) != recorded:
+                warn(f"warning: {tar} is damaged and will be encoded again")
+                (self.folder / f"{self.name(shard)}.json").unlink()
 
     def name(self, shard: int) -> str:
         """A shard's file name without extension."""
@@ -44,14 +58,14 @@ class Journal:
 
     def record(self, shard: int, entry: ShardEntry) -> None:
         """Enter a complete shard."""
-        write_json(self.folder / f"{self.name(shard)}.json", entry)
+        write_checked_json(self.folder / f"{self.name(shard)}.json", entry)
 
     def entry(self, shard: int) -> ShardEntry | None:
         """The entry of a shard whose files are there in full, else None."""
         path = self.folder / f"{self.name(shard)}.json"
         if not path.exists():
             return None
-        entry = cast(ShardEntry, read_json(path, "journal of an encoding"))
+        entry = cast(ShardEntry, read_checked_json(path, "journal of an encoding"))
         tar = self.out / f"{self.name(shard)}.tar"
         complete = tar.exists() and tar.stat().st_size == entry["bytes"]
         return entry if complete and index_path(tar).exists() else None

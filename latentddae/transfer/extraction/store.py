@@ -7,11 +7,12 @@ so memory stays small and a killed run resumes where it stopped, on any number o
 is written under a temporary name and renamed once every row has been written.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -22,13 +23,14 @@ from latentddae import __version__
 from latentddae.core import dist, progress
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import (
-    read_json,
+    read_checked_json,
     read_json_lines,
+    sha256,
     sync_folder,
+    write_checked_json,
     write_errors,
-    write_json,
 )
-from latentddae.core.outputs import FolderKind, head
+from latentddae.core.outputs import FolderKind, check_content, head
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
@@ -42,13 +44,14 @@ from latentddae.transfer.extraction.spec import (
 from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.results import Fingerprints, LevelUnits
 
-FORMAT = 2
+FORMAT = 3
 META, PLAN = "meta.json", "plan.json"
 FEATURES_FOLDER = FolderKind(
     "a folder of features",
     (META, PLAN, "*-labels.npy", "*-s*-block*-*.npy", "done-*.jsonl"),
     proof=lambda folder: b'"kind": "features"' in head(folder / META),
 )
+PARTIAL_FOLDER = replace(FEATURES_FOLDER, proof=lambda folder: True)
 CHUNK = 1024
 """Samples between two entries of the journal."""
 
@@ -85,6 +88,8 @@ class Meta(Provenance):
 
     n_seen: dict[str, int]
     version: str
+    files: dict[str, str]
+    """sha256 of each array, by the name of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +189,7 @@ def _read_finished(out: Path, plan: Provenance) -> Meta | None:
         return None
     if not (out / META).is_file():
         raise ConfigError(f"{out} exists and holds no {META}: choose another --out")
-    meta = read_json(out / META, "the description of features")
+    meta = read_checked_json(out / META, "the description of features")
     expected = json.loads(json.dumps(plan))
     different = [key for key in expected if meta.get(key) != expected[key]]
     if different:
@@ -195,8 +200,10 @@ def _read_finished(out: Path, plan: Provenance) -> Meta | None:
 def _prepare(extraction: Extraction, partial: Path, plan: Provenance) -> None:
     """Keep an unfinished folder of the same plan, else make one with all files at full length."""
     same = json.loads(json.dumps(plan))
-    if (partial / PLAN).is_file() and json.loads((partial / PLAN).read_text()) == same:
+    if (partial / PLAN).is_file() and _read_plan(partial / PLAN) == same:
         return
+    if partial.exists():
+        check_content(partial, PARTIAL_FOLDER)
     shutil.rmtree(partial, ignore_errors=True)
     with write_errors(partial):
         partial.mkdir(parents=True)
@@ -208,7 +215,14 @@ def _prepare(extraction: Extraction, partial: Path, plan: Provenance) -> None:
                     path = partial / file_name(split, level, cell)
                     np.lib.format.open_memmap(path, "w+", np.float16, (len(samples), width))
             np.save(partial / f"{split}-labels.npy", np.asarray(samples.labels, np.int64))
-        write_json(partial / PLAN, plan)  # last: without it the folder is made anew
+        write_checked_json(partial / PLAN, plan)  # last: without it the folder is made anew
+
+
+def _read_plan(path: Path) -> object:
+    """The plan of an unfinished folder; None if it is damaged: the folder is made anew."""
+    with contextlib.suppress(DataError):
+        return read_checked_json(path, "plan of features")
+    return None
 
 
 def _read_journals(partial: Path) -> set[Chunk]:
@@ -270,8 +284,9 @@ def _publish(extraction: Extraction, partial: Path, out: Path, plan: Provenance)
     n_seen = {split: count // len(extraction.levels) for split, count in seen.items()}
     if n_seen != {split: len(samples) for split, samples in extraction.samples.items()}:
         raise DataError(f"{partial}: {n_seen} samples were written; run the same command again")
-    meta: Meta = {**plan, "n_seen": n_seen, "version": __version__}
-    write_json(partial / META, meta)
+    hashes = {file.name: sha256(file) for file in sorted(partial.glob("*.npy"))}
+    meta: Meta = {**plan, "n_seen": n_seen, "version": __version__, "files": hashes}
+    write_checked_json(partial / META, meta)
     for file in [partial / PLAN, *partial.glob("done-*.jsonl")]:
         file.unlink()
     partial.rename(out)
@@ -291,13 +306,13 @@ class FeatureStore:
         """ConfigError if the folder is missing or unfinished, or of another format."""
         if not (folder / META).is_file():
             raise ConfigError(f"{folder} holds no finished features: run `latentddae features`")
-        meta = read_json(folder / META, "the description of features")
+        meta = read_checked_json(folder / META, "the description of features")
         if meta.get("format") != FORMAT:
             raise ConfigError(
                 f"{folder} has format {meta.get('format')}, this version reads {FORMAT}: "
                 "extract again"
             )
-        return cls(folder, meta)
+        return cls(folder, cast(Meta, meta))
 
     def features(self, split: str, spec: FeatureSpec) -> np.ndarray:
         """One cell of a split, memory-mapped: (N, width) float16, row i is sample i."""
@@ -305,6 +320,8 @@ class FeatureStore:
         if not path.is_file():
             names = sorted(file.name for file in self.folder.glob(f"{split}-s*.npy"))
             raise ConfigError(f"{self.folder} has no {path.name}; it has: {', '.join(names)}")
+        if self.meta["files"].get(path.name) != sha256(path):
+            raise DataError(f"{path} is damaged: its sha256 is not the recorded one")
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def check(

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from latentddae.core import dist
-from latentddae.core.files import read_json, text_hash, write_json
+from latentddae.core.files import read_checked_json, text_hash, write_checked_json
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, collect
@@ -147,7 +147,7 @@ def _read(run: Reranking, cells: Sequence[GridCell]) -> list[GridCell] | None:
     path = _path(run, cells[0].level)
     if not path.exists():
         return None
-    row = read_json(path, "a reranked level of a grid")
+    row = read_checked_json(path, "a reranked level of a grid")
     if row["identity"] != _identity(run, cells):
         return None
     return [
@@ -159,4 +159,4 @@ def _read(run: Reranking, cells: Sequence[GridCell]) -> list[GridCell] | None:
 def _write(run: Reranking, cells: Sequence[GridCell], judged: Sequence[GridCell]) -> None:
     scores = [[cell.probe_accuracy, cell.probe_l2] for cell in judged]
     row = {"identity": _identity(run, cells), "scores": scores}
-    write_json(_path(run, cells[0].level), row)
+    write_checked_json(_path(run, cells[0].level), row)

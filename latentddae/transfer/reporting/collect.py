@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import read_json, read_json_lines
+from latentddae.core.errors import ConfigError
+from latentddae.core.files import read_checked_json, read_json, read_json_lines
 from latentddae.transfer import results
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.results import Result
@@ -158,10 +158,7 @@ def _own_grids(run: Path) -> Iterator[Path]:
 
 
 def _mapping(path: Path, what: str) -> dict[str, Any]:
-    value = read_json(path, what)
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a result {what}")
-    return value
+    return read_checked_json(path, what)
 
 
 def read_log(path: Path) -> TrainingLog:
