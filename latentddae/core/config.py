@@ -63,11 +63,17 @@ def require(
     positive: Sequence[str] = (),
     non_negative: Sequence[str] = (),
     fraction: Sequence[str] = (),
+    at_most: Mapping[str, float] | None = None,
 ) -> None:
     """Raise ValueError for the first of the named fields that is not a finite number in its range.
 
-    `fraction` means the open interval (0, 1). Fields that are None are left alone.
+    `fraction` means the open interval (0, 1); `at_most` maps names to their largest value. Fields
+    that are None are left alone.
     """
+    for name, limit in (at_most or {}).items():
+        value = getattr(record, name)
+        if value is not None and not value <= limit:
+            raise ValueError(f"{name} must be at most {limit:,}, got {value}")
     rules: tuple[tuple[Sequence[str], str, Callable[[float], bool]], ...] = (
         (positive, "must be positive", lambda value: value > 0),
         (non_negative, "must be 0 or more", lambda value: value >= 0),
@@ -344,7 +350,9 @@ def _to_int(text: str) -> int:
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and hint is not str:
         try:
-            return _read_scalar(hint, value)
+            number = _read_scalar(hint, value)
+            if number == number and not (hint is int and abs(number) >= 1 << 63):
+                return number
         except (ValueError, OverflowError):
             pass
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -11,7 +11,8 @@ import json
 import re
 import sys
 import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO, cast
 
 
 class LatentddaeError(Exception):
@@ -110,12 +111,42 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
     return None
 
 
+class _Forgiving:
+    """A text stream whose failures take nothing along: a log disk may be full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _forgiving_stderr() -> Iterator[None]:
+    stream = sys.stderr
+    sys.stderr = cast(TextIO, _Forgiving(stream))
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+
+
 def run_command(
     name: str, main: Callable[[list[str] | None], None], argv: Sequence[str] | None = None
 ) -> int:
     """Run one command's `main` and return its exit status; errors of ours print as one line."""
     try:
-        main(None if argv is None else list(argv))
+        with _forgiving_stderr():
+            main(None if argv is None else list(argv))
     except BrokenPipeError:  # `latentddae info DIR | head`
         sys.stderr.close()
         return 1

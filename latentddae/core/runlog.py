@@ -11,11 +11,12 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from latentddae.core import files
 from latentddae.core.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
+WANDB_TIMEOUT_S = 20
 # Nothing else is recorded: the rest of an environment may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
 
@@ -60,12 +62,36 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+SECRET = re.compile(
+    r"(?i)((?:^|[.?&\-])(?:(?:hf|auth|access|api)_?)?(?:token|key|secret\w*|passw(?:or)?d)=)[^&\s]+"
+)
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+QUERY = re.compile(r"(?<=[?&])([^=&#\s]+)=[^&#\s]*")
+
+
+def without_secrets(text: str) -> str:
+    """A word of a command line, or an address, without what may be a key: user and password and
+    the values of a query, and values of settings that are named like one."""
+    if "://" in text:
+        text = QUERY.sub(r"\1=...", CREDENTIALS.sub("...@", text))
+    return SECRET.sub(r"\1...", text)
+
+
+def without_secrets_below(value: Any) -> Any:
+    """`without_secrets` for every text in nested settings."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets_below(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets_below(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
 def environment(device: str, world_size: int) -> dict[str, object]:
     """What it takes to run this again elsewhere; no variable outside the allow-list."""
     return {
         "versions": versions(),
         "commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
         "host": socket.gethostname(),
         "device": device,
         "world_size": world_size,
@@ -98,23 +124,42 @@ class RunLog:
         kept = [row for row in files.read_json_lines(self.path) if row.get("images", 0) <= images]
         files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         lost = images + 1 if images else None  # TensorBoard forgets the points from there on
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
+        self._failed: set[str] = set()
+
+        def open_board() -> None:
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
+
+        self._optional("TensorBoard", open_board)
 
     def write(self, row: Mapping[str, object]) -> None:
         """Append one row. JSON has no NaN and no infinity: they become null."""
         row = {key: _finite(value) for key, value in row.items()}
         files.append_json_line(self.path, row)
         numbers, images = scalars(row), row["images"]
-        for key, value in numbers.items():
-            self._board.add_scalar(key, value, images)
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "images": images})
+
+        def to_board() -> None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, images)
+
+        self._optional("TensorBoard", to_board)
+        if (wandb := self._wandb) is not None:
+            self._optional("wandb", lambda: wandb.log({**numbers, "images": images}))
+
+    def _optional(self, name: str, action: Callable[[], object]) -> None:
+        """Do what training can go on without; the first failure of `name` is its last."""
+        if name in self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever it is, the run is worth more
+            self._failed.add(name)
+            files.warn(f"warning: {name} is left out from now on: {error}")
 
     def close(self) -> None:
         """Close the files."""
-        self._board.close()
+        self._optional("TensorBoard", lambda: self._board.close())
         if self._wandb is not None:
-            self._wandb.finish()
+            self._optional("wandb", self._wandb.finish)
 
 
 def scalars(row: Mapping[str, object]) -> dict[str, float]:
@@ -155,15 +200,23 @@ def _open_wandb(run: Path, project: str, settings: Mapping[str, object] | None) 
             "pip install 'latentddae[wandb]', or leave wandb empty"
         ) from error
     id_file = run / "wandb_id"
-    opened = wandb.init(
-        project=project,
-        name=run.name,
-        dir=run,
-        id=id_file.read_text().strip() if id_file.exists() else None,
-        resume="allow",
-        config=None if settings is None else dict(settings),
-        settings=wandb.Settings(console="off"),
-    )
+    try:
+        opened = wandb.init(
+            project=project,
+            name=run.name,
+            dir=run,
+            id=files.read_text(id_file).strip() if id_file.exists() else None,
+            resume="allow",
+            config=None if settings is None else dict(settings),
+            settings=wandb.Settings(
+                console="off", init_timeout=WANDB_TIMEOUT_S, login_timeout=WANDB_TIMEOUT_S
+            ),
+        )
+    except Exception as error:  # no key, no network, no such project
+        raise ConfigError(
+            f"wandb={project} cannot be reached: {error}; WANDB_MODE=offline keeps the numbers on "
+            "this machine, an empty wandb does without"
+        ) from error
     files.write_atomic(id_file, opened.id + "\n")
     opened.define_metric("*", step_metric="images")
     return opened

@@ -29,6 +29,9 @@ from latentddae.training.optimizers import OptimConfig
 from latentddae.training.saver import SaveConfig
 from latentddae.training.step_hooks import ProfileConfig
 
+MAX_BATCH = 1 << 24
+MAX_TIMEOUT_S = 30 * 86400
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
@@ -156,7 +159,8 @@ class RunConfig:
                 "max_bad_steps",
                 "hang_timeout_s",
             ),
-            non_negative=("diagnostics_images", "gc_every_steps"),
+            non_negative=("diagnostics_images", "gc_every_steps", "seed"),
+            at_most={"global_batch": MAX_BATCH, "hang_timeout_s": MAX_TIMEOUT_S},
         )
         if not self.run:
             raise ValueError("run must name a folder")

@@ -126,6 +126,8 @@ class Loop:
                 while self.images < config.total_images:
                     self._turn(batches, bar)
                     collect_garbage(self.images // config.global_batch)
+            if self.engine.optimizer_steps == 0 and self.images:
+                raise DataError(f"{context.run}: every step was skipped, nothing was trained")
             dist.on_rank0(lambda: crash_loops.record_event(context.run, "finished"))
         finally:
             batches.close()

@@ -54,9 +54,11 @@ class RunLogger:
     def open(self, images: int, precision: str) -> None:
         """Open the run's log files after `images` images and record this start (a collective)."""
         config, run, world = self.job.config, self.context.run, self.context.world
-        settings = configuration.to_dict(config)
+        settings = runlog.without_secrets_below(configuration.to_dict(config))
         self._log = runlog.RunLog(run, images, config.wandb, settings)
-        files.write_atomic(run / "config.yaml", configuration.to_yaml(config))
+        files.write_atomic(
+            run / "config.yaml", runlog.without_secrets(configuration.to_yaml(config))
+        )
         record = runlog.environment(str(self.context.device), world.size) | {
             "precision": precision,
             "zero_stage": config.engine.zero_stage,

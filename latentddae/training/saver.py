@@ -20,7 +20,7 @@ import torch
 
 from latentddae.core import dist, files
 from latentddae.core.config import require
-from latentddae.core.errors import LatentddaeError
+from latentddae.core.errors import DataError, LatentddaeError
 from latentddae.training import crash_loops, states
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
@@ -113,6 +113,7 @@ class Saver:
         if images == self.last_images:
             return
         engine = self.engine
+        self._check_finite(images)
         hidden = states.prepare_folder(self.folder, images, self.bytes_of_state)
         values = states.partitions(engine, self.ema)
         non_trainable = engine.non_trainable_state()
@@ -133,6 +134,21 @@ class Saver:
         self.last_images = images
         if not self.config.background:
             self.finish()
+
+    def _check_finite(self, images: int) -> None:
+        """DataError on every rank if a weight or an average is not finite: such a state would take
+        the place of a good one."""
+        values = states.partitions(self.engine, self.ema)
+        kinds = {
+            kind: any(not bool(torch.isfinite(t).all()) for t in flat)
+            for kind, flat in values.items()
+        }
+        if dist.any_rank(any(kinds.values()), self.engine.device):
+            bad = ", ".join(kind for kind, is_bad in kinds.items() if is_bad) or "another rank's"
+            raise DataError(
+                f"after {images:,} images {bad} values are not finite: the state was not written, "
+                f"the states before are in {self.folder}"
+            )
 
     def _copied(self, values: Partitions) -> Partitions:
         """The partitions copied to CPU memory, which is reused for the next save."""
