@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import write_atomic
+from latentddae.core.files import read_raw, write_atomic
 from latentddae.data.manifest import Manifest, ShardEntry, read_manifest
 
 DTYPE = np.dtype("<u8")
@@ -48,7 +48,7 @@ def read(root: Path, manifest: Manifest, split: str) -> np.ndarray:
     """The hashes of a split: (N,) uint64. DataError if they are not those of its samples."""
     path, entry = content_path(root, split), manifest["splits"][split]
     try:
-        data = path.read_bytes()
+        data = read_raw(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; encode it again") from error
     if hashlib.sha256(data).hexdigest() != entry.get("content_sha256"):

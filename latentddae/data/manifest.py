@@ -30,6 +30,7 @@ DATA_FOLDER = FolderKind(
         "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar",
         "*-[0-9]*.idx.npy",
         "*.content.npy",
+        "*.content.npy",
         "*.names.json",
         ".encode-*/",
     ),
