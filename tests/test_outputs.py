@@ -36,6 +36,8 @@ FOLDERS = {
     "sample": "--checkpoint INPUT --num 4 --out OUT",
     "fid": "INPUT none --out OUT",
     "report": "INPUT --out OUT/report.html --plots OUT",
+    "convert": "INPUT OUT --to latentddae",
+    "publish": "INPUT --to OUT",
     "demo": "--data INPUT --out OUT",
 }
 FILES = {
@@ -43,8 +45,9 @@ FILES = {
     "report": ("INPUT --out OUT", "html"),
     "fid": ("INPUT --save-reference OUT", "npz"),
     "compare-curve": ("INPUT --write OUT", "json"),
+    "convert": ("INPUT OUT --to dit", "pt"),
 }
-WITHOUT = ("info", "verify", "doctor")
+WITHOUT = ("info", "inspect", "verify", "doctor")
 
 
 def run(name: str, arguments: str, out: Path, source: Path) -> int:

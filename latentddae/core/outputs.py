@@ -67,6 +67,11 @@ class FileKind:
     """Whether a file is of this kind, from its first bytes."""
 
 
+NEW_FOLDER = FolderKind("a new folder", ())
+NEW_FILE = FileKind("a new file", lambda head: False)
+"""Kinds of which nothing is ever replaced."""
+
+
 @dataclass(frozen=True)
 class Output:
     """A place that a command is going to write."""
@@ -89,6 +94,8 @@ def check(output: Output) -> None:
         if isinstance(kind, FileKind):
             if not stat.S_ISREG(mode):
                 raise ConfigError(f"{path} is not a file: choose another name for {kind.what}")
+            if kind == NEW_FILE:
+                raise ConfigError(f"{path} exists already: choose another name")
             if not kind.proof(head(path)):
                 raise ConfigError(
                     f"{path} exists and is not {kind.what} of latentddae: choose another name"
@@ -147,6 +154,8 @@ def check_content(folder: Path, kind: FolderKind) -> None:
     names = sorted(e.name for e in folder.iterdir() if not _matches(e.name, expected))
     if not names:
         return
+    if not kind.names and not kind.is_shared:
+        raise ConfigError(f"{folder} exists already and holds {names[0]}: choose another name")
     proven = _is_marked(folder, kind) or (kind.proof is not None and kind.proof(folder))
     if not proven:
         raise ConfigError(

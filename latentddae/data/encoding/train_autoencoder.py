@@ -24,7 +24,7 @@ from latentddae.core import rng
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, run_command
-from latentddae.core.outputs import FolderKind, Output
+from latentddae.core.outputs import NEW_FOLDER, Output
 from latentddae.data.encoding.autoencoder import new_autoencoder_kl
 from latentddae.data.loader import order
 from latentddae.data.sources.open import open_source
@@ -171,7 +171,7 @@ def _open(config: TrainAutoencoderConfig) -> Source:
 
 def outputs(config: TrainAutoencoderConfig) -> list[Output]:
     """The folder of the autoencoder; nothing is replaced."""
-    return [Output(config.out, FolderKind("a new folder", ()), [config.source])]
+    return [Output(config.out, NEW_FOLDER, [config.source])]
 
 
 COMMAND = Command(

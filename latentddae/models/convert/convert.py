@@ -21,6 +21,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import atomic_path, write_errors
+from latentddae.core.outputs import NEW_FILE, NEW_FOLDER, Output
 from latentddae.models import zoo
 from latentddae.models.convert import diffusers
 from latentddae.models.zoo import Checkpoint, Stated, Weights
@@ -121,7 +122,13 @@ def plan(config: ConvertConfig) -> str:
     return f"{described(open_source(config))} to {config.dst} ({config.to})"
 
 
-COMMAND = Command("convert", ConvertConfig, run=convert, plan=plan)
+def outputs(config: ConvertConfig) -> list[Output]:
+    """The new folder or file."""
+    kind = NEW_FILE if config.to == "dit" else NEW_FOLDER
+    return [Output(config.dst, kind, [config.src])]
+
+
+COMMAND = Command("convert", ConvertConfig, run=convert, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

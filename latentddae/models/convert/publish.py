@@ -16,6 +16,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import positional, to_dict
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import write_atomic
+from latentddae.core.outputs import NEW_FOLDER, Output
 from latentddae.models import zoo
 from latentddae.models.convert.convert import described, write_portable
 from latentddae.models.zoo import Checkpoint, Stated, Weights
@@ -135,7 +136,12 @@ def plan(config: PublishConfig) -> str:
     return f"{described(open_source(config))} to {config.to}{where}"
 
 
-COMMAND = Command("publish", PublishConfig, run=publish, plan=plan)
+def outputs(config: PublishConfig) -> list[Output]:
+    """The new folder."""
+    return [Output(config.to, NEW_FOLDER, [config.src])]
+
+
+COMMAND = Command("publish", PublishConfig, run=publish, plan=plan, outputs=outputs)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def test_our_own_format_keeps_history_and_origin(ours, tmp_path) -> None:
     facts = json.loads((tmp_path / "copy" / "config.json").read_text())
     before = json.loads((ours / "config.json").read_text())
     assert facts.pop("origin") == {"path": str(ours), "sha256": zoo.load(ours).info["sha256"]}
+    for hashed in ("files", "check"):  # of the bytes, whose header names the kind of weights
+        del facts[hashed], before[hashed]
     assert facts == before
 
 
@@ -85,7 +87,7 @@ def test_modern_options_go_to_a_state_dict_and_not_to_diffusers(bare_file, tmp_p
 
 
 def test_what_exists_or_has_another_ending_is_refused(ours, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="is also read"):
         convert(ours, ours, "--to", "latentddae")
     for to, name in (("dit", "x"), ("diffusers", "x.pt")):
         with pytest.raises(ConfigError, match=r"--to dit writes a .pt file"):
