@@ -44,6 +44,10 @@ GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
             "latentddae.transfer.noise_classifier",
             "one classifier for all noise levels, and its accuracy curve",
         ),
+        "noise-control": (
+            "latentddae.transfer.noise_control",
+            "its control: a WRN-28-10 on the noisy images",
+        ),
         "segment": ("latentddae.transfer.segment", "linear segmentation on token maps (mIoU)"),
         "correspond": ("latentddae.transfer.correspond", "nearest-token correspondence (PCK)"),
         "visualize": ("latentddae.transfer.visualize", "nearest neighbours and token colours"),

@@ -21,6 +21,7 @@ from latentddae.transfer import (
     knn,
     linear,
     noise_classifier,
+    noise_control,
     report,
     results,
     visualize,
@@ -101,6 +102,9 @@ def test_analysis(probed) -> None:
     assert result.kind == "geometry"
     out = probed(noise_classifier, "--block", BLOCK, "--epochs", 1, "--batch", 32)
     assert len(results.read(out / results.RESULTS)[0].values["curve"]) == 20
+    small = ("--depth", 10, "--widen", 1, "--epochs", 2, "--warmup-epochs", 1, "--batch", 32)
+    (result,) = results.read(probed(noise_control, *small) / results.RESULTS)
+    assert len(result.values["curve"]) == 20 and result.protocol["name"] == "noise-control/1"
     out = probed(visualize, "--block", BLOCK, "--level", LEVEL, "--queries", 2)
     assert len(json.loads((out / "visualize.json").read_text())["queries"]) == 2
 
@@ -126,8 +130,8 @@ def test_samples_and_their_distance(run, pixel_shards, tmp_path, monkeypatch) ->
     assert len(list((out / "images").glob("*.png"))) == 6
     assert json.loads((out / "sample.json").read_text())["float64"] is True
     monkeypatch.setattr(fid, "open_inception", lambda config: MeanColours())
-    fid.main([str(out), str(pixel_shards), "--out", str(tmp_path)])
-    (row,) = files.read_json_lines(tmp_path / "fid.jsonl")
+    fid.main([str(out), str(pixel_shards), "--out", str(tmp_path / "fid")])
+    (row,) = files.read_json_lines(tmp_path / "fid" / "fid.jsonl")
     assert row["fid"] > 0 and row["reference"]["count"] == 96
 
 

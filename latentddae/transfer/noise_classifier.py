@@ -8,7 +8,7 @@ curve. Nothing is chosen, so all of train is used.
 
 import sys
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from latentddae.core.config import require
 from latentddae.core.errors import run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.core.precision import DTYPES
+from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
+from latentddae.diffusion.objective import Objective
 from latentddae.models.layers import sinusoidal_embedding
 from latentddae.models.trunks import null_labels
 from latentddae.models.zoo import Checkpoint
@@ -81,6 +83,17 @@ class Head(nn.Module):
         return self.mlp(features + self.time(time))
 
 
+class NoisyInput(Protocol):
+    """What a classifier for all noise levels reads."""
+
+    objective: Objective
+    latents: LatentSpec
+    device: torch.device
+
+    def features(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Clean latents and noise (N, C, h, w), timesteps (N,) -> (N, ...) float32."""
+
+
 class Reader:
     """Frozen features of one block, with a timestep of its own for each sample.
 
@@ -110,28 +123,46 @@ def train_head(
     seed: int = 0,
     show_progress: bool = True,
 ) -> Head:
-    """A head trained on `samples`. Sample order, view, posterior, level and noise are keyed by
-    (seed, images seen)."""
+    """A head trained on `samples` by DDAE's recipe, see `fit`."""
     head = Head(reader.width, len(samples.classes), seed).to(reader.device)
-    optim = OptimConfig(lr=training.lr, schedule="cosine")
-    adam = torch.optim.Adam(head.parameters(), lr=training.lr)
+    optimizer = torch.optim.Adam(head.parameters(), lr=training.lr)
+    schedule = OptimConfig(lr=training.lr, schedule="cosine")
+    fit(reader, head, samples, Fitting(optimizer, schedule, training, seed, show_progress))
+    return head
+
+
+class Fitting(NamedTuple):
+    """How a classifier is fitted."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: OptimConfig
+    """Of the learning rate, on the clock of images."""
+    training: HeadTraining
+    seed: int = 0
+    show_progress: bool = True
+
+
+def fit(reader: NoisyInput, head: nn.Module, samples: SampleSet, fitting: Fitting) -> None:
+    """Train `head` on `samples` in place. Sample order, view, posterior, level and noise are keyed
+    by (seed, images seen)."""
+    optimizer, schedule, training, seed, show_progress = fitting
     batch = min(training.batch, len(samples))
     batches = Loader(samples, global_batch=batch, seed=seed).batches()
     total = training.epochs * len(samples)
     with progress.images(total, "noise classifier", show_progress) as bar:
         for seen in range(0, total, batch):
             features, level, label = training_batch(reader, next(batches), seed)
-            for group in adam.param_groups:
-                group["lr"] = lr_at(optim, seen, total)
-            adam.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(schedule, seen, total)
+            optimizer.zero_grad()
             F.cross_entropy(head(features, level), label).backward()
-            adam.step()
+            optimizer.step()
             bar.update(min(batch, total - seen))
     batches.close()
-    return head.eval()
+    head.eval()
 
 
-def training_batch(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def training_batch(reader: NoisyInput, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the head sees of a batch: features (N, D) float32, levels (N,), labels (N,)."""
     position = batch.position.to(reader.device)
     shape = reader.latents.shape
@@ -145,7 +176,7 @@ def training_batch(reader: Reader, batch: Batch, seed: int) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def accuracy_curve(
-    reader: Reader, head: Head, test: SampleSet, seed: int, count: int = TEST_LEVELS
+    reader: NoisyInput, head: nn.Module, test: SampleSet, seed: int, count: int = TEST_LEVELS
 ) -> list[Values]:
     """Accuracy on test at the `count` timesteps of a sampler, cleanest first: each level in all
     units, and `accuracy`.
@@ -240,7 +271,7 @@ def noise_classifier(config: NoiseClassifierConfig) -> None:
     levels, accuracies = (
         [results.number(row, column) for row in rows] for column in ("level", "accuracy")
     )
-    chart = plots.noise_curve(levels, accuracies, str(config.block))
+    chart = plots.noise_curve(levels, accuracies, f"block {config.block}")
     write_atomic(config.out / f"{name}.png", chart)
     for row in rows:
         level, t, accuracy = (results.number(row, name) for name in ("level", "t", "accuracy"))

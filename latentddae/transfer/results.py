@@ -31,7 +31,13 @@ RESULTS_FOLDER = outputs.FolderKind(
     (
         *(RESULTS, "confusion-*.json", "grid.json", "grid.csv", "grid-*.png", "level-*.json"),
         *("probe-*.json", "compare.json", "suite.json", "visualize.json", "geometry-s*"),
-        *("noise-classifier-block-*", "fid.jsonl", ".features-*/", ".tokens-*/"),
+        *(
+            "noise-classifier-block-*",
+            "noise-control.png",
+            "fid.jsonl",
+            ".features-*/",
+            ".tokens-*/",
+        ),
     ),
     proof=_holds_results,
     is_marked=True,

@@ -168,13 +168,13 @@ def loss_curves(curves: Sequence[LossCurve]) -> bytes:
     return png(canvas)
 
 
-def noise_curve(levels: Sequence[float], accuracy: Sequence[float], block: str) -> bytes:
-    """Test accuracy of a noise-conditional classifier on one block over noise levels, both (N,)."""
+def noise_curve(levels: Sequence[float], accuracy: Sequence[float], name: str) -> bytes:
+    """Test accuracy of a noise-conditional classifier, by name, over noise levels, both (N,)."""
     canvas = figure(5.2, 3.2)
     axes = canvas.subplots()
     axes.plot(levels, 100 * np.asarray(accuracy), color=ACCENT)
     _style(axes, "noise level", "test accuracy, %", dots=True)
-    axes.set_title(f"one classifier for all levels, block {block}", fontsize=10, color=INK)
+    axes.set_title(f"one classifier for all levels, {name}", fontsize=10, color=INK)
     return png(canvas)
 
 

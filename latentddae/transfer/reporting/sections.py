@@ -260,8 +260,8 @@ def noise_curves(runs: Sequence[Found]) -> list[Part]:
             curve = results.rows(result.values, "curve")
             levels = [results.number(row, "level") for row in curve]
             accuracy = [results.number(row, "accuracy") for row in curve]
-            block = result.cell.block if result.cell else ""
-            chart = plots.noise_curve(levels, accuracy, str(block))
+            name = f"block {result.cell.block}" if result.cell else "the control"
+            chart = plots.noise_curve(levels, accuracy, name)
             charts.append(Picture(chart, _caption(found.name, result)))
     return [Gallery(charts)] if charts else []
 
