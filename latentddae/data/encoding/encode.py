@@ -36,7 +36,7 @@ from latentddae.data.manifest import (
     read_manifest,
 )
 from latentddae.data.sources.open import open_split
-from latentddae.data.sources.source import relabel, train_or_test_share
+from latentddae.data.sources.source import hashed_names, relabel, train_or_test_share
 
 TIMEOUT_S = 3 * 86400.0  # ranks wait for each other only at the end, hours apart
 BAD_NAMED = 1000  # bad images named in the manifest; all are counted
@@ -197,6 +197,8 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
     }
     if plan.source.understood is not None:
         facts["understood"] = plan.source.understood.to_dict()
+    if hashed := hashed_names(plan.source):
+        write_json(out / f"{config.split}.names.json", hashed)
     facts["content_sha256"] = content.write(out, config.split, entries)
     manifest = add_split(manifest, config.split, plan.spec, entries, facts)
     write_checked_json(out / MANIFEST, manifest)

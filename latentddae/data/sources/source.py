@@ -110,6 +110,15 @@ def hashed_key(path: str) -> str:
     return f"h-{hashlib.blake2b(text, digest_size=KEY_HASH_BYTES).hexdigest()}"
 
 
+def hashed_names(source: Source) -> dict[str, str]:
+    """Key -> path of the images whose keys are hashes."""
+    return {
+        key: name
+        for key, name in zip(source.keys, source.names, strict=True)
+        if key.startswith("h-") and key == hashed_key(name)
+    }
+
+
 def make_source(
     name: str,
     classes: Sequence[str],

@@ -195,6 +195,15 @@ def test_splits_that_share_images_are_refused(
     assert encode(parts)["samples"] + encode(replace(parts, split="test"))["samples"] == 30
 
 
+def test_the_paths_of_hashed_keys_are_kept(photos: Path, tmp_path: Path) -> None:
+    name = f"{'写' * 40}.jpg"
+    (photos / "1" / "img_00.jpg").rename(photos / "1" / name)
+    encode(settings(photos, tmp_path / "out", autoencoder="none"))
+    names = json.loads((tmp_path / "out" / "train.names.json").read_text())
+    assert list(names.values()) == [f"1/{name}"]
+    assert set(names) < set(ShardSet(tmp_path / "out", "train").keys(np.arange(30)))
+
+
 def test_bad_images_are_named_counted_and_limited(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
