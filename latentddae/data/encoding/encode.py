@@ -18,7 +18,7 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
-from latentddae.core.files import exclusive, write_checked_json
+from latentddae.core.files import exclusive, write_checked_json, write_json
 from latentddae.core.outputs import Output
 from latentddae.data import content
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
