@@ -16,10 +16,11 @@ if __name__ == "__main__":  # before the imports: they take seconds in which a s
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentddae.core import config as configuration
 from latentddae.core import dist, rng
@@ -32,6 +33,7 @@ from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.models.network import Condition
 from latentddae.planning.flops import training_flops
+from latentddae.training import origin as origins
 from latentddae.training.config import TrainConfig, check_labels, contract, resolve
 from latentddae.training.deepspeed_config import derive
 from latentddae.training.export import WEIGHTS, export
@@ -73,6 +75,7 @@ def plan(config: TrainConfig) -> str:
     precision, batch, settings = derive(config.engine, config.global_batch, world.size, device)
     with torch.device("meta"):
         model = zoo.build(config.model)
+    origin = _planned_origin(config)
     attention.choose(model, config.engine.attention, device, DTYPES[precision])
     parameters = sum(p.numel() for p in model.parameters())
     return (
@@ -80,8 +83,21 @@ def plan(config: TrainConfig) -> str:
         f"{config.model.kind} with {parameters:,} parameters, objective {config.objective.kind}\n"
         f"{config.total_images:,} images in batches of {config.global_batch} = "
         f"{world.size} ranks x {batch.accumulation} x {batch.micro}, {precision}\n"
-        f"DeepSpeed: {json.dumps(settings)}"
+        f"{origin}DeepSpeed: {json.dumps(settings)}"
     )
+
+
+def _planned_origin(config: TrainConfig) -> str:
+    if not origins.is_new(Path(config.run)):
+        return ""
+    if config.branch:
+        branch = origins.open_branch(config.branch, config.model)
+        return f"a branch of {branch.state.path}\n"
+    if config.init.checkpoint:
+        model = zoo.build(config.model)
+        origin = origins.initialize(model, config.model, config.init)
+        return f"from {config.init.checkpoint}; fresh: {origin['fresh']}\n"
+    return ""
 
 
 class Pretraining:
@@ -95,7 +111,25 @@ class Pretraining:
         check_labels(self.config, self.samples)
         self.monitor = self._open_monitor()
         self.probe = dist.on_all_ranks(self._open_probe)
-        self.model = zoo.build(self.config.model, seed=config.seed).to(context.device)
+        model = zoo.build(self.config.model, seed=config.seed)
+        self.start, self.origin = self._begin(model)
+        self.model = model.to(context.device)
+
+    def _begin(self, model: nn.Module) -> tuple[State | None, origins.Origin | None]:
+        """The state of another run with which a new run begins, and its origin.
+
+        The weights of a checkpoint are put into `model`. A run that is continued has the origin
+        that its state records.
+        """
+        config, run = self.config, self.context.run
+        if not dist.on_rank0(lambda: origins.is_new(run)):
+            return None, dist.on_rank0(lambda: origins.recorded(run))
+        if config.branch:
+            return dist.on_all_ranks(lambda: origins.open_branch(config.branch, config.model))
+        if config.init.checkpoint:
+            initialize = partial(origins.initialize, model, config.model, config.init)
+            return None, dist.on_all_ranks(initialize)
+        return None, None
 
     def _open_monitor(self) -> Monitor | None:
         """Open the monitor on rank 0 before training starts, so that a missing autoencoder fails
@@ -132,10 +166,12 @@ class Pretraining:
                 "data": self.data.fingerprints,
                 "ema_config": configuration.to_dict(config.ema),
                 "conditional": config.conditional,
+                **({"origin": self.origin} if self.origin else {}),
             },
             model=self.model,
             samples=self.samples,
             data=config.data,
+            start=self.start,
             tensors=lambda batch: (batch.moments, batch.label, batch.position),
             loss=self.loss,
             diagnostics=self.diagnostics,

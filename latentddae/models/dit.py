@@ -264,7 +264,7 @@ class DiT(nn.Module):
 
     def _fill_pos_embed(self) -> None:
         if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(sincos_table(self.config.hidden_size, self.config.grid_size))
+            self.pos_embed.copy_(sincos_table(self.config.hidden_size, *self.config.positions))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiT":
         """Casts and moves (`.to`, `.bfloat16`, DeepSpeed's) leave the position table in float32 at
@@ -301,7 +301,7 @@ def _check_before_loading(model: DiT, state: dict[str, Tensor], prefix: str, *_:
 
 def _fixed_tables(model: DiT) -> dict[str, Tensor]:
     """What the buffers hold by definition, by name in the state dict: float32."""
-    tables = {"pos_embed": sincos_table(model.config.hidden_size, model.config.grid_size)}
+    tables = {"pos_embed": sincos_table(model.config.hidden_size, *model.config.positions)}
     for name, module in model.named_modules():
         if isinstance(module, RotaryTable):
             tables |= {f"{name}.{key}": table for key, table in module.tables().items()}

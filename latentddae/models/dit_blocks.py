@@ -146,7 +146,8 @@ def rotary_table(config: DiTConfig) -> RotaryTable | None:
     if not config.rope:
         return None
     head_dim = config.hidden_size // config.num_heads
-    return RotaryTable(head_dim, config.grid_size, config.register_tokens)
+    grid_size, over = config.positions
+    return RotaryTable(head_dim, grid_size, config.register_tokens, over)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:

@@ -42,6 +42,9 @@ class DiTConfig:
     """`swiglu`: gated MLPs of two thirds of the hidden width, of the same size (LightningDiT)."""
     rope: bool = False
     """Turn queries and keys by their row and column (2-D RoPE), beside the position table."""
+    position_grid: int = 0
+    """Side of the grid, in tokens, whose positions the tokens are spread over: that of the network
+    from which a warm start at another resolution comes. 0: their own."""
     adaln_shift: bool = True
     """Whether the condition shifts the inputs of attention and MLP, or scales and gates alone."""
     shared_adaln: bool = False
@@ -63,7 +66,7 @@ class DiTConfig:
         require(
             self,
             positive=(*sizes, "head_depth", "head_heads"),
-            non_negative=("num_classes", "register_tokens", "head_width"),
+            non_negative=("num_classes", "register_tokens", "head_width", "position_grid"),
         )
         if self.mlp_hidden <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
@@ -109,6 +112,11 @@ class DiTConfig:
     def grid_size(self) -> int:
         """Tokens along one side."""
         return self.input_size // self.patch_size
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Tokens along one side, and the side of the grid that they are spread over."""
+        return self.grid_size, self.position_grid or self.grid_size
 
     @property
     def tokens(self) -> int:

@@ -12,22 +12,30 @@ from latentddae.core.precision import compute_dtype
 ROPE_BASE = 10000.0
 
 
-def sincos_table(dim: int, grid_size: int) -> Tensor:
+def coordinates(grid_size: int, over: int = 0) -> np.ndarray:
+    """Positions along one side, (grid_size,) float64: 0, 1, ...; with `over` the centres of as many
+    cells spread over a grid of that side (a table resampled, at the same side unchanged)."""
+    steps = np.arange(grid_size, dtype=np.float64)
+    return (steps + 0.5) * (over / grid_size) - 0.5 if over else steps
+
+
+def sincos_table(dim: int, grid_size: int, over: int = 0) -> Tensor:
     """Fixed 2-D position embedding (MAE, arXiv 2111.06377): (1, T, dim) float64.
 
     The T = grid_size^2 tokens go row by row. The first half of the channels encodes the column, the
-    second half the row, each as [sin | cos] of position * 10000^(-k / (dim / 4)).
+    second half the row, each as [sin | cos] of position * 10000^(-k / (dim / 4)). The positions are
+    what `coordinates` gives.
     """
     quarter = dim // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
-    column = repeat(np.arange(grid_size), "column -> (row column)", row=grid_size)
-    row = repeat(np.arange(grid_size), "row -> (row column)", column=grid_size)
+    column = repeat(coordinates(grid_size, over), "column -> (row column)", row=grid_size)
+    row = repeat(coordinates(grid_size, over), "row -> (row column)", column=grid_size)
     angles = [position[:, None] * frequencies for position in (column, row)]
     waves = [wave for angle in angles for wave in (np.sin(angle), np.cos(angle))]
     return torch.from_numpy(rearrange(waves, "wave token channel -> 1 token (wave channel)"))
 
 
-def rotary_angles(head_dim: int, grid_size: int, registers: int = 0) -> Tensor:
+def rotary_angles(head_dim: int, grid_size: int, registers: int = 0, over: int = 0) -> Tensor:
     """Angles of 2-D rotary positions (EVA-02, arXiv 2303.11331): (registers + T, head_dim) float64.
 
     The T = grid_size^2 tokens go row by row. The first half of the channels turns with the row, the
@@ -36,8 +44,8 @@ def rotary_angles(head_dim: int, grid_size: int, registers: int = 0) -> Tensor:
     """
     quarter = head_dim // 4
     frequencies = ROPE_BASE ** -(np.arange(quarter) / quarter)
-    column = repeat(np.arange(grid_size), "column -> (row column)", row=grid_size)
-    row = repeat(np.arange(grid_size), "row -> (row column)", column=grid_size)
+    column = repeat(coordinates(grid_size, over), "column -> (row column)", row=grid_size)
+    row = repeat(coordinates(grid_size, over), "row -> (row column)", column=grid_size)
     angles = np.stack([position[:, None] * frequencies for position in (row, column)])
     table = repeat(angles, "side token channel -> token (side channel two)", two=2)
     return torch.from_numpy(np.pad(table, ((registers, 0), (0, 0))))
@@ -53,9 +61,9 @@ class RotaryTable(nn.Module):
     freqs_cos: Tensor
     freqs_sin: Tensor
 
-    def __init__(self, head_dim: int, grid_size: int, registers: int = 0) -> None:
+    def __init__(self, head_dim: int, grid_size: int, registers: int = 0, over: int = 0) -> None:
         super().__init__()
-        self.shape = (head_dim, grid_size, registers)
+        self.shape = (head_dim, grid_size, registers, over)
         for name in ("freqs_cos", "freqs_sin"):
             self.register_buffer(name, torch.empty(registers + grid_size**2, head_dim))
         self._fill()

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latentddae.core import config as configuration
 from latentddae.core import dist
@@ -17,6 +17,7 @@ from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.network import TrainableConfig
+from latentddae.models.zoo import Stated, Weights
 from latentddae.training.augmentation import (
     AUGMENTATIONS,
     ImageAugmentation,
@@ -167,6 +168,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig(Stated):
+    """Where the initial weights of a new run come from."""
+
+    shorthand: ClassVar[str] = "checkpoint"
+
+    checkpoint: str = ""
+    """Anything that `--checkpoint` takes but a timm network; empty: fresh weights."""
+    weights: Weights = "ema"
+    """The averaged weights, or those of the last step."""
+    blocks: int | None = None
+    """Take the first blocks only, without the output layer; none: all, and it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, positive=("blocks",))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """Pretrain a diffusion model on latent shards, on one CPU or on many GPUs.
 
@@ -182,6 +201,10 @@ class TrainConfig(RunConfig):
     augmentation: ImageAugmentation = configuration.choice(lambda: AUGMENTATIONS, NoAugmentation)
     """Of images as they are read, for pixel models: none, mirror, or edm (the network is told)."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    branch: str = ""
+    """RUN@IMAGES: begin a new run with that state of another one (weights, average, optimizer,
+    count of images) under other settings or on other data; RUN alone is its newest. Empty: none."""
     conditional: bool = False
     """Train with labels, `label_dropout` of them dropped; features are better without labels."""
     label_dropout: float = 0.1
@@ -191,6 +214,8 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.branch and self.init.checkpoint:
+            raise ValueError("branch and init.checkpoint are both given: a branch has its weights")
 
 
 SAFE_TO_CHANGE = {

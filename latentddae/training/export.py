@@ -120,6 +120,7 @@ def export(
             "data": info["data"],
             "conditional": info["conditional"],
             "seed": info["contract"]["seed"],
+            **({"origin": info["origin"]} if info.get("origin") else {}),
         },
     )
 

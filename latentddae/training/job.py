@@ -43,6 +43,8 @@ class Job:
     samples: SampleSet | SplitInfo
     """A set to read at random, or the manifest entry of one to stream."""
     data: DataConfig
+    start: State | None = None
+    """A state of another run, with which a new run begins (a branch); None: at zero."""
     lr_scale: Callable[[str], float] | None = None
     """Factor on the learning rate of a parameter, by its name; None: 1 for all."""
     tensors: Callable[[Batch], tuple[Tensor, ...]]

@@ -35,9 +35,11 @@ class Loop:
 
     def __init__(self, job: Job, context: RunContext) -> None:
         self.job, self.context, self.config = job, context, job.config
-        state = find_state(context, job.contract)
+        saved = find_state(context, job.contract)
+        state = saved or job.start
         self.images = 0 if state is None else state.images
-        dist.on_rank0(lambda: crash_loops.record_start(context.run, self.images, context.retry))
+        saved_images = 0 if saved is None else saved.images
+        dist.on_rank0(lambda: crash_loops.record_start(context.run, saved_images, context.retry))
         self._leave_if_stopped()
         try:
             self._build(state)
@@ -65,7 +67,7 @@ class Loop:
             self.engine.broadcast_masters()
         else:
             state_reader.load(state, self.engine, self.ema)
-            context.say(f"continuing {context.run} at {self.images:,} images")
+            context.say(f"continuing {state.path.parent.parent} at {self.images:,} images")
         self.saver = Saver(
             context.run,
             config.save,

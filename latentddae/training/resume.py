@@ -41,7 +41,8 @@ def _check(
         if not is_safe_to_change(key):
             raise ConfigError(
                 f"{run} was trained with {key}={old!r}, now {new!r}; "
-                "use another run folder or put the old value back"
+                "use another run folder or put the old value back; a new run continues from here "
+                f"with other settings by branch={run}@{state.images}"
             )
     for path in faults:
         states.set_aside(path)

@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "rms-qk-norm": {"norm": "rms", "qk_norm": True},
     "swiglu": {"mlp": "swiglu"},
     "rope": {"rope": True},
+    "position-grid": {"position_grid": 3, "rope": True},
     "no-shift": {"adaln_shift": False},
     "shared-adaln": {"shared_adaln": True},
     "registers": {"register_tokens": 3},
