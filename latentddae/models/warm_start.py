@@ -137,7 +137,7 @@ def _change_patches(state: dict[str, Tensor], old: DiTConfig, new: DiTConfig) ->
 
 
 def resize_matrix(old: int, new: int) -> Tensor:
-    """Bilinear resizing of a patch as a matrix: (new * new, old * old) float32."""
+    """Bilinear resizing of a patch as a matrix: (Q, P) float32 with Q = new^2 and P = old^2."""
     basis = torch.eye(old * old).reshape(old * old, 1, old, old)
     resized = F.interpolate(
         basis, (new, new), mode="bilinear", align_corners=False, antialias=new < old

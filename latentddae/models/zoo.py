@@ -9,7 +9,6 @@ projects in convert/, one module per family.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ def load(
     weights: Weights = "ema",
     device: torch.device | str = "cpu",
     stated: Stated | None = None,
-    **statements: Any,
+    **statements: object,
 ) -> Checkpoint:
     """Read a checkpoint: a portable folder, a run folder, or a file or folder of another project.
 
@@ -61,8 +60,8 @@ def load(
     return portable.load(path, weights, device)
 
 
-def _stated(stated: Stated | None, statements: dict[str, Any]) -> Stated:
+def _stated(stated: Stated | None, statements: dict[str, object]) -> Stated:
     try:
-        return replace(stated or Stated(), **statements)
+        return replace(stated or Stated(), **statements)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"zoo.load: {error}") from error

@@ -7,7 +7,7 @@ images = autoencoder.decode(spec.unscale(x0))
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +135,7 @@ class Autoencoder:
         )
 
 
-def _numbers(values: Any) -> tuple[float, ...]:
+def _numbers(values: Iterable[float] | None) -> tuple[float, ...]:
     return tuple(float(value) for value in values or ())
 
 
