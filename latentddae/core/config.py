@@ -20,10 +20,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.files import open_regular
 
 Record = TypeVar("Record")
 Tree = dict[str, Any]  # nested settings; leaves are text, or typed where they come from JSON
 
+MAX_BYTES = 1 << 24  # of a configuration file
 BASE_KEY = "base"  # a YAML file may name another one whose values it overrides
 ITSELF = (
     ""  # key under which a plain text is kept when settings below it follow: `model=a model.b=1`
@@ -113,8 +115,12 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if path in seen:
         raise ConfigError(f"{path}: `{BASE_KEY}` files form a circle: {[str(p) for p in seen]}")
     try:
-        text = path.read_text()
-    except (OSError, UnicodeError) as error:
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"config file {path} has more than {MAX_BYTES:,} bytes")
+        text = data.decode()
+    except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
         raise ConfigError(f"config file {path} {reason}") from error
     tree = parse_yaml(text, str(path))

@@ -230,6 +230,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def keep_damaged(path: Path) -> None:
+    """Set a copy of a log aside if it has damaged lines: PATH.damaged-HASH. The lines that can be
+    read go on being the log."""
+    if not path.exists():
+        return
+    data = read_bytes(path)
+    for line in data.split(b"\n")[:-1]:
+        try:
+            json.loads(line or b"null")
+        except (ValueError, RecursionError):
+            aside = path.with_name(f"{path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
+            write_atomic(aside, data)
+            warn(f"warning: {path} has damaged lines; as it was it is kept as {aside.name}")
+            return
+
+
 def warn(text: str) -> None:
     """Print a line to stderr; a stderr that cannot be written takes nothing along."""
     with contextlib.suppress(OSError, ValueError):

@@ -121,7 +121,8 @@ class RunLog:
 
         self._wandb = _open_wandb(run, wandb_project, settings) if wandb_project else None
         self.path = run / "metrics.jsonl"
-        kept = [row for row in files.read_json_lines(self.path) if row.get("images", 0) <= images]
+        files.keep_damaged(self.path)
+        kept = [row for row in files.read_json_lines(self.path) if _images_of(row) <= images]
         files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         lost = images + 1 if images else None  # TensorBoard forgets the points from there on
         self._failed: set[str] = set()
@@ -160,6 +161,11 @@ class RunLog:
         self._optional("TensorBoard", lambda: self._board.close())
         if self._wandb is not None:
             self._optional("wandb", self._wandb.finish)
+
+
+def _images_of(row: Mapping[str, object]) -> float:
+    value = row.get("images", 0)
+    return value if isinstance(value, int | float) else 0
 
 
 def scalars(row: Mapping[str, object]) -> dict[str, float]:

@@ -25,7 +25,7 @@ def record_start(run: Path, images: int, retry: bool = False) -> None:
     """
     failed = 0
     for row in reversed(files.read_json_lines(run / FILE)):
-        if row["event"] != "start" or row["images"] != images:
+        if row.get("event") != "start" or row.get("images") != images:
             break
         failed += 1
     if failed >= LIMIT and not retry:
@@ -47,7 +47,7 @@ def record_event(run: Path, event: str) -> None:
 def has_never_saved(run: Path) -> bool:
     """Whether the run was started and no start of it saved a state."""
     rows = files.read_json_lines(run / FILE)
-    return bool(rows) and not any(r["event"] == "saved" or r.get("images") for r in rows)
+    return bool(rows) and not any(r.get("event") == "saved" or r.get("images") for r in rows)
 
 
 def withdraw_start(run: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_stale_image_is_not_a_bad_image(tmp_path):
     from latentddae.data.sources.source import Item, make_source
 
     (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255\n" + bytes(12))
-    source = make_source("s", ("a",), [Item("x.ppm", 0, tmp_path / "x.ppm")])
+    source = make_source("s", ("a",), [Item("x.ppm", 0, str(tmp_path / "x.ppm"))])
     read = source.read
     from dataclasses import replace
 

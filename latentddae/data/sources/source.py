@@ -14,12 +14,14 @@ import numpy as np
 from PIL import Image
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.files import open_regular
 from latentddae.core.retry import retried
 from latentddae.data.shard_format import escape_path, invalid_key_reason, key_from_path
 from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
 from latentddae.data.sources.understanding import Understanding
 
 KEY_HASH_BYTES = 16
+MAX_BYTES = 1 << 30  # of one image file
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,12 @@ class Item:
 
     def read(self) -> bytes:
         """The encoded image. Raises OSError."""
-        with open(self.location, "rb") as file:
+        with open_regular(self.location) as file:
             if self.size < 0:
-                return file.read()
+                data = file.read(MAX_BYTES + 1)
+                if len(data) > MAX_BYTES:
+                    raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+                return data
             data = os.pread(file.fileno(), self.size, self.offset)
         if not self.deflated:
             return data
