@@ -134,7 +134,7 @@ def test_other_settings_do_not_mix_into_a_folder(checkpoint: Path, tmp_path: Pat
         run(checkpoint, out, num=3)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="not a folder of samples"):
         run(checkpoint, tmp_path / "full", num=3)
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["thesis.txt"]
 
