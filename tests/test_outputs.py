@@ -30,6 +30,7 @@ FOLDERS = {
     "features": "--checkpoint none --data INPUT --levels 0.1 --out OUT",
     "geometry": "--checkpoint none --data INPUT --levels 0.1 --out OUT",
     "noise-classifier": "--checkpoint none --data INPUT --block 1 --out OUT",
+    "noise-control": "--checkpoint none --data INPUT --out OUT",
     "segment": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
     "correspond": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",
     "visualize": "--checkpoint none --data INPUT --block 1 --level 0.1 --out OUT",

@@ -168,7 +168,13 @@ def plan(config: NoiseControlConfig) -> str:
     )
 
 
-COMMAND = Command("noise-control", NoiseControlConfig, run=noise_control, plan=plan)
+COMMAND = Command(
+    "noise-control",
+    NoiseControlConfig,
+    run=noise_control,
+    plan=plan,
+    outputs=NoiseControlConfig.outputs,
+)
 main = COMMAND.main
 
 
