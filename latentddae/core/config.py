@@ -168,11 +168,16 @@ def _foreign_tag(node: yaml.Node) -> str:
 
 
 def overlay(base: Tree, top: Mapping[str, Any]) -> Tree:
-    """`top` over `base`: mappings are merged key by key, everything else is replaced."""
+    """`top` over `base`: mappings are merged key by key, everything else is replaced.
+
+    So is a chosen record where `top` chooses another one by its `name`.
+    """
     out = dict(base)
     for key, value in top.items():
         if isinstance(value, Mapping) and key in out:
-            out[key] = overlay(_as_tree(out[key]), value)
+            below = _as_tree(out[key])
+            chosen = below.get("name", below.get(ITSELF))
+            out[key] = overlay({} if value.get("name", chosen) != chosen else below, value)
         else:
             out[key] = value
     return out

@@ -167,3 +167,14 @@ def test_require_names_field_value_and_range() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Numbers(**wrong)
+
+
+def test_another_choice_starts_from_its_own_defaults(tmp_path) -> None:
+    (tmp_path / "base.yaml").write_text("run: r\nmodel: {name: small, width: 3}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("base: base.yaml\nmodel: {name: wide}\n")
+    assert configuration.load(Run, top).model == Small(width=64)
+    top.write_text("base: base.yaml\nmodel: {name: small}\n")
+    assert configuration.load(Run, top).model == Small(width=3)
+    top.write_text("base: base.yaml\nmodel: {width: 5}\n")
+    assert configuration.load(Run, top).model == Small(width=5)
