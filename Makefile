@@ -11,8 +11,8 @@ DOCS := build/docs-venv/.ready
 demo: $(READY)
 	$(BIN)/latentddae demo $(ARGS)
 
-test: $(READY)
-	$(BIN)/pytest -q -m "not slow" $(ARGS)
+test: $(READY) # a file at a time in each of two processes; tests start ranks of their own
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(READY)
 	$(BIN)/pytest -q $(ARGS)
