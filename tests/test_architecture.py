@@ -77,7 +77,7 @@ def test_every_module_has_a_layer() -> None:
     assert top <= {name.split(".")[0] for names in LAYERS for name in names}
 
 
-@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "tree"), [pytest.param(*m, id=m[0]) for m in modules()])
 def test_imports_point_down(name: str, tree: ast.Module) -> None:
     for imported in imports(tree):
         if imported.startswith("latentddae."):

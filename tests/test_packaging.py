@@ -19,7 +19,16 @@ MODULES = {  # distribution -> module, where they differ by more than a dash
     "scikit-learn": "sklearn",
 }
 TOOLS = {  # run, or imported through another package (torch.utils.tensorboard)
-    *("pytest-timeout", "ruff", "mypy", "types-pyyaml", "pre-commit", "ninja", "zensical"),
+    *(
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
+        "types-pyyaml",
+        "pre-commit",
+        "ninja",
+        "zensical",
+    ),
     "tensorboard",
 }
 OURS = {"latentddae", "tests", "harness", "conftest", "house"}

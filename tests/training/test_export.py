@@ -92,7 +92,7 @@ def test_options(runs, tmp_path, content) -> None:
 
 def test_refusals_are_one_line(runs, tmp_path, capsys) -> None:
     for arguments, status, parts in (
-        ((tmp_path,), 78, ["not a run folder"]),
+        ((tmp_path / "none",), 78, ["not a run folder"]),
         (
             (runs["1"], "--state", "48"),
             78,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from latentddae.core.errors import DataError, run_command
+from latentddae.core.files import read_checked_json, write_checked_json
 from latentddae.data.encoding.autoencoder import open_autoencoder
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.flow import Flow
@@ -82,7 +83,8 @@ def test_planted_shapes_are_segmented(pixels_checkpoint, shapes_folder, tmp_path
     (line,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert line["values"]["miou"] > 0.9 and line["n_seen"] == {"train": 24, "test": 8}
     assert len(line["values"]["iou"]) == 4 and "mIoU" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]  # no tokens left behind
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {".latentddae", "results.jsonl"}  # no tokens left behind
     assert command("segment", segment, pixels_checkpoint, shapes_folder, tmp_path, *QUICK) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1  # the same again
 
@@ -265,9 +267,9 @@ def test_refusals(pixels_checkpoint, shapes_folder, pairs_folder, tmp_path, capf
     assert command("segment", segment, pixels_checkpoint, tmp_path / "none", out) == 78
     other = tmp_path / "other"
     shutil.copytree(pixels_checkpoint, other)
-    facts = json.loads((other / "config.json").read_text())
+    facts = read_checked_json(other / "config.json", "a checkpoint")
     facts["latents"]["autoencoder_sha256"] = "abc"
-    (other / "config.json").write_text(json.dumps(facts))
+    write_checked_json(other / "config.json", facts)
     assert command("segment", segment, other, shapes_folder, out) == 78
     assert "the latents were made with" in capfd.readouterr().err
     assert (

@@ -44,7 +44,7 @@ def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys, monkeypatch) 
     assert result.n_seen == {"train": 50} and np.array(result.values["cka"]).shape == (3, 3)
     assert (tmp_path / "geometry-s0.1.png").read_bytes().startswith(b"\x89PNG")
     assert "block 3: alignment" in capsys.readouterr().out
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".jsonl", ".png"]
+    assert sorted(p.suffix for p in tmp_path.glob("[!.]*")) == [".json", ".jsonl", ".png"]
     monkeypatch.setattr(geometry, "measure_level", lambda *_: pytest.fail("measured again"))
     assert run_command("geometry", geometry.main, argv) == 0
     assert run_command("geometry", geometry.main, [*argv, "--minibatch", "1"]) == 78

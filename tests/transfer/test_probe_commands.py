@@ -174,7 +174,7 @@ def test_scores_and_confusion_are_those_of_the_predictions(
     monkeypatch.setattr(ShardSet, "__init__", uneven)
     rest = (*HERE, "--metric", "mean_per_class", "--reference-accuracy", 85.73)
     (line,) = lines_of(linear, checkpoint_folder, tiny_shards, tmp_path / "out", *rest)
-    found = json.loads((tmp_path / f"confusion-{line.id}.json").read_text())
+    found = json.loads((tmp_path / "out" / f"confusion-{line.id}.json").read_text())
     assert found["classes"] == ["a", "b", "c", "d"]
     table = np.array(found["counts"])
     assert table.sum() == 32

@@ -120,7 +120,8 @@ def opened_at(folder, data, out, **options):
 def test_training_reads_the_copies_and_judging_the_original(views, tmp_path, monkeypatch):
     train = ShardSet(views, "train")
     folder = write_checkpoint(tmp_path / "export", train)
-    opened = opened_at(folder, views, tmp_path / "out", block=1, level="0.2")
+    cell = {"block": 1, "level": "0.2"}
+    opened = opened_at(folder, views, tmp_path / "out", **cell, allow_overlap=True)
     seen = []
     real = extract.clean_latents
 
