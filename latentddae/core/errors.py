@@ -91,6 +91,12 @@ def is_transient(error: BaseException) -> bool:
     return number is not None and int(number[1]) in TRANSIENT
 
 
+def unreadable(message: str, error: BaseException) -> LatentddaeError:
+    """The error for something that could not be read: an UnavailableError if a later attempt may
+    succeed, else a DataError."""
+    return (UnavailableError if is_transient(error) else DataError)(message)
+
+
 def as_user_error(error: BaseException) -> LatentddaeError | None:
     """The error that a user gets for one of the system's, the network's or a parser's; None for
     anything else, which is a bug of ours."""

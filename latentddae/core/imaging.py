@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from latentddae.core.errors import DataError
+from latentddae.core.errors import unreadable
 from latentddae.core.files import write_atomic
 from latentddae.core.outputs import FileKind
 
@@ -60,4 +60,4 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise DataError(f"{path} is not a readable image: {error}") from error
+        raise unreadable(f"{path} is not a readable image: {error}", error) from error

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from latentddae.core.errors import UnavailableError, is_transient
+from latentddae.core.errors import DataError, UnavailableError, is_transient
 
 PAUSES = (0.05, 0.2, 1.0, 3.0)
 """Seconds before the second, third, ... try."""
@@ -12,22 +12,29 @@ PAUSES = (0.05, 0.2, 1.0, 3.0)
 Result = TypeVar("Result")
 
 
-def retried(action: Callable[[], Result], what: object) -> Result:
-    """The result of `action`, called again after each transient error (see errors.is_transient).
+def retried(
+    action: Callable[[], Result], what: object, also: tuple[type[Exception], ...] = ()
+) -> Result:
+    """The result of `action`, called again after each transient error (see errors.is_transient) and
+    after each error of the kinds in `also`: a download that was cut may be whole the next time.
 
-    `what` is named in the UnavailableError that is raised in the end. Every other error passes at
-    once. `action` must be one that can be repeated.
+    `what` is named in the UnavailableError or DataError that is raised in the end. Every other
+    error passes at once. `action` must be one that can be repeated.
     """
     for pause in (*PAUSES, None):
         try:
             return action()
         except Exception as error:
-            if not is_transient(error) or getattr(error, "is_final", False):
+            transient = is_transient(error)
+            if getattr(error, "is_final", False) or not (transient or isinstance(error, also)):
                 raise
-            if pause is None:
+            if pause is None and transient:
                 final = unavailable(what, error)
                 final.is_final = True
                 raise final from error
+            if pause is None:
+                tries = len(PAUSES) + 1
+                raise DataError(f"{what} cannot be fetched ({tries} tries): {error}") from error
         time.sleep(pause)
     raise AssertionError("unreachable")
 

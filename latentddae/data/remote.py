@@ -8,24 +8,20 @@ package does not depend on. Object stores need their fsspec package (s3fs, gcsfs
 import hashlib
 import os
 import re
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, cast
 
-from latentddae.core.errors import ConfigError, DataError, UnavailableError, is_transient
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import create, move, temporary_path, write_errors
+from latentddae.core.retry import retried
 
 WEB = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
 # No "::" (fsspec chains file systems with it) and no characters that a shell or template expands.
 STORE = re.compile(r"(?:s3|gs|gcs|az|abfs|hf|memory)://[A-Za-z0-9._~/@!&=+%\-]+")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 TIMEOUT_S = 60.0
-TRIES = 4
 CHUNK = 1 << 20
-
-Result = TypeVar("Result")
 
 
 def is_remote(root: str) -> bool:
@@ -47,8 +43,7 @@ def open_file(root: str, name: str) -> IO[bytes]:
         try:
             return open(Path(root) / name, "rb")
         except OSError as error:
-            kind = UnavailableError if is_transient(error) else DataError
-            raise kind(f"{root}/{name} cannot be opened: {error}") from error
+            raise unreadable(f"{root}/{name} cannot be opened: {error}", error) from error
     address = f"{root.rstrip('/')}/{name}"
     try:
         if WEB.fullmatch(root):
@@ -59,24 +54,29 @@ def open_file(root: str, name: str) -> IO[bytes]:
     except ImportError as error:
         raise ConfigError(f"{root} cannot be read: {error}") from error
     except Exception as error:  # every file system has its own
-        kind = UnavailableError if is_transient(error) else DataError
-        raise kind(f"{address} cannot be opened: {error}") from error
+        raise unreadable(f"{address} cannot be opened: {error}", error) from error
+
+
+def cured_by_another_try(root: str) -> tuple[type[Exception], ...]:
+    """The errors besides transient ones after which to read again: what comes over a network may
+    arrive damaged, what lies on a disk stays damaged."""
+    return (DataError,) if is_remote(root) else ()
 
 
 def read_all(root: str, name: str) -> bytes:
-    """A small file of the folder. DataError if it cannot be read after TRIES tries."""
+    """A small file of the folder. DataError or UnavailableError if it cannot be read."""
 
     def read() -> bytes:
         with open_file(root, name) as file:
             return _read(file, -1, f"{root}/{name}")
 
-    return retried(read, f"{root}/{name} cannot be read", TRIES if is_remote(root) else 1)
+    return retried(read, f"{root}/{name}", also=cured_by_another_try(root))
 
 
 def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | None) -> None:
     """Copy one file; it appears under its name only with the expected size and hash.
 
-    Tried TRIES times with growing pauses. DataError if the file is not what the manifest says,
+    Tried several times with growing pauses. DataError if the file is not what the manifest says,
     WriteError if the target cannot be written.
     """
     temporary = temporary_path(target)
@@ -88,25 +88,11 @@ def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | No
             raise DataError("its hash is not the one in the manifest")
 
     try:
-        retried(copy, f"{root}/{name} cannot be fetched")
+        retried(copy, f"{root}/{name}", also=(DataError,))
         with write_errors(target):
             move(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def retried(action: Callable[[], Result], failure: str, tries: int = TRIES) -> Result:
-    """The result of `action`, tried again after a DataError or a lost connection, `tries` times in
-    all with growing pauses; then an UnavailableError or a DataError that begins with `failure`."""
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(0.1 * 4 ** (attempt - 1))
-        try:
-            return action()
-        except (DataError, UnavailableError, ConnectionError, TimeoutError) as error:
-            problem = error
-    kind = UnavailableError if is_transient(problem) else DataError
-    raise kind(f"{failure} ({tries} tries): {problem}") from problem
 
 
 def _copy(root: str, name: str, target: Path, size: int | None) -> str:
@@ -131,5 +117,4 @@ def _read(file: IO[bytes], size: int, name: str) -> bytes:
     try:
         return file.read(size)
     except Exception as error:  # every file system has its own
-        kind = UnavailableError if is_transient(error) else DataError
-        raise kind(f"{name} cannot be read: {error}") from error
+        raise unreadable(f"{name} cannot be read: {error}", error) from error

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import read_raw, sha256, write_checked_json
 from latentddae.core.retry import retried
 from latentddae.data import content
@@ -133,7 +133,7 @@ class ShardSet:
         try:
             handle = retried(lambda: os.open(path, os.O_RDONLY), path)
         except OSError as error:
-            raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
+            raise unreadable(f"shard {path} cannot be opened: {error.strerror}", error) from error
         self._files.append(handle)
         size = os.fstat(handle).st_size
         if size != entry["bytes"]:
@@ -245,7 +245,7 @@ def _read_index(path: Path, entry: ShardEntry) -> np.ndarray:
     try:
         data = read_raw(path)
     except OSError as error:
-        raise DataError(f"index {path} cannot be read: {error.strerror}") from error
+        raise unreadable(f"index {path} cannot be read: {error.strerror}", error) from error
     shape = (entry["samples"], 2)
     header = npy_header(INDEX_DTYPE, shape)
     if not data.startswith(header) or len(data) != len(header) + math.prod(shape) * 8:

@@ -22,11 +22,12 @@ import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from latentddae.core import rng
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, is_transient
+from latentddae.core.retry import retried
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, order
 from latentddae.data.manifest import MANIFEST, ShardEntry, SplitInfo, parse_manifest, split_info
-from latentddae.data.remote import TRIES, is_remote, open_file, read_all, retried
+from latentddae.data.remote import cured_by_another_try, open_file, read_all
 from latentddae.data.shard_format import MEMBERS, npy_header
 
 KEYS_KEPT = 3  # shards per lane whose keys are remembered, to name samples of the last batches
@@ -182,8 +183,8 @@ class StreamLoader:
         root, entry = self.info.root, self.info.shards[shard]
         data = retried(
             lambda: read_shard(root, entry, self.info.spec),
-            f"shard {root}/{entry['file']} cannot be streamed",
-            TRIES if is_remote(root) else 1,
+            f"shard {root}/{entry['file']}",
+            also=cured_by_another_try(root),
         )
         return shard, data, self._row_order(epoch, shard)[skip:]
 
@@ -234,7 +235,8 @@ def _take(pieces: deque[Piece], count: int) -> list[Piece]:
 
 
 def read_shard(root: str, entry: ShardEntry, spec: LatentSpec) -> ShardData:
-    """All samples of one shard. DataError if its bytes are not those that the manifest names."""
+    """All samples of one shard. DataError if its bytes are not those that the manifest names,
+    UnavailableError or an OSError if they cannot be read now."""
     shape = (entry["samples"], len(spec.views), *spec.stored_shape)
     stored = np.empty(shape, spec.stored_dtype)
     labels = np.empty(entry["samples"], np.int64)
@@ -250,6 +252,8 @@ def read_shard(root: str, entry: ShardEntry, spec: LatentSpec) -> ShardData:
                 keys.append(sample["__key__"])
             stream.read(entry["bytes"])  # to the end, for the hash
         except Exception as error:  # tarfile and webdataset raise many things about bad bytes
+            if is_transient(error):
+                raise
             raise DataError(f"shard {name} is damaged: {error}") from error
     if len(keys) != entry["samples"] or stream.digest.hexdigest() != entry["sha256"]:
         raise DataError(f"shard {name} is damaged: its bytes have changed")

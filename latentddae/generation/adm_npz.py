@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from latentddae.core.errors import DataError
+from latentddae.core.errors import DataError, unreadable
 from latentddae.core.files import atomic_path
 from latentddae.core.imaging import IMAGE_SUFFIXES, read_image
 from latentddae.data.shards import npy_header
@@ -81,4 +81,4 @@ def _open_images(path: Path) -> Iterator[tuple[tuple[int, int, int, int], IO[byt
                 raise DataError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
             yield shape, member
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not an .npz of images in arr_0: {error}") from error
+        raise unreadable(f"{path} is not an .npz of images in arr_0: {error}", error) from error

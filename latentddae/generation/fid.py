@@ -22,7 +22,7 @@ from latentddae import __version__
 from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
-from latentddae.core.errors import ConfigError, DataError, run_command
+from latentddae.core.errors import ConfigError, DataError, run_command, unreadable
 from latentddae.core.files import append_json_line, sha256
 from latentddae.core.outputs import FileKind, FolderKind, Output
 from latentddae.generation import inception as metrics
@@ -163,7 +163,7 @@ def feature_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable .npy: {error}") from error
+        raise unreadable(f"{path} is not a readable .npy: {error}", error) from error
     if array.ndim < 2:
         raise DataError(f"{path} has shape {array.shape}, expected (N, D)")
     return array.reshape(len(array), -1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from latentddae.core import progress
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import atomic_path, sha256
 from latentddae.core.imaging import read_image
 from latentddae.data.manifest import MANIFEST
@@ -88,7 +88,7 @@ def is_statistics(path: Path) -> bool:
         with np.load(path, allow_pickle=False) as archive:
             return {"mu", "sigma"} <= set(archive.files)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable .npz: {error}") from error
+        raise unreadable(f"{path} is not a readable .npz: {error}", error) from error
 
 
 def image_batches(source: Path, batch: int) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentddae.core import config, safetensors_stream
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import (
     read_checked_json,
     sha256,
@@ -155,10 +155,7 @@ def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoi
     objective = config.build_choice(OBJECTIVES, settings.pop("objective"), "objective")
     latents = LatentSpec.from_dict(settings.pop("latents"))
     digest = _verified(file, settings.pop("files", {}))
-    try:
-        state = {name: value.to(torch.float32) for name, value in load_file(file).items()}
-    except SafetensorError as error:
-        raise DataError(f"{file}: {error}") from error
+    state = {name: value.to(torch.float32) for name, value in read_safetensors(file).items()}
     model = network_with(model_config, state, file, device)
     info = {**settings, "weights": weights, "sha256": digest, "path": str(folder)}
     return Checkpoint(model, objective, latents, info)
@@ -170,6 +167,14 @@ def _verified(file: Path, recorded: Mapping[str, str]) -> str:
     if recorded.get(file.name, digest) != digest:
         raise DataError(f"{file} is damaged: its sha256 is not the one in config.json")
     return digest
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, of any shapes. Raises DataError naming a damaged file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(f"{path} cannot be read: {error}", error) from error
 
 
 def network_with(

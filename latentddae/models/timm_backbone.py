@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, unreadable
 from latentddae.diffusion.flow import Flow
 from latentddae.models.frozen_trunk import TOKENS_AT_ONCE, Output
 from latentddae.models.network import Conditioning
@@ -232,8 +232,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"{path} is not a file of tensors alone: {error}") from error
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise unreadable(f"{path} is not a file of tensors alone: {error}", error) from error
     for wrapper in WRAPPERS:
         content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
     return {key.removeprefix("module."): value for key, value in content.items()}

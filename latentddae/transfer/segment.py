@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from latentddae.core.command import Command
 from latentddae.core.config import require
-from latentddae.core.errors import DataError, run_command
+from latentddae.core.errors import DataError, run_command, unreadable
 from latentddae.core.files import text_hash
 from latentddae.data.loader import order
 from latentddae.training.optimizers import OptimConfig, lr_at
@@ -95,7 +95,7 @@ def read_mask(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             mask = np.array(image)
     except OSError as error:
-        raise DataError(f"cannot read mask {path}: {error}") from error
+        raise unreadable(f"cannot read mask {path}: {error}", error) from error
     if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_):
         raise DataError(f"{path}: a mask has one 8-bit channel, this is {mask.dtype} {mask.shape}")
     return mask.astype(np.uint8)

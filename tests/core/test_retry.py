@@ -10,7 +10,13 @@ import pytest
 
 from latentddae.core import errors, files, retry
 from latentddae.core.errors import DataError, UnavailableError, WriteError, is_transient
+from latentddae.core.imaging import read_image
 from latentddae.core.retry import retried
+from latentddae.data.sources import tars
+from latentddae.generation.fid import feature_array
+from latentddae.generation.image_sets import is_statistics
+from latentddae.models.convert import foreign
+from latentddae.transfer.segment import read_mask
 
 TRANSIENT = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN)
 
@@ -183,3 +189,25 @@ def test_a_bug_of_ours_is_a_traceback():
 
     with pytest.raises(KeyError):
         errors.run_command("x", main, [])
+
+
+READERS = {  # name of a file -> what reads it
+    "image.png": read_image,
+    "mask.png": read_mask,
+    "array.npy": feature_array,
+    "statistics.npz": is_statistics,
+    "weights.pt": foreign.read,
+    "images.tar": lambda path: list(tars.members(path)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_takes_a_stale_handle_for_damage(tmp_path, monkeypatch, name):
+    """Damaged bytes are status 65, the same bytes on storage that does not answer 75."""
+    path = tmp_path / name
+    path.write_bytes(b"no such format")
+    with pytest.raises(DataError):
+        READERS[name](path)
+    monkeypatch.setattr("builtins.open", Failing(open, errno.ESTALE, 1000, name))
+    with pytest.raises(UnavailableError, match=name):
+        READERS[name](path)

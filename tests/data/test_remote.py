@@ -23,7 +23,7 @@ MakeSet = Callable[..., tuple[Path, np.ndarray]]
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentddae.data.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentddae.core.retry.time.sleep", lambda seconds: None)
 
 
 def size_of(root: Path) -> int:

@@ -1,6 +1,8 @@
 """Streamed sets: every sample once an epoch, the same order on any number of ranks, exact resuming;
 damage is refused."""
 
+import errno
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, UnavailableError
+from latentddae.data import stream
 from latentddae.data.loader import Batch
 from latentddae.data.stream import StreamLoader, open_stream
 
@@ -18,7 +21,7 @@ Serve = Callable[[Path], str]
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentddae.data.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentddae.core.retry.time.sleep", lambda seconds: None)
 
 
 def streams(where: str, world: int, lanes: int, batch: int = 12) -> list[StreamLoader]:
@@ -133,3 +136,31 @@ def test_a_shard_that_fails_once_is_read_again(
     (loader,) = streams(serve(root), 1, lanes=1, batch=4)
     seen = [i for b in itertools.islice(loader.batches(), 5) for i in b.index.tolist()]
     assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """A stale handle in the middle of a shard: the shard is read again, in the end status 75."""
+    root, _ = make_set(n=48, shard_size=8)
+    expected = joined(list(itertools.islice(streams(str(root), 1, 1)[0].batches(0), 2)), "label")
+    left = [failures]
+
+    class Stale(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() and left[0]:
+                left[0] -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return super().read(size)
+
+    def opened(folder: str, name: str) -> io.BytesIO:
+        return Stale((Path(folder) / name).read_bytes())
+
+    monkeypatch.setattr(stream, "open_file", opened)
+    batches = streams(str(root), 1, 1)[0].batches(0)
+    if failures == 1:
+        assert joined(list(itertools.islice(batches, 2)), "label") == expected
+    else:
+        with pytest.raises(UnavailableError, match="not available now"):
+            next(batches)

@@ -14,8 +14,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from latentddae.core.errors import ConfigError, DataError, LatentddaeError, is_transient
-from latentddae.core.retry import unavailable
+from latentddae.core.errors import ConfigError, DataError, LatentddaeError, unreadable
 from latentddae.data.sources.listing import Listing
 from latentddae.data.sources.scan import Tree, join
 from latentddae.data.sources.source import Item
@@ -114,9 +113,7 @@ def val_truth(folder: Path) -> tuple[dict[int, str], str]:
         try:
             truth = read(path)
         except (OSError, ValueError, KeyError, IndexError, tarfile.TarError) as error:
-            if is_transient(error):
-                raise unavailable(path, error) from error
-            raise DataError(f"ground truth {path} cannot be read: {error!r}") from error
+            raise unreadable(f"ground truth {path} cannot be read: {error!r}", error) from error
         unknown = next((wnid for wnid in truth.values() if wnid not in set(wnids())), None)
         if unknown is not None:
             raise DataError(f"ground truth {path} names the class {unknown!r}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentddae.core.errors import DataError
+from latentddae.core.errors import DataError, unreadable
 from latentddae.data.shard_format import FORMAT, MANIFEST
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.source import Item
@@ -127,7 +127,9 @@ class Tree:
         try:
             return item.read()
         except OSError as error:
-            raise DataError(f"{self.name}/{path} cannot be read: {error.strerror}") from error
+            raise unreadable(
+                f"{self.name}/{path} cannot be read: {error.strerror}", error
+            ) from error
 
     def item(self, path: str, key: str, label: int) -> Item:
         """The image at a path as an item with the name `key`."""
@@ -171,7 +173,7 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(f"{path} cannot be read: {error.strerror}", error) from error
         if folder and _is_data_folder(path, entries):
             tree.notes.append(f"folder {folder} holds latent shards of ours")
             continue

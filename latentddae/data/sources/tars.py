@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentddae.core.errors import DataError, is_transient
-from latentddae.core.retry import unavailable
+from latentddae.core.errors import unreadable
 
 END = bytes(1024)  # two zero blocks close every whole tar
 
@@ -44,9 +43,7 @@ def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Memb
             if os.pread(file.fileno(), len(END), last) != END:
                 raise tarfile.ReadError("it has no end mark: the tar was cut or not closed")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        if is_transient(error):
-            raise unavailable(tar, error) from error
-        raise DataError(f"{tar} is no whole, uncompressed tar: {error}") from error
+        raise unreadable(f"{tar} is no whole, uncompressed tar: {error}", error) from error
 
 
 class _Window:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentddae.core.config import require
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import sha256, text_hash
-from latentddae.models.portable import Weights
+from latentddae.models.portable import Weights, read_safetensors
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -116,7 +114,7 @@ def read(path: Path) -> ForeignFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be loaded as weights only: {reason}") from error
+        raise unreadable(f"{path} cannot be loaded as weights only: {reason}", error) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {type(content).__name__}, not a state dict")
     wrapped = {WRAPPERS[key]: value for key, value in content.items() if key in WRAPPERS}
@@ -127,14 +125,6 @@ def read(path: Path) -> ForeignFile:
     arguments = content.get("args", content.get("config")) if wrapped else None
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return ForeignFile(path, states, not wrapped, arguments if isinstance(arguments, dict) else {})
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, of any shapes. Raises DataError naming a damaged file."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentddae.core.config import require
-from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.imaging import IMAGE_SUFFIXES
 from latentddae.core.rng import key_positions
 from latentddae.data.encoding.autoencoder import PROBE_PIXELS, Autoencoder, open_matching
@@ -116,7 +116,7 @@ def square(path: Path, resolution: int) -> np.ndarray:
     try:
         image = decode(path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(f"cannot read {path}: {error.strerror}", error) from error
     except BadImageError as error:
         raise DataError(f"{path}: {error}") from error
     resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC)

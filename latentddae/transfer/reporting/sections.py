@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentddae import __version__
-from latentddae.core.errors import DataError
+from latentddae.core.errors import DataError, unreadable
 from latentddae.transfer import results
 from latentddae.transfer.grids import Grid
 from latentddae.transfer.reporting import plots, tables
@@ -382,7 +382,7 @@ def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"picture {path} cannot be read: {error.strerror}") from error
+            raise unreadable(f"picture {path} cannot be read: {error.strerror}", error) from error
         if not data.startswith(PNG_SIGNATURE):
             raise DataError(f"picture {path} is not a PNG file")
         shown.append(Picture(data, caption, sharp=True))
