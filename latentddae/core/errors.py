@@ -117,8 +117,8 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
     return None
 
 
-class _Forgiving:
-    """A text stream whose failures take nothing along: a log disk may be full."""
+class _IgnoringWriteErrors:
+    """A text stream that ignores failed writes: the disk of a log file may be full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -137,9 +137,9 @@ class _Forgiving:
 
 
 @contextlib.contextmanager
-def _forgiving_stderr() -> Iterator[None]:
+def _stderr_ignoring_write_errors() -> Iterator[None]:
     stream = sys.stderr
-    sys.stderr = cast(TextIO, _Forgiving(stream))
+    sys.stderr = cast(TextIO, _IgnoringWriteErrors(stream))
     try:
         yield
     finally:
@@ -151,7 +151,7 @@ def run_command(
 ) -> int:
     """Run one command's `main` and return its exit status; errors of ours print as one line."""
     try:
-        with _forgiving_stderr():
+        with _stderr_ignoring_write_errors():
             main(None if argv is None else list(argv))
     except BrokenPipeError:  # `latentddae info DIR | head`
         sys.stderr.close()

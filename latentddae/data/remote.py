@@ -57,9 +57,9 @@ def open_file(root: str, name: str) -> IO[bytes]:
         raise unreadable(f"{address} cannot be opened: {error}", error) from error
 
 
-def cured_by_another_try(root: str) -> tuple[type[Exception], ...]:
-    """The errors besides transient ones after which to read again: what comes over a network may
-    arrive damaged, what lies on a disk stays damaged."""
+def retried_errors(root: str) -> tuple[type[Exception], ...]:
+    """The errors, besides transient ones, after which a file of `root` is read again: over a
+    network it may arrive damaged, on a disk it stays damaged."""
     return (DataError,) if is_remote(root) else ()
 
 
@@ -70,7 +70,7 @@ def read_all(root: str, name: str) -> bytes:
         with open_file(root, name) as file:
             return _read(file, -1, f"{root}/{name}")
 
-    return retried(read, f"{root}/{name}", also=cured_by_another_try(root))
+    return retried(read, f"{root}/{name}", also=retried_errors(root))
 
 
 def fetch(root: str, name: str, target: Path, size: int | None, sha256: str | None) -> None:

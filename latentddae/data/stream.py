@@ -27,7 +27,7 @@ from latentddae.core.retry import retried
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, order
 from latentddae.data.manifest import MANIFEST, ShardEntry, SplitInfo, parse_manifest, split_info
-from latentddae.data.remote import cured_by_another_try, open_file, read_all
+from latentddae.data.remote import open_file, read_all, retried_errors
 from latentddae.data.shard_format import MEMBERS, npy_header
 
 KEYS_KEPT = 3  # shards per lane whose keys are remembered, to name samples of the last batches
@@ -184,7 +184,7 @@ class StreamLoader:
         data = retried(
             lambda: read_shard(root, entry, self.info.spec),
             f"shard {root}/{entry['file']}",
-            also=cured_by_another_try(root),
+            also=retried_errors(root),
         )
         return shard, data, self._row_order(epoch, shard)[skip:]
 

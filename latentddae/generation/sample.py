@@ -39,7 +39,7 @@ from latentddae.generation.generate import (
     trajectory,
 )
 from latentddae.models import zoo
-from latentddae.models.zoo import Checkpoint, Stated, Weights
+from latentddae.models.zoo import Checkpoint, CheckpointHints, Weights
 
 GRID_IMAGES = 64
 SAMPLES_FOLDER = FolderKind(
@@ -55,7 +55,7 @@ SAMPLES_FOLDER = FolderKind(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SampleSettings, Stated):
+class SampleConfig(SampleSettings, CheckpointHints):
     """Generate images from a checkpoint; image i depends on the seed and i alone."""
 
     checkpoint: str
@@ -81,7 +81,7 @@ class SampleConfig(SampleSettings, Stated):
 
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
-        Stated.__post_init__(self)
+        CheckpointHints.__post_init__(self)
         require(self, positive=("num", "batch"))
         outside = [i for i in self.only if not 0 <= i < self.num]
         if outside:
@@ -200,7 +200,7 @@ def open_inputs(
 ) -> tuple[SampleConfig, Checkpoint, Autoencoder]:
     """The settings with a resolved precision, and what they name, checked against each other."""
     config = replace(config, precision=resolve_precision(config.precision, device))
-    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.stated)
+    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.hints)
     check_model(checkpoint, config)
     autoencoder = open_matching(checkpoint.latent_spec, config.autoencoder, device)
     return config, checkpoint, autoencoder

@@ -46,7 +46,7 @@ from latentddae.models.layers import (
     TimeEmbedder,
     modulation_layers,
 )
-from latentddae.models.network import Condition, Conditioning, as_condition
+from latentddae.models.network import Condition, Conditioning, as_condition, collect_taps
 from latentddae.models.positions import RotaryTable, sincos_table
 
 
@@ -133,16 +133,7 @@ class DiT(nn.Module):
 
         No block after the last of them runs. Raises ConfigError for a block outside 1 ... depth.
         """
-        numbers = sorted({int(k) for k in blocks})
-        if not numbers or numbers[0] < 1 or numbers[-1] > self.config.depth:
-            raise ConfigError(f"blocks must be in 1 ... {self.config.depth}, got {numbers}")
-        outputs: dict[int, Tensor] = {}
-        for number, tokens in self.stream(x, t, y):
-            if number in numbers:
-                outputs[number] = tokens
-            if number == numbers[-1]:
-                break
-        return outputs
+        return collect_taps(self.stream(x, t, y), blocks, self.config.depth)
 
     def truncate(self, block: int) -> None:
         """Remove the blocks after block k and the output layer."""

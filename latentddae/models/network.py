@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
+from latentddae.core.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
@@ -144,3 +146,26 @@ class Network(Protocol):
     def eval(self) -> Self: ...
 
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+
+def ascending_blocks(blocks: Iterable[int], depth: int) -> list[int]:
+    """Block numbers in ascending order, each once. ConfigError for one outside 1 ... depth."""
+    numbers = sorted({int(number) for number in blocks})
+    if not numbers or numbers[0] < 1 or numbers[-1] > depth:
+        raise ConfigError(f"blocks must be in 1 ... {depth}, got {numbers}")
+    return numbers
+
+
+def collect_taps(
+    stream: Iterator[tuple[int, Tensor]], blocks: Iterable[int], depth: int
+) -> dict[int, Tensor]:
+    """{k: output of block k (N, T, D)} from a network's `stream`, which is read no further than the
+    last block asked for. ConfigError for a block outside 1 ... depth."""
+    numbers = ascending_blocks(blocks, depth)
+    outputs: dict[int, Tensor] = {}
+    for number, tokens in stream:
+        if number in numbers:
+            outputs[number] = tokens
+        if number == numbers[-1]:
+            break
+    return outputs

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from latentddae.core.errors import ConfigError, unreadable
 from latentddae.diffusion.flow import Flow
 from latentddae.models.frozen_trunk import TOKENS_AT_ONCE, Output
-from latentddae.models.network import Conditioning
+from latentddae.models.network import Conditioning, ascending_blocks
 from latentddae.models.portable import Checkpoint
 
 PREFIX = "timm:"
@@ -92,9 +92,7 @@ class Backbone(nn.Module):
 
         Raises ConfigError for a block outside 1 ... depth.
         """
-        numbers = sorted(set(blocks))
-        if not numbers or numbers[0] < 1 or numbers[-1] > self.config.depth:
-            raise ConfigError(f"blocks must be in 1 ... {self.config.depth}, got {numbers}")
+        numbers = ascending_blocks(blocks, self.config.depth)
         maps = self.feature_maps(x, numbers[-1])
         return {k: as_tokens(maps[k - 1][0]) for k in numbers}
 

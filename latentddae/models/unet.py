@@ -29,7 +29,7 @@ from latentddae.core.precision import compute_dtype
 from latentddae.models.attention import attention
 from latentddae.models.inspection import block_maxima, count_macs
 from latentddae.models.layers import Float32Linear, largest_logit, merge_heads
-from latentddae.models.network import Condition, Conditioning, as_condition
+from latentddae.models.network import Condition, Conditioning, as_condition, collect_taps
 
 GROUPS = 32
 """Groups of every GroupNorm but the last one's."""
@@ -393,16 +393,7 @@ class UNet(nn.Module):
 
         Nothing after the last of them runs. Raises ConfigError for a block outside 1 ... depth.
         """
-        numbers = sorted({int(k) for k in blocks})
-        if not numbers or numbers[0] < 1 or numbers[-1] > self.config.depth:
-            raise ConfigError(f"blocks must be in 1 ... {self.config.depth}, got {numbers}")
-        outputs: dict[int, Tensor] = {}
-        for number, tokens in self.stream(x, t, y):
-            if number in numbers:
-                outputs[number] = tokens
-            if number == numbers[-1]:
-                break
-        return outputs
+        return collect_taps(self.stream(x, t, y), blocks, self.config.depth)
 
     def _decode(self, x: Tensor, t: Tensor, y: Conditioning) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, map of decoder block k (N, C, H, W) float32), lazily."""

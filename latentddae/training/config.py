@@ -1,6 +1,5 @@
 """The settings of a run, and which of them must stay the same while it is continued."""
 
-import argparse
 import sys
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -17,7 +16,7 @@ from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
 from latentddae.models import DiTConfig, zoo
 from latentddae.models.network import TrainableConfig
-from latentddae.models.zoo import Stated, Weights
+from latentddae.models.zoo import CheckpointHints, Weights
 from latentddae.training.augmentation import (
     AUGMENTATIONS,
     ImageAugmentation,
@@ -103,17 +102,6 @@ class MonitorConfig:
             raise ValueError("frechet_images must be 0 (off) or at least 2, got 1")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs the training loop takes beside its own options. Parse with
-    `parse_intermixed_args`: an option may stand between two settings."""
-    parser.add_argument(
-        "--retry", action="store_true", help="start although the last starts got nowhere"
-    )
-    # The deepspeed launcher passes it.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=2e-4")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The settings of every run of the training loop, whatever it trains."""
@@ -168,7 +156,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitConfig(Stated):
+class InitConfig(CheckpointHints):
     """Where the initial weights of a new run come from."""
 
     shorthand: ClassVar[str] = "checkpoint"

@@ -10,6 +10,7 @@ the newest intact state. Between two log rows no code of ours reads a value back
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.nn import Dropout
 from tqdm import tqdm
 
 from latentddae.core import dist, progress, rng
@@ -94,6 +95,7 @@ class Loop:
         self.stops = dist.AsyncAnyReduce(context.device)
         self.pending_step: Step | None = None
         self.bad_steps = 0
+        self.has_dropout = any(isinstance(m, Dropout) and m.p for m in job.model.modules())
 
     def run_to_end(self) -> None:
         """Train until `total_images` and save; raises RequeueError after a requested stop.
@@ -200,7 +202,8 @@ class Loop:
         losses, levels = [], []
         for number, micro_batch in enumerate(self.engine.micro_batches(*self.job.tensors(batch))):
             enter("forward")
-            self._seed_dropout(number)
+            if self.has_dropout:
+                self._seed_dropout(number)
             loss, level = self.job.loss(*(t.to(device, non_blocking=True) for t in micro_batch))
             enter("backward")
             mean = loss.mean()

@@ -64,7 +64,7 @@ def initialize(model: nn.Module, config: NetworkConfig, init: InitConfig) -> Ori
 
     Raises ConfigError for networks that do not fit, see `warm_start`.
     """
-    source = zoo.load(init.checkpoint, init.weights, stated=init.stated)
+    source = zoo.load(init.checkpoint, init.weights, hints=init.hints)
     start = warm_start(
         source.model.state_dict(), source.model.config, model.state_dict(), config, init.blocks
     )

@@ -19,7 +19,7 @@ from latentddae.core.config import positional, require
 from latentddae.core.errors import UsageError, run_command
 from latentddae.core.files import write_checked_json
 from latentddae.core.outputs import Output
-from latentddae.models.zoo import Stated
+from latentddae.models.zoo import CheckpointHints
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
 from latentddae.transfer.protocol.options import OverlapOption, ProbeOptions, open_test, open_train
@@ -57,7 +57,7 @@ SETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteConfig(Stated, OverlapOption):
+class SuiteConfig(CheckpointHints, OverlapOption):
     """Grid, linear and k-NN probe on several data sets."""
 
     data: tuple[Path, ...] = positional(())
@@ -118,7 +118,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
                 levels=config.levels,
                 search=config.search,
                 limit=config.limit,
-                **vars(config.stated),
+                **vars(config.hints),
             )
         )
     )
@@ -132,7 +132,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
         test_split=transfer_set.test,
         allow_overlap=config.allow_overlap,
         metric=transfer_set.metric,
-        **vars(config.stated),
+        **vars(config.hints),
     )
     session = open_session(options)
     (linear,) = run_probes(session.into(out / "linear"), "linear")
@@ -181,7 +181,7 @@ def run(config: SuiteConfig) -> list[SuiteRow]:
 
 def plan(config: SuiteConfig) -> str:
     """What the command would do."""
-    checkpoint = open_checkpoint(config.checkpoint, config.weights, config.stated)
+    checkpoint = open_checkpoint(config.checkpoint, config.weights, config.hints)
     lines = []
     for data in config.folders:
         transfer_set = SETS.get(data.name, TransferSet())

@@ -24,14 +24,14 @@ from latentddae.core.files import atomic_path, write_errors
 from latentddae.core.outputs import NEW_FILE, NEW_FOLDER, Output
 from latentddae.models import zoo
 from latentddae.models.convert import diffusers
-from latentddae.models.zoo import Checkpoint, Stated, Weights
+from latentddae.models.zoo import Checkpoint, CheckpointHints, Weights
 
 OF_THE_FILE = ("path", "sha256", "weights")
 """What a checkpoint's `info` says about its file rather than about the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(Stated):
+class ConvertConfig(CheckpointHints):
     """Write a checkpoint in another format."""
 
     src: str = positional()
@@ -88,7 +88,7 @@ def open_source(config: ConvertConfig) -> Checkpoint:
         raise ConfigError(f"{config.dst} exists already; choose another name")
     if (config.dst.suffix == ".pt") != (config.to == "dit"):
         raise ConfigError(f"--to dit writes a .pt file, the others folders; got {config.dst}")
-    checkpoint = zoo.load(config.src, config.weights, stated=config.stated)
+    checkpoint = zoo.load(config.src, config.weights, hints=config.hints)
     if config.to == "diffusers":
         diffusers.settings_of(checkpoint.model.config)
     if config.to == "dit" and checkpoint.model.config.kind != "dit":

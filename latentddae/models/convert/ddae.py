@@ -16,7 +16,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.objective import Objective
-from latentddae.models.convert.foreign import ForeignFile, Stated
+from latentddae.models.convert.foreign import CheckpointHints, ForeignFile
 from latentddae.models.portable import Checkpoint, Weights, network_with
 from latentddae.models.unet import UNetConfig
 
@@ -33,7 +33,7 @@ def matches(file: ForeignFile) -> bool:
 
 
 def load(
-    file: ForeignFile, weights: Weights, device: torch.device | str, stated: Stated
+    file: ForeignFile, weights: Weights, device: torch.device | str, hints: CheckpointHints
 ) -> Checkpoint:
     """The checkpoint of a file; see zoo.load. Raises ConfigError without an objective."""
     state = {
@@ -41,8 +41,8 @@ def load(
         for name, value in file.state(weights).items()
         if name not in COUNTERS
     }
-    config = config_of(state, file.path, stated)
-    objective = _objective(file.path, stated)
+    config = config_of(state, file.path, hints)
+    objective = _objective(file.path, hints)
     model = network_with(config, state, file.path, device)
     latents = LatentSpec(kind="image", channels=config.in_channels, size=config.image_size)
     return Checkpoint(model, objective, latents, file.info(weights, project="DDAE"))
@@ -54,10 +54,10 @@ def _inner_name(name: str) -> str:
     return name
 
 
-def _objective(path: Path, stated: Stated) -> Objective:
-    if stated.objective == "ddpm":
+def _objective(path: Path, hints: CheckpointHints) -> Objective:
+    if hints.objective == "ddpm":
         return DDPM(preset="ddae")
-    if stated.objective == "edm":
+    if hints.objective == "edm":
         return EDM(sigma_data=PIXEL_SIGMA_DATA)
     raise ConfigError(
         f"{path} is a U-Net of DDAE, which does not tell what it was trained for; give "
@@ -65,7 +65,7 @@ def _objective(path: Path, stated: Stated) -> Objective:
     )
 
 
-def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> UNetConfig:
+def config_of(state: Mapping[str, Tensor], path: Path, hints: CheckpointHints) -> UNetConfig:
     """The architecture that names and shapes determine.
 
     Raises ConfigError where the size of the images is not known, DataError for missing names.
@@ -76,8 +76,8 @@ def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> UNetCo
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} lacks the names of a U-Net: {error}") from error
     published = (base, multipliers, blocks) in PUBLISHED
-    size = stated.image_size or PUBLISHED.get((base, multipliers, blocks))
-    heads = stated.num_heads or (1 if published else None)
+    size = hints.image_size or PUBLISHED.get((base, multipliers, blocks))
+    heads = hints.num_heads or (1 if published else None)
     if size is None or heads is None:
         raise ConfigError(
             f"{path}: the shapes of this U-Net do not tell the size of the images and the heads of "

@@ -26,7 +26,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.models.convert import dit, foreign
 from latentddae.models.convert.dit import Family, checked, checkpoint_of
-from latentddae.models.convert.foreign import ForeignFile, Stated
+from latentddae.models.convert.foreign import CheckpointHints, ForeignFile
 from latentddae.models.dit_config import DiTConfig
 from latentddae.models.layers import LAYER_NORM_EPS
 from latentddae.models.portable import Checkpoint, Weights
@@ -80,7 +80,9 @@ def network_folder(path: Path) -> Path:
     return inner if (inner / "config.json").is_file() else path
 
 
-def load(path: Path, weights: Weights, device: torch.device | str, stated: Stated) -> Checkpoint:
+def load(
+    path: Path, weights: Weights, device: torch.device | str, hints: CheckpointHints
+) -> Checkpoint:
     """The checkpoint of a folder; see zoo.load.
 
     Raises ConfigError for a network that is no DiT or an objective that nobody told, DataError for
@@ -94,10 +96,10 @@ def load(path: Path, weights: Weights, device: torch.device | str, stated: State
     dim, patch = state["x_embedder.proj.weight"].shape[0], int(settings["patch_size"])
     state["pos_embed"] = sincos_table(dim, int(settings["sample_size"]) // patch).float()
     file = ForeignFile(folder, {"ema": state}, bare=True, parts=parts)
-    family = _family(file, folder, stated)
-    stated = replace(stated, num_heads=int(settings["num_attention_heads"]))
-    latents = None if stated.latents_like else _latents(folder, settings)
-    return checkpoint_of(file, weights, device, stated, family, latents)
+    family = _family(file, folder, hints)
+    hints = replace(hints, num_heads=int(settings["num_attention_heads"]))
+    latents = None if hints.latents_like else _latents(folder, settings)
+    return checkpoint_of(file, weights, device, hints, family, latents)
 
 
 def _check_settings(settings: Json, folder: Path) -> None:
@@ -116,14 +118,14 @@ def _check_settings(settings: Json, folder: Path) -> None:
             raise ConfigError(f"{folder} has {name}={settings[name]}; a DiT has {value}")
 
 
-def _family(file: ForeignFile, folder: Path, stated: Stated) -> Family:
+def _family(file: ForeignFile, folder: Path, hints: CheckpointHints) -> Family:
     """By the scheduler of the pipeline around a network, else by what the user states."""
     path = folder.parent / "scheduler" / "scheduler_config.json"
     if folder.name == "transformer" and path.is_file():
         scheduler = read_json(path, "settings of a scheduler")
         if all(scheduler.get(name) == value for name, value in DIT_SCHEDULE.items()):
-            return checked(file, stated, Family("DiT", DDPM(preset="dit")))
-    return dit.family_of(file, stated, has_projectors=False)
+            return checked(file, hints, Family("DiT", DDPM(preset="dit")))
+    return dit.family_of(file, hints, has_projectors=False)
 
 
 def _latents(folder: Path, settings: Json) -> LatentSpec | None:

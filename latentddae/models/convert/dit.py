@@ -23,7 +23,7 @@ from latentddae.data.manifest import read_manifest
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.flow import Flow
 from latentddae.diffusion.objective import Objective
-from latentddae.models.convert.foreign import ForeignFile, Stated, heads_of
+from latentddae.models.convert.foreign import CheckpointHints, ForeignFile, heads_of
 from latentddae.models.dit_config import DiTConfig
 from latentddae.models.dit_state import heads_of_state, shape_of_state
 from latentddae.models.portable import Checkpoint, Weights, network_with
@@ -48,22 +48,22 @@ def matches(file: ForeignFile) -> bool:
 
 
 def load(
-    file: ForeignFile, weights: Weights, device: torch.device | str, stated: Stated
+    file: ForeignFile, weights: Weights, device: torch.device | str, hints: CheckpointHints
 ) -> Checkpoint:
     """The checkpoint of a file; see zoo.load.
 
-    Raises ConfigError for what the file does not tell and nobody stated, and for missing weights,
+    Raises ConfigError for what the file does not tell and no hint gives, and for missing weights,
     DataError for a state dict that is no whole DiT.
     """
     has_projectors = any(name.startswith(PROJECTORS) for name in file.state(weights))
-    return checkpoint_of(file, weights, device, stated, family_of(file, stated, has_projectors))
+    return checkpoint_of(file, weights, device, hints, family_of(file, hints, has_projectors))
 
 
 def checkpoint_of(
     file: ForeignFile,
     weights: Weights,
     device: torch.device | str,
-    stated: Stated,
+    hints: CheckpointHints,
     family: Family,
     latents: LatentSpec | None = None,
 ) -> Checkpoint:
@@ -74,14 +74,14 @@ def checkpoint_of(
     state = file.state(weights)
     aside = sorted(name for name in state if name.startswith(PROJECTORS))
     state = {name: value for name, value in state.items() if name not in aside}
-    config = config_of(state, file.path, stated)
+    config = config_of(state, file.path, hints)
     if family.objective.learn_sigma and not config.learn_sigma:
         raise ConfigError(f"{file.path} predicts no variance: it is not one of DiT's own")
     model = network_with(config, state, file.path, device)
     info = file.info(weights, project=family.name, licence=LICENCES[family.name])
     if aside:
         info["left_out"] = aside
-    latents = latents or latents_of(config, file.path, stated)
+    latents = latents or latents_of(config, file.path, hints)
     if latents.channels != config.in_channels:
         raise ConfigError(
             f"{file.path} reads {config.in_channels} channels, its autoencoder has "
@@ -90,28 +90,28 @@ def checkpoint_of(
     return Checkpoint(model, family.objective, latents, info)
 
 
-def family_of(file: ForeignFile, stated: Stated, has_projectors: bool) -> Family:
+def family_of(file: ForeignFile, hints: CheckpointHints, has_projectors: bool) -> Family:
     """The project that wrote a file: by its projectors, its arguments, or what the user states."""
     if has_projectors:
-        return checked(file, stated, Family("REPA", Flow(time="noise")))
+        return checked(file, hints, Family("REPA", Flow(time="noise")))
     model = str(file.arguments.get("model", ""))
     if model.startswith("SiT") and "prediction" in file.arguments:
-        return checked(file, stated, Family("SiT", _sit_objective(file)))
+        return checked(file, hints, Family("SiT", _sit_objective(file)))
     if model.startswith("DiT") and "path_type" not in file.arguments:
-        return checked(file, stated, Family("DiT", DDPM(preset="dit")))
-    if stated.objective == "ddpm":
+        return checked(file, hints, Family("DiT", DDPM(preset="dit")))
+    if hints.objective == "ddpm":
         return Family("DiT", DDPM(preset="dit"))
-    if stated.objective == "flow" and stated.time is not None:
-        return Family("SiT" if stated.time == "data" else "REPA", Flow(time=stated.time))
+    if hints.objective == "flow" and hints.time is not None:
+        return Family("SiT" if hints.time == "data" else "REPA", Flow(time=hints.time))
     raise ConfigError(
         f"{file.path} has the names of a DiT, which does not tell what it was trained for; give "
         "--objective ddpm (DiT), or --objective flow with --time data (SiT) or --time noise (REPA)"
     )
 
 
-def checked(file: ForeignFile, stated: Stated, family: Family) -> Family:
+def checked(file: ForeignFile, hints: CheckpointHints, family: Family) -> Family:
     """The project, after a look whether the user contradicts it."""
-    stated.check(
+    hints.check(
         file.path, family.name, family.objective.kind, getattr(family.objective, "time", None)
     )
     return family
@@ -128,7 +128,7 @@ def _sit_objective(file: ForeignFile) -> Flow:
     return Flow(time="data")
 
 
-def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> DiTConfig:
+def config_of(state: Mapping[str, Tensor], path: Path, hints: CheckpointHints) -> DiTConfig:
     """The architecture that the shapes determine, and the heads that they do not.
 
     Raises DataError for a state dict without the names of a DiT.
@@ -138,20 +138,20 @@ def config_of(state: Mapping[str, Tensor], path: Path, stated: Stated) -> DiTCon
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} lacks the names of a DiT: {error} is missing") from error
     try:
-        heads = stated.num_heads or heads_of_state(state)
-        return DiTConfig(num_heads=heads or heads_of(shape["hidden_size"], stated, path), **shape)
+        heads = hints.num_heads or heads_of_state(state)
+        return DiTConfig(num_heads=heads or heads_of(shape["hidden_size"], hints, path), **shape)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def latents_of(config: DiTConfig, path: Path, stated: Stated) -> LatentSpec:
-    """Those of the stated data folder, else SD-VAE's, scaled and not shifted.
+def latents_of(config: DiTConfig, path: Path, hints: CheckpointHints) -> LatentSpec:
+    """Those of the data folder that a hint names, else SD-VAE's, scaled and not shifted.
 
     A file does not record the hash of the autoencoder's weights. Raises ConfigError for another
     number of channels.
     """
-    if stated.latents_like is not None:
-        return _latents_like(stated.latents_like, config, path)
+    if hints.latents_like is not None:
+        return _latents_like(hints.latents_like, config, path)
     if config.in_channels != 4:
         raise ConfigError(
             f"{path} reads latents of {config.in_channels} channels; only those of SD-VAE, with 4, "

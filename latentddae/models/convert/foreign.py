@@ -29,8 +29,8 @@ NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stated:
-    """What the user says about a foreign checkpoint, because its file does not."""
+class CheckpointHints:
+    """What the file of a foreign checkpoint does not record, given by the user."""
 
     objective: Literal["ddpm", "edm", "flow"] | None = None
     """What a foreign checkpoint was trained for, where its file does not tell."""
@@ -47,19 +47,21 @@ class Stated:
         require(self, positive=("num_heads", "image_size"))
 
     @property
-    def stated(self) -> "Stated":
+    def hints(self) -> "CheckpointHints":
         """These fields alone, where they are options of a command among others."""
-        return Stated(**{item.name: getattr(self, item.name) for item in fields(Stated)})
+        return CheckpointHints(
+            **{item.name: getattr(self, item.name) for item in fields(CheckpointHints)}
+        )
 
     def check(self, path: Path, family: str, objective: str, time: str | None = None) -> None:
         """Raise ConfigError where the user contradicts what the file tells."""
-        for name, stated, known in (
+        for name, given, known in (
             ("objective", self.objective, objective),
             ("time", self.time, time),
         ):
-            if stated is not None and known is not None and stated != known:
+            if given is not None and known is not None and given != known:
                 raise ConfigError(
-                    f"{path} is a checkpoint of {family} with {name}={known}, given was {stated}"
+                    f"{path} is a checkpoint of {family} with {name}={known}, given was {given}"
                 )
 
 
@@ -143,10 +145,10 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def heads_of(width: int, stated: Stated, path: Path) -> int:
-    """The number of heads: stated, or that of a published width. Raises ConfigError otherwise."""
-    if stated.num_heads is not None:
-        return stated.num_heads
+def heads_of(width: int, hints: CheckpointHints, path: Path) -> int:
+    """The number of heads: hints, or that of a published width. Raises ConfigError otherwise."""
+    if hints.num_heads is not None:
+        return hints.num_heads
     if width not in NUM_HEADS:
         raise ConfigError(
             f"{path}: the shapes do not tell how many heads a network of width {width} has; give "

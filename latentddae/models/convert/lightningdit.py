@@ -13,7 +13,7 @@ from latentddae.core.errors import ConfigError
 from latentddae.diffusion.flow import Flow
 from latentddae.models.convert import dit
 from latentddae.models.convert.dit import PROJECTORS, Family, checked, checkpoint_of
-from latentddae.models.convert.foreign import ForeignFile, Stated
+from latentddae.models.convert.foreign import CheckpointHints, ForeignFile
 from latentddae.models.portable import Checkpoint, Weights
 
 OWN = {"feat_rope.freqs_cos", "blocks.0.norm1.weight", "blocks.0.mlp.w12.weight"}
@@ -27,7 +27,7 @@ def matches(file: ForeignFile) -> bool:
 
 
 def load(
-    file: ForeignFile, weights: Weights, device: torch.device | str, stated: Stated
+    file: ForeignFile, weights: Weights, device: torch.device | str, hints: CheckpointHints
 ) -> Checkpoint:
     """The checkpoint of a file; see zoo.load. Raises ConfigError for another transport."""
     transport = file.arguments.get("transport")
@@ -38,5 +38,5 @@ def load(
                 f"{file.path} was trained with path {kind[0]} and prediction {kind[1]}; only "
                 "Linear and velocity can be read"
             )
-    family = checked(file, stated, Family("LightningDiT", Flow(time="data")))
-    return checkpoint_of(file, weights, device, stated, family)
+    family = checked(file, hints, Family("LightningDiT", Flow(time="data")))
+    return checkpoint_of(file, weights, device, hints, family)

@@ -19,7 +19,7 @@ from latentddae.core.files import write_atomic
 from latentddae.core.outputs import NEW_FOLDER, Output
 from latentddae.models import zoo
 from latentddae.models.convert.convert import described, write_portable
-from latentddae.models.zoo import Checkpoint, Stated, Weights
+from latentddae.models.zoo import Checkpoint, CheckpointHints, Weights
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,7 +28,7 @@ DEFAULT_LICENCE = "unknown: say it before you share"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishConfig(Stated):
+class PublishConfig(CheckpointHints):
     """Write a checkpoint with a model card."""
 
     src: str = positional()
@@ -96,7 +96,7 @@ def open_source(config: PublishConfig) -> Checkpoint:
         raise ConfigError(f"{config.to} exists already; choose another name")
     if config.hub:
         _import_hub()
-    return zoo.load(config.src, config.weights, stated=config.stated)
+    return zoo.load(config.src, config.weights, hints=config.hints)
 
 
 def publish(config: PublishConfig) -> None:

@@ -17,7 +17,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
 from latentddae.models import zoo
 from latentddae.models.timm_backbone import PREFIX, open_backbone
-from latentddae.models.zoo import Checkpoint, Stated
+from latentddae.models.zoo import Checkpoint, CheckpointHints
 from latentddae.transfer.extraction.trunk import BATCH
 from latentddae.transfer.results import RESULTS_FOLDER, CheckpointInfo, DataInfo
 
@@ -25,7 +25,7 @@ Weights = Literal["ema", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions(Stated):
+class CheckpointOptions(CheckpointHints):
     """A network, and a folder for results."""
 
     checkpoint: str
@@ -47,7 +47,7 @@ class CheckpointOptions(Stated):
 
     def open_checkpoint(self) -> Checkpoint:
         """The network, on this rank's GPU where there is one."""
-        return open_checkpoint(self.checkpoint, self.weights, self.stated)
+        return open_checkpoint(self.checkpoint, self.weights, self.hints)
 
     def describe(self, checkpoint: Checkpoint) -> CheckpointInfo:
         """The opened checkpoint as results record it."""
@@ -83,20 +83,20 @@ class TransferOptions(CheckpointOptions):
 
 
 def open_checkpoint(
-    source: str, weights: Weights = "ema", stated: Stated | None = None
+    source: str, weights: Weights = "ema", hints: CheckpointHints | None = None
 ) -> Checkpoint:
     """A `zoo.Checkpoint` on this rank's GPU where there is one, ready to give features.
 
-    `stated` is what a file of another project does not tell, see zoo.load.
+    `hints` is what a file of another project does not tell, see zoo.load.
     """
     device = dist.device_for(dist.world_from_environment())
     if source.startswith(PREFIX):
-        if stated not in (None, Stated()):
+        if hints not in (None, CheckpointHints()):
             raise ConfigError(
                 f"{source} is a backbone: it has no objective, time or heads to state"
             )
         return open_backbone(source, device)
-    checkpoint = zoo.load(source, weights=weights, device=device, stated=stated)
+    checkpoint = zoo.load(source, weights=weights, device=device, hints=hints)
     if weights == "ema" and ema_not_warmed_up(checkpoint.info):
         print(
             f"{source}: the EMA is still mostly initial weights after "

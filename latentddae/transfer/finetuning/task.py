@@ -19,7 +19,7 @@ from latentddae.data.subsets import SampleSet, Subset
 from latentddae.data.training_data import DataConfig
 from latentddae.models import zoo
 from latentddae.models.trunks import null_labels
-from latentddae.models.zoo import Checkpoint, Stated
+from latentddae.models.zoo import Checkpoint, CheckpointHints
 from latentddae.training.config import RunConfig, contract
 from latentddae.training.job import Evaluation, Job
 from latentddae.training.process import RunContext
@@ -47,7 +47,7 @@ MAY_CHANGE = ("checkpoint", "eval_every_images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig, Stated, OverlapOption):
+class FinetuneConfig(RunConfig, CheckpointHints, OverlapOption):
     """Fine-tune a pretrained trunk, cut at a block, with a linear head.
 
     The same command again continues the run; test is scored once, at the end.
@@ -87,7 +87,7 @@ class FinetuneConfig(RunConfig, Stated, OverlapOption):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        Stated.__post_init__(self)
+        CheckpointHints.__post_init__(self)
         check_level(self.level)
         require(
             self, positive=("limit",), non_negative=("eval_every_images",), fraction=("holdout",)
@@ -109,7 +109,7 @@ class Opened(NamedTuple):
 
 def open_inputs(config: FinetuneConfig, device: torch.device) -> Opened:
     """Everything the settings name, checked against each other; every sample has a label."""
-    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.stated)
+    checkpoint = zoo.load(config.checkpoint, config.weights, device, config.hints)
     check_blocks([config.block], checkpoint.model.config.depth)
     null_labels(checkpoint.model, 1)  # refuses a network that has none
     if config.drop_path and not checkpoint.model.branches:

@@ -152,8 +152,8 @@ def test_a_bare_file_of_dit_or_sit_asks_for_the_objective(bare_file) -> None:
             zoo.load(path, num_heads=4)
         with pytest.raises(ConfigError, match="--time data"):
             zoo.load(path, num_heads=4, objective="flow")
-        stated = zoo.load(path, num_heads=4, objective="flow", time="data")
-        assert stated.objective == Flow(time="data")
+        hints = zoo.load(path, num_heads=4, objective="flow", time="data")
+        assert hints.objective == Flow(time="data")
         assert zoo.load(path, num_heads=4, objective="ddpm").objective == DDPM(preset="dit")
 
 
@@ -185,32 +185,32 @@ def unet(request, tmp_path) -> tuple[str, dict[str, Tensor], dict[str, int]]:
     ema |= {"initted": torch.tensor(True), "step": torch.tensor(5)}
     raw = {f"nn_model.{name}": value + 1 for name, value in state.items()}
     torch.save({"MODEL": raw, "EMA": ema, "opt": {}}, tmp_path / "model_800.pth")
-    stated = {"image_size": 16, "num_heads": 1 if request.param == "unet_ddpm_a" else 2}
-    return str(tmp_path / "model_800.pth"), golden(f"{request.param}_io"), stated
+    hints = {"image_size": 16, "num_heads": 1 if request.param == "unet_ddpm_a" else 2}
+    return str(tmp_path / "model_800.pth"), golden(f"{request.param}_io"), hints
 
 
 @torch.no_grad()
 def test_ddae_under_the_stated_objective(unet) -> None:
-    path, io, stated = unet
-    edm = zoo.load(path, objective="edm", **stated)
+    path, io, hints = unet
+    edm = zoo.load(path, objective="edm", **hints)
     assert edm.objective == EDM(sigma_data=0.5)
     assert (edm.latent_spec.kind, edm.latent_spec.shape) == ("image", (3, 16, 16))
     assert_close(
         edm.objective.denoise(edm.model, io["edm_xt"], io["edm_sigma"]), io["edm_denoised"]
     )
-    ddpm = zoo.load(path, objective="ddpm", **stated)
+    ddpm = zoo.load(path, objective="ddpm", **hints)
     x, t = ddpm.objective.network_input(io["ddpm_xt"], io["ddpm_t"])
     assert_close(ddpm.model(x, t), io["ddpm_out"])
     for number, tokens in ddpm.model.taps(x, t, None, range(1, 5)).items():
         assert_close(tokens, io[f"ddpm_out_{number}"].flatten(2).transpose(1, 2))
-    raw = zoo.load(path, weights="model", objective="ddpm", **stated)
+    raw = zoo.load(path, weights="model", objective="ddpm", **hints)
     assert torch.equal(raw.model.final.weight, ddpm.model.final.weight + 1)
 
 
 def test_ddae_asks_for_objective_size_and_heads(unet) -> None:
-    path, _, stated = unet
+    path, _, hints = unet
     with pytest.raises(ConfigError, match="--objective ddpm or --objective edm"):
-        zoo.load(path, **stated)
+        zoo.load(path, **hints)
     with pytest.raises(ConfigError, match="give --image-size and --num-heads"):
         zoo.load(path, objective="edm")
 
