@@ -8,6 +8,7 @@ curve. Nothing is chosen, so all of train is used.
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -267,14 +268,17 @@ def noise_classifier(config: NoiseClassifierConfig) -> None:
         result = results.append_once(config.out, replace(draft, values={"curve": curve}))
     name = f"noise-classifier-block-{config.block}"
     write_json(config.out / f"{name}.json", results.to_dict(result))
+    show_curve(result, config.out / f"{name}.png", f"block {config.block}")
+
+
+def show_curve(result: Result, chart: Path, title: str) -> None:
+    """Draw the accuracy over noise of a result, and print it level by level."""
     rows = results.rows(result.values, "curve")
-    levels, accuracies = (
-        [results.number(row, column) for row in rows] for column in ("level", "accuracy")
+    levels, times, accuracies = (
+        [results.number(row, column) for row in rows] for column in ("level", "t", "accuracy")
     )
-    chart = plots.noise_curve(levels, accuracies, f"block {config.block}")
-    write_atomic(config.out / f"{name}.png", chart)
-    for row in rows:
-        level, t, accuracy = (results.number(row, name) for name in ("level", "t", "accuracy"))
+    write_atomic(chart, plots.noise_curve(levels, accuracies, title))
+    for level, t, accuracy in zip(levels, times, accuracies, strict=True):
         print(f"s={level:.3f} (t={t:g}): {100 * accuracy:.2f} %")
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import run_command
-from latentddae.core.files import write_atomic
 from latentddae.data.subsets import Subset
 from latentddae.diffusion.levels import log_snr_of_level
 from latentddae.models.wide_resnet import WideResNet, WideResNetConfig
@@ -32,10 +31,10 @@ from latentddae.transfer.noise_classifier import (
     Opened,
     accuracy_curve,
     fit,
+    show_curve,
 )
 from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.protocol.splits import labels_of, subset
-from latentddae.transfer.reporting import plots
 from latentddae.transfer.results import Result
 
 PROTOCOL = "noise-control/1"
@@ -149,14 +148,7 @@ def noise_control(config: NoiseControlConfig) -> None:
         reader, network = train_control(opened, config)
         curve = accuracy_curve(reader, network, opened.test, config.seed)
         result = results.append_once(config.out, replace(draft, values={"curve": curve}))
-    rows = results.rows(result.values, "curve")
-    levels, accuracies = (
-        [results.number(row, column) for row in rows] for column in ("level", "accuracy")
-    )
-    name = f"WRN-{config.depth}-{config.widen}"
-    write_atomic(config.out / "noise-control.png", plots.noise_curve(levels, accuracies, name))
-    for level, accuracy in zip(levels, accuracies, strict=True):
-        print(f"s={level:.3f}: {100 * accuracy:.2f} %")
+    show_curve(result, config.out / "noise-control.png", f"WRN-{config.depth}-{config.widen}")
 
 
 def plan(config: NoiseControlConfig) -> str:
