@@ -9,7 +9,7 @@ from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.sources.folders import SPLITS
 from latentddae.data.sources.open import check_images, is_named, open_split, read_listing
 from latentddae.data.sources.options import SourceOptions
-from latentddae.data.sources.understanding import Understanding
+from latentddae.data.sources.source_report import SourceReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class InspectConfig(SourceOptions):
     set, or hf://datasets/ORG/NAME (with --download)."""
 
 
-def understand(options: SourceOptions) -> Understanding:
+def report_source(options: SourceOptions) -> SourceReport:
     """How a place is read. ConfigError if it can be read in two ways, DataError without images."""
     if is_named(options.source):
         return _named(options)
@@ -29,10 +29,10 @@ def understand(options: SourceOptions) -> Understanding:
     check_images(listing)
     for split, error in listing.errors.items():
         listing.tree.notes.append(f"split {split} cannot be read: {error}")
-    return listing.understanding()
+    return listing.report()
 
 
-def _named(options: SourceOptions) -> Understanding:
+def _named(options: SourceOptions) -> SourceReport:
     """A set that has nothing to decide."""
     splits, first = {}, None
     for split in SPLITS:
@@ -41,14 +41,14 @@ def _named(options: SourceOptions) -> Understanding:
         except ConfigError as error:
             first = first or error
             continue
-        assert source.understood is not None
-        splits[split] = source.understood.splits["all"]
-        understood = source.understood
+        assert source.report is not None
+        splits[split] = source.report.splits["all"]
+        report = source.report
     if not splits:
         assert first is not None
         raise first
     found = sum(split.images for split in splits.values())
-    return replace(understood, splits=splits, found=found)
+    return replace(report, splits=splits, found=found)
 
 
 def inspect(config: InspectConfig) -> None:
@@ -57,7 +57,7 @@ def inspect(config: InspectConfig) -> None:
 
 
 def _report(config: InspectConfig) -> str:
-    return "\n".join(understand(config).lines())
+    return "\n".join(report_source(config).lines())
 
 
 COMMAND = Command("inspect", InspectConfig, run=inspect, plan=_report)

@@ -83,8 +83,8 @@ class EncodingFacts(TypedDict, total=False):
     """What the keys are relative to: the same key and origin is the same file."""
     shared: dict[str, int]
     """Other split -> images of this one that are in it, too."""
-    understood: dict[str, object]
-    """How the source was read, see `sources.understanding`."""
+    source_report: dict[str, object]
+    """How the source was read, see `sources.source_report`."""
     content_sha256: str
     """Hash of the file SPLIT.content.npy, see `content`."""
     settings: dict[str, object]

@@ -81,7 +81,7 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> Spli
     if finished:
         _say(world, f"{config.out} holds split {config.split} already: {_summary(finished)}")
         return finished
-    _say(world, _understood(plan))
+    _say(world, _report(plan))
     if plan.shards < world.size:
         _say(world, _too_few_shards(plan, world))
     with contextlib.ExitStack() as lock:
@@ -195,8 +195,8 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         "shared": shared,
         "settings": plan.settings,
     }
-    if plan.source.understood is not None:
-        facts["understood"] = plan.source.understood.to_dict()
+    if plan.source.report is not None:
+        facts["source_report"] = plan.source.report.to_dict()
     if hashed := hashed_names(plan.source):
         write_json(out / f"{config.split}.names.json", hashed)
     facts["content_sha256"] = content.write(out, config.split, entries)
@@ -210,9 +210,9 @@ def _hold(lock: contextlib.ExitStack, out: Path) -> None:
     lock.enter_context(exclusive(out, "encode"))
 
 
-def _understood(plan: Plan) -> str:
-    understood = plan.source.understood
-    return "" if understood is None else "\n".join(understood.lines())
+def _report(plan: Plan) -> str:
+    report = plan.source.report
+    return "" if report is None else "\n".join(report.lines())
 
 
 def _too_few_shards(plan: Plan, world: dist.World) -> str:
@@ -250,7 +250,7 @@ def describe_plan(config: EncodeSplitsConfig) -> str:
     world, lines = dist.world_from_environment(), []
     for split in config.each_split():
         planned, autoencoder = open_inputs(split, None, world)
-        lines.append(_understood(planned))
+        lines.append(_report(planned))
         lines.append(
             f"would encode {len(planned.order)} images of {planned.source.name} ({split.split}), "
             f"views {', '.join(split.views)}, to {planned.spec.shape} latents of "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError
 from latentddae.data.sources.scan import LINKED, Tree, extension_of
 from latentddae.data.sources.source import Item, Source, make_source
-from latentddae.data.sources.understanding import SplitCount, Understanding
+from latentddae.data.sources.source_report import SourceReport, SplitCount
 
 ALL = "all"  # the name of the only split of a place without splits
 MAX_LABEL = 2**31
@@ -17,7 +17,7 @@ SPARSE = 2  # ids are positions if there are at most so many times the labels th
 
 @dataclass
 class Listing:
-    """The images of a place, split by split, and how they were understood."""
+    """The images of a place, split by split, and how they were report."""
 
     tree: Tree
     """Where they are; its counts say what was found and left out."""
@@ -91,10 +91,10 @@ class Listing:
                 kept.append(item)
             self.items[split] = kept
 
-    def understanding(self) -> Understanding:
+    def report(self) -> SourceReport:
         """The report."""
         tree = self.tree
-        return Understanding(
+        return SourceReport(
             source=tree.name,
             layout=self.layout,
             labels=self.labels,
@@ -134,7 +134,7 @@ class Listing:
             self.classes,
             items,
             missing=missing,
-            understood=self.understanding(),
+            report=self.report(),
             origin=self.origins.get(name, str(self.tree.root)),
         )
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentddae.core.errors import ConfigError, WriteError
 from latentddae.data.sources.source import Item, Source, make_source
-from latentddae.data.sources.understanding import SplitCount, Understanding
+from latentddae.data.sources.source_report import SourceReport, SplitCount
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def torchvision_source(name: str, split: str, root: Path, download: bool) -> Sou
         paths = [_path(entry) for entry in getattr(dataset, entry.files)]
         top = Path(*_common(paths))
         items = [Item(str(paths[r].relative_to(top)), int(labels[r]), str(paths[r])) for r in rows]
-        understood = understanding_of(name, classes, labels[rows])
-        return make_source(name, classes, items, understood=understood, origin=str(top))
+        report = report_of(name, classes, labels[rows])
+        return make_source(name, classes, items, report=report, origin=str(top))
     keys = tuple(f"{split}/{row:06d}" for row in rows.tolist())
     return Source(
         name=name,
@@ -110,17 +110,17 @@ def torchvision_source(name: str, split: str, root: Path, download: bool) -> Sou
         names=keys,
         labels=labels[rows],
         read=lambda i: dataset[int(rows[i])][0],
-        understood=understanding_of(name, classes, labels[rows]),
+        report=report_of(name, classes, labels[rows]),
         origin=name,
     )
 
 
-def understanding_of(name: str, classes: Sequence[str], labels: np.ndarray) -> Understanding:
+def report_of(name: str, classes: Sequence[str], labels: np.ndarray) -> SourceReport:
     """The report on one split of a named set: labels (n,) int64, -1 for none."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     per_class = {c: int(n) for c, n in zip(classes, counts, strict=False) if n}
     split = SplitCount(images=len(labels), unlabelled=int((labels < 0).sum()), per_class=per_class)
-    return Understanding(
+    return SourceReport(
         source=name,
         layout="a named set",
         labels="the set's own",
@@ -169,7 +169,7 @@ def mnist5k_source(split: str) -> Source:
         names=keys,
         labels=labels[rows].astype(np.int64),
         read=lambda i: Image.fromarray(images[rows[i]]),
-        understood=understanding_of("mnist5k", [str(d) for d in range(10)], labels[rows]),
+        report=report_of("mnist5k", [str(d) for d in range(10)], labels[rows]),
         origin="mnist5k",
     )
 

@@ -18,7 +18,7 @@ from latentddae.core.files import open_regular
 from latentddae.core.retry import retried
 from latentddae.data.shard_format import escape_path, invalid_key_reason, key_from_path
 from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
-from latentddae.data.sources.understanding import Understanding
+from latentddae.data.sources.source_report import SourceReport
 
 KEY_HASH_BYTES = 16
 MAX_BYTES = 1 << 30  # of one image file
@@ -38,7 +38,7 @@ class Source:
     read: Callable[[int], bytes | Image.Image]
     rejected: tuple[tuple[str, str], ...] = ()
     """Images that cannot have a key of their own: (name, reason). They count as bad ones."""
-    understood: Understanding | None = None
+    report: SourceReport | None = None
     """How the place was read, where there was something to decide."""
     origin: str = ""
     """What the keys are relative to: the same key and origin is the same file."""
@@ -129,7 +129,7 @@ def make_source(
     classes: Sequence[str],
     items: Sequence[Item],
     missing: Sequence[tuple[str, str]] = (),
-    understood: Understanding | None = None,
+    report: SourceReport | None = None,
     origin: str = "",
 ) -> Source:
     """A source of byte ranges. Items whose path is another one's, too, are rejected; `missing` are
@@ -151,7 +151,7 @@ def make_source(
         labels=np.array([item.label for item in kept], np.int64),
         read=lambda i: kept[i].read(),
         rejected=tuple(rejected),
-        understood=understood,
+        report=report,
         origin=origin,
     )
 
@@ -184,9 +184,9 @@ def train_or_test_share(source: Source, split: str, test_share: float) -> Source
             f"a test share cuts a source into train and test; got split {split!r}, share "
             f"{test_share}"
         )
-    if source.understood is not None and len(source.understood.splits) > 1:
+    if source.report is not None and len(source.report.splits) > 1:
         raise ConfigError(
-            f"{source.name} has splits of its own: {', '.join(source.understood.splits)}; leave "
+            f"{source.name} has splits of its own: {', '.join(source.report.splits)}; leave "
             f"out --test-share"
         )
     hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in source.keys]

@@ -58,7 +58,7 @@ def tar_of(members: Files) -> bytes:
 def opened(root: Path | str, split: str = "train", **options: Any) -> Source:
     """A split; checks that every image is counted once and can be read."""
     source = open_split(SourceOptions(source=str(root), **options), split)
-    report = source.understood
+    report = source.report
     assert report is not None
     assert report.found == report.listed + sum(report.rejected.values())
     assert len(set(source.keys)) == len(source.keys) == len(source.labels)
@@ -87,7 +87,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     refused(write(root, "test/4.jpg"), "--layout classes or --layout splits")
     assert opened(root, layout="classes").classes == ("boat", "car", "test", "train")
     splits = opened(root, layout="splits")
-    assert (len(splits), splits.understood.rejected) == (1, {"outside the split folders": 2})
+    assert (len(splits), splits.report.rejected) == (1, {"outside the split folders": 2})
 
 
 def test_wrapper_folders_are_descended(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_wrapper_folders_are_descended(tmp_path: Path) -> None:
     root = write(tmp_path, *paths, files={"archive/README.md": "hello"})
     source = opened(root)
     assert (len(source), source.classes) == (4, ("a", "b"))
-    assert set(source.understood.splits) == {"train", "test"}
-    assert "dataset" in source.understood.notes[0]
+    assert set(source.report.splits) == {"train", "test"}
+    assert "dataset" in source.report.notes[0]
 
 
 def test_empty_and_system_folders_are_no_classes(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_empty_and_system_folders_are_no_classes(tmp_path: Path) -> None:
     (root / "empty").mkdir()
     source = opened(root)
     assert source.classes == ("cat", "dog")
-    assert source.understood.rejected == {"in a system file or folder": 4}
+    assert source.report.rejected == {"in a system file or folder": 4}
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_content_decides_what_is_an_image(tmp_path: Path) -> None:
     heic = b"\0\0\0\x18ftypheic" + bytes(40)
     write(root, files={"x/g.heic": heic, "x/notes.txt": "no image", "x/h.unknown": heic})
     source = open_split(SourceOptions(source=str(root)), "train")
-    assert (len(source), source.understood.others) == (14, {".txt": 1})
+    assert (len(source), source.report.others) == (14, {".txt": 1})
     config = EncodeConfig(
         source=str(root), out=str(tmp_path / "out"), autoencoder="none", resolution=8
     )
     with pytest.raises(DataError, match=r"x/(g\.heic|h\.unknown)"):
         encode(config)
     skipped = opened(root, skip_extensions=("heic", "unknown"))
-    assert skipped.understood.rejected == {"left out by --skip-extensions": 2}
+    assert skipped.report.rejected == {"left out by --skip-extensions": 2}
 
 
 def test_links_and_pipes(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_links_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(root / "cat" / "p.jpg")
     source = opened(root)
     assert len(source) == 3
-    assert source.understood.rejected == {"a link to an image that is listed": 1}
-    assert "read already" in source.understood.notes[0]
+    assert source.report.rejected == {"a link to an image that is listed": 1}
+    assert "read already" in source.report.notes[0]
     outside = tmp_path / "links"
     outside.mkdir()
     (outside / "cat").symlink_to(root / "cat")
@@ -197,7 +197,7 @@ def test_the_folder_to_write_may_be_in_the_source(tmp_path: Path) -> None:
     )
     first = encode(config)
     assert encode(config) == first
-    assert first["understood"]["found"] == 6
+    assert first["source_report"]["found"] == 6
 
 
 # Labels in files
@@ -222,7 +222,7 @@ def test_label_files_are_read_or_stop(tmp_path: Path, name: str) -> None:
         refused(root, f"--labels {name}")
     source = opened(root, labels=name)
     assert labels(source) == {"a": "dog", "b": "cat", "c": "dog"}
-    assert name in source.understood.labels
+    assert name in source.report.labels
     assert set(labels(opened(root, labels="none")).values()) == {""}
 
 
@@ -233,7 +233,7 @@ def test_label_files_say_more(tmp_path: Path) -> None:
     root = write(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg", files={"t.csv": table})
     train = opened(root, labels="t.csv")
     assert labels(train) == {"a": "cat", "c": ""}  # -1 where the cell is empty
-    assert train.understood.rejected == {"not named by the label file": 1}
+    assert train.report.rejected == {"not named by the label file": 1}
     test = open_split(SourceOptions(source=str(root), labels="t.csv"), "test")
     assert [name for name, _ in test.rejected] == ["z"]  # named, not there: a bad image
     assert labels(opened(root, labels="t.csv:colour"))["a"] == "red"
@@ -315,7 +315,7 @@ def test_split_files(tmp_path: Path) -> None:
     )
     train, test = (opened(root, s, split_file=("s.csv",)) for s in ("train", "test"))
     assert (set(train.keys), set(test.keys)) == ({"a/img0", "b/img0"}, {"a/img2", "b/img2"})
-    assert train.understood.rejected == {"in none of the splits of the split file": 2}
+    assert train.report.rejected == {"in none of the splits of the split file": 2}
     lists = {"split_file": ("train.txt", "test.txt")}
     assert opened(root, "test", **lists).keys == ("a/img2",)
     assert opened(root, **lists).classes == ("a", "b")
@@ -370,7 +370,7 @@ def test_img2dataset_has_captions_and_no_labels(tmp_path: Path) -> None:
     (tmp_path / "00000.tar").write_bytes(tar_of(member))
     source = opened(tmp_path)
     assert (source.classes, source.labels.tolist()) == ((), [-1])
-    assert source.understood.labels == "none (captions are not read)"
+    assert source.report.labels == "none (captions are not read)"
 
 
 def test_keys_that_restart_get_the_shards_name(tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ def test_inspect_prints_a_listing_and_the_manifest_keeps_it(
             split="val",
         )
     )
-    assert entry["understood"]["listed"] == 8
+    assert entry["source_report"]["listed"] == 8
     assert said.strip() in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     assert run_command("inspect", inspect, [str(tmp_path / "none")]) == 65

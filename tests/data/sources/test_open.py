@@ -54,10 +54,10 @@ def test_other_files_are_counted_not_read(photos: Path) -> None:
     (photos / "2" / "notes.txt").write_text("hello")
     (photos / "2" / ".hidden.jpg").write_text("hello")
     source = open_source(str(photos), "train")
-    understood = source.understood
-    assert understood is not None
-    assert (len(source), understood.found, understood.listed) == (30, 31, 30)
-    assert (understood.rejected, understood.others) == (
+    report = source.report
+    assert report is not None
+    assert (len(source), report.found, report.listed) == (30, 31, 30)
+    assert (report.rejected, report.others) == (
         {"in a system file or folder": 1},
         {".txt": 1},
     )
@@ -97,8 +97,8 @@ def test_webdataset_tars(photos: Path, tmp_path: Path) -> None:
     assert source.keys == ("a/1", "a/2", "b")
     assert source.labels.tolist() == [2, 0, -1]
     assert source.classes == ("0", "1", "2")
-    assert source.understood is not None
-    assert source.understood.others == {".txt": 1}
+    assert source.report is not None
+    assert source.report.others == {".txt": 1}
     assert source.read(1) == image
     assert open_source(str(folder), "test").keys == ("t",)
     assert open_source(str(folder / "test-000000.tar"), "val").keys == ("t",)

@@ -213,7 +213,7 @@ def test_a_folder_of_oddities_is_encoded_or_named(
     )
     entry = encode(config)
     assert (entry["samples"], entry["bad"]) == (len(GOOD) + 2, bad)
-    assert entry["understood"]["others"] == {".txt": 1}
+    assert entry["source_report"]["others"] == {".txt": 1}
     named = dict(entry["bad_images"])
     assert len(named) == bad
     assert "cannot be read" in named["gone.jpg"]

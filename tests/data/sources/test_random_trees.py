@@ -76,7 +76,7 @@ def check(listing: Listing, images: set[str], root: Path) -> None:
     real = [os.path.realpath(item.location) for _, item in items]
     assert len(real) == len(set(real)), "an image is listed twice"
     assert set(real) <= images, "something that is no image is listed"
-    report = listing.understanding()
+    report = listing.report()
     assert report.found == report.listed + sum(report.rejected.values())
     links = report.rejected.get(scan.LINKED, 0)
     assert len(items) + sum(report.rejected.values()) - links >= len(images), "an image vanished"

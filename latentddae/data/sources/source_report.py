@@ -1,4 +1,4 @@
-"""What was understood: how a place with images was read, for a person to check at a glance."""
+"""What was report: how a place with images was read, for a person to check at a glance."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ class SplitCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Understanding:
+class SourceReport:
     """The reading of a source: `listed` and `rejected` images are all there are (`found`)."""
 
     source: str
