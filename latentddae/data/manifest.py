@@ -21,7 +21,7 @@ from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shard_format import FORMAT, MANIFEST
 
-VERSION = 2
+VERSION = 3
 SHARD_FILE = re.compile(r"[A-Za-z0-9_\-]+\.tar")
 DATA_FOLDER = FolderKind(
     "a data set",

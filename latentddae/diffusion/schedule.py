@@ -14,6 +14,8 @@ class Tables(NamedTuple):
     alpha: Tensor
     sigma: Tensor
     log_snr: Tensor
+    first_variance: Tensor
+    """Posterior variance of the step from node 2 to node 1: () float64."""
 
 
 class PosteriorCoefficients(NamedTuple):
@@ -47,8 +49,10 @@ def tables(schedule: str, steps: int, device: torch.device) -> Tables:
 
 def _tables(abar: Tensor, device: torch.device) -> Tables:
     """From the squared amplitude of the signal by node: (T + 1,) float64."""
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     log_snr = torch.log(abar) - torch.log1p(-abar)
-    return Tables(*(v.to(device) for v in (abar.sqrt(), (1 - abar).sqrt(), log_snr)))
+    first_variance = (1 - (alpha[2] / alpha[1]) ** 2) * (sigma[1] / sigma[2]) ** 2
+    return Tables(*(v.to(device) for v in (alpha, sigma, log_snr, first_variance)))
 
 
 def log_snr_at(table: Tables, node: Tensor) -> Tensor:
@@ -82,6 +86,5 @@ def posterior_coefficients(table: Tables, node: Tensor, previous: Tensor) -> Pos
     x_t_weight = alpha[node] / alpha[previous] * sigma_ratio
     # The posterior variance is 0 at the clean end; like the reference code, use the value of the
     # step before it so that its log is finite.
-    first = (1 - (alpha[2] / alpha[1]) ** 2) * (sigma[1] / sigma[2]) ** 2
-    log_small = torch.where(previous == 0, first, beta * sigma_ratio).log()
+    log_small = torch.where(previous == 0, table.first_variance, beta * sigma_ratio).log()
     return PosteriorCoefficients(x0_weight, x_t_weight, beta.log(), log_small)

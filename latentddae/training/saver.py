@@ -10,6 +10,7 @@ one thread per rank, which never takes part in a collective. A pending state is 
 every rank has written; until then a restart finds the older ones.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from latentddae.core import dist, files
 from latentddae.core.config import require
@@ -139,10 +141,7 @@ class Saver:
         """DataError on every rank if a weight or an average is not finite: such a state would take
         the place of a good one."""
         values = states.partitions(self.engine, self.ema)
-        kinds = {
-            kind: any(not bool(torch.isfinite(t).all()) for t in flat)
-            for kind, flat in values.items()
-        }
+        kinds = {kind: not all(map(is_finite, flat)) for kind, flat in values.items()}
         if dist.any_rank(any(kinds.values()), self.engine.device):
             bad = ", ".join(kind for kind, is_bad in kinds.items() if is_bad) or "another rank's"
             raise DataError(
@@ -224,6 +223,13 @@ class Saver:
     def close(self) -> None:
         """Let the thread end; a pending state is abandoned and stays invisible."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether every element is finite, values of any shape. The sum answers in one pass over the
+    memory; only a sum that is not finite, which finite values can have, too, needs a closer look.
+    """
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
 def is_milestone(images: int, keep_every: int, batch: int) -> bool:

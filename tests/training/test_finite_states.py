@@ -1,5 +1,6 @@
 """A state with a value that is not finite is never written over a good one."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from latentddae.core.config import load
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.training.config import TrainConfig
-from latentddae.training.saver import Saver
+from latentddae.training.saver import Saver, is_finite
 
 
 @pytest.mark.parametrize("kind", ["master", "exp_avg", "ema"])
@@ -41,3 +42,17 @@ def test_settings_that_cannot_work_are_refused(setting):
     settings = ["run=x", "data.path=y", "total_images=64", setting]
     with pytest.raises(ConfigError, match=setting.partition("=")[0].rpartition(".")[2]):
         load(TrainConfig, None, settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # their sum is not
+        ([math.inf, -math.inf], False),
+        ([0.0, math.nan], False),
+        ([-math.inf, 1.0], False),
+    ],
+)
+def test_finite_is_a_property_of_elements(values, finite):
+    assert is_finite(torch.tensor(values)) is finite
