@@ -104,7 +104,7 @@ def test_analysis(probed) -> None:
     assert len(results.read(out / results.RESULTS)[0].values["curve"]) == 20
     small = ("--depth", 10, "--widen", 1, "--epochs", 2, "--warmup-epochs", 1, "--batch", 32)
     (result,) = results.read(probed(noise_control, *small) / results.RESULTS)
-    assert len(result.values["curve"]) == 20 and result.protocol["name"] == "noise-control/1"
+    assert len(result.values["curve"]) == 20 and result.protocol["name"] == "noise-control/2"
     out = probed(visualize, "--block", BLOCK, "--level", LEVEL, "--queries", 2)
     assert len(json.loads((out / "visualize.json").read_text())["queries"]) == 2
 

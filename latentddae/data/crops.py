@@ -5,8 +5,11 @@
 Every draw is keyed by (seed, purpose, the sample's key), so an image does not depend on its batch.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
 
 from latentddae.core.errors import ConfigError
 from latentddae.core.rng import key_positions, uniform
@@ -41,14 +44,30 @@ class CropFlip:
         """Stored images at `indices` (n,), all views of a sample alike: (n, V, 3, H, W) uint8, or
         with `views` (n,) one view of each: (n, 3, H, W)."""
         stored = self.parent.gather(indices, views)
-        positions = key_positions(self.keys(indices))
-        cells = 2 * self.padding + 1
-        offsets = uniform(self.seed, f"{self.purpose}/crop", positions, (2,)) * cells
-        rows, columns = offsets.long().clamp(max=cells - 1).numpy().T
-        mirrored = (uniform(self.seed, f"{self.purpose}/mirror", positions) < 0.5).numpy()
-        out = crop(stored, rows, columns, self.padding)
-        out[mirrored] = out[mirrored][..., ::-1]
-        return out
+        draws = Draws(self.seed, self.purpose, key_positions(self.keys(indices)))
+        return crop_flip(stored, draws, self.padding)
+
+
+class Draws(NamedTuple):
+    """What crops and mirrors are keyed by."""
+
+    seed: int
+    purpose: str
+    positions: Tensor
+    """(n,) int64, one of each image."""
+
+
+def crop_flip(images: np.ndarray, draws: Draws, padding: int) -> np.ndarray:
+    """Images (n, ..., H, W) padded with zeros, cropped at random to H x W, half of them mirrored:
+    the same shape and dtype."""
+    seed, purpose, positions = draws
+    cells = 2 * padding + 1
+    offsets = uniform(seed, f"{purpose}/crop", positions, (2,)) * cells
+    rows, columns = offsets.long().clamp(max=cells - 1).numpy().T
+    mirrored = (uniform(seed, f"{purpose}/mirror", positions) < 0.5).numpy()
+    out = crop(images, rows, columns, padding)
+    out[mirrored] = out[mirrored][..., ::-1]
+    return out
 
 
 def crop(images: np.ndarray, rows: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from latentddae.core import progress, rng
 from latentddae.core.command import Command
 from latentddae.core.config import require
-from latentddae.core.errors import run_command
+from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import write_atomic, write_json
 from latentddae.core.precision import DTYPES
+from latentddae.data.crops import Draws, crop_flip
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, Loader
 from latentddae.data.subsets import SampleSet, Subset
@@ -41,10 +42,11 @@ from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
 from latentddae.transfer.results import CellInfo, Result, Values
 
-PROTOCOL = "noise-classifier/1"
+PROTOCOL = "noise-classifier/2"
 TEST_LEVELS = 20
 LEVEL_SCALE = 1000  # the embedding sees 1000 s, whatever the unit of the timesteps
 TEST_BATCH = 256
+CROP_PADDING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +59,24 @@ class HeadTraining:
     """Learning rate of the first step."""
     batch: int = 128
     """Samples per step."""
+    crop_padding: int | None = None
+    """On images: pad training images by this many pixels, crop them to their size and mirror half
+    of them, anew at every visit; 0: as stored. Default: 4 on images, 0 on latents."""
 
     def __post_init__(self) -> None:
-        require(self, positive=("epochs", "lr", "batch"))
+        require(self, positive=("epochs", "lr", "batch"), non_negative=("crop_padding",))
+
+    def padding(self, latents: LatentSpec) -> int:
+        """`crop_padding`, or its default for data of this kind. ConfigError for crops of latents,
+        in which neighbouring numbers are no pixels."""
+        if self.crop_padding is None:
+            return CROP_PADDING if latents.kind == "image" else 0
+        if self.crop_padding and latents.kind != "image":
+            raise ConfigError(
+                "--crop-padding changes images, these are latents: store augmented copies when "
+                "encoding (--views original,copy1,copy2)"
+            )
+        return self.crop_padding
 
 
 class Head(nn.Module):
@@ -144,15 +161,16 @@ class Fitting(NamedTuple):
 
 
 def fit(reader: NoisyInput, head: nn.Module, samples: SampleSet, fitting: Fitting) -> None:
-    """Train `head` on `samples` in place. Sample order, view, posterior, level and noise are keyed
-    by (seed, images seen)."""
+    """Train `head` on `samples` in place. Sample order, view, crop, posterior, level and noise are
+    keyed by (seed, images seen)."""
     optimizer, schedule, training, seed, show_progress = fitting
+    padding = training.padding(reader.latents)
     batch = min(training.batch, len(samples))
     batches = Loader(samples, global_batch=batch, seed=seed).batches()
     total = training.epochs * len(samples)
     with progress.images(total, "noise classifier", show_progress) as bar:
         for seen in range(0, total, batch):
-            features, level, label = training_batch(reader, next(batches), seed)
+            features, level, label = training_batch(reader, next(batches), seed, padding)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(schedule, seen, total)
             optimizer.zero_grad()
@@ -163,12 +181,18 @@ def fit(reader: NoisyInput, head: nn.Module, samples: SampleSet, fitting: Fittin
     head.eval()
 
 
-def training_batch(reader: NoisyInput, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def training_batch(
+    reader: NoisyInput, batch: Batch, seed: int, padding: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the head sees of a batch: features (N, D) float32, levels (N,), labels (N,)."""
+    stored = batch.moments
+    if padding:
+        draws = Draws(seed, "noise-classifier", batch.position)
+        stored = torch.from_numpy(crop_flip(stored.numpy(), draws, padding))
     position = batch.position.to(reader.device)
     shape = reader.latents.shape
     posterior = rng.normal(seed, "posterior", position, shape)
-    x0 = reader.latents.sample(batch.moments.to(reader.device), posterior)
+    x0 = reader.latents.sample(stored.to(reader.device), posterior)
     noise = rng.normal(seed, "noise-classifier/noise", position, shape)
     t = reader.objective.sample_timesteps(rng.uniform(seed, "noise-classifier/time", position))
     features = reader.features(x0, noise, t)

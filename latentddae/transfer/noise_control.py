@@ -2,9 +2,9 @@
 
 The control of DDAE's noise-conditional classifier (arXiv 2303.09769): the same levels, images and
 accuracy curve as `latentddae noise-classifier`, but a supervised network of its own in place of
-features. The checkpoint only says which objective adds the noise, and how images are stored.
-Whatever the objective, the network is told ln(sigma / alpha). Training images are not augmented
-beyond the stored views.
+features. The checkpoint only says which objective adds the noise, and how images are stored. The
+network is told ln(sigma) of EDM's levels and t / T of the others, as in Song et al. (arXiv
+2011.13456, appendix I.1).
 """
 
 import sys
@@ -18,7 +18,9 @@ from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import run_command
 from latentddae.data.subsets import Subset
+from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.levels import log_snr_of_level
+from latentddae.diffusion.objective import Objective
 from latentddae.models.wide_resnet import WideResNet, WideResNetConfig
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig
@@ -37,8 +39,8 @@ from latentddae.transfer.protocol.options import open_test
 from latentddae.transfer.protocol.splits import labels_of, subset
 from latentddae.transfer.results import Result
 
-PROTOCOL = "noise-control/1"
-LOWEST_LEVEL = 1e-4  # a clean image is told this level
+PROTOCOL = "noise-control/2"
+LOWEST_LEVEL = 1e-4  # ln(sigma) of a clean image is told as at this level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +87,21 @@ class NoisyImages:
 class LevelClassifier(nn.Module):
     """The network behind the calling convention of a head: (N, C, h, w), levels (N,) -> logits."""
 
-    def __init__(self, network: WideResNet) -> None:
+    def __init__(self, network: WideResNet, objective: Objective) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.objective = network, objective
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        inside = level.double().clamp(LOWEST_LEVEL, 1 - LOWEST_LEVEL)
-        return self.network(x, (-log_snr_of_level(inside) / 2).float())
+        return self.network(x, told_level(self.objective, level).float())
+
+
+def told_level(objective: Objective, level: Tensor) -> Tensor:
+    """What the network is told of noise levels s (N,): ln(sigma / alpha) where the objective is
+    variance exploding (EDM), else the timestep as a share of the largest, t / T: (N,) float64."""
+    level = level.double()
+    if objective.ode_coordinates == "ve":
+        return -log_snr_of_level(level.clamp(LOWEST_LEVEL, 1 - LOWEST_LEVEL)) / 2
+    return objective.to_time(level) / (objective.steps if isinstance(objective, DDPM) else 1)
 
 
 def open_inputs(config: NoiseControlConfig) -> Opened:
@@ -129,7 +139,7 @@ def train_control(opened: Opened, config: NoiseControlConfig) -> tuple[NoisyImag
         in_channels=reader.latents.channels,
         classes=len(opened.train.classes),
     )
-    network = LevelClassifier(WideResNet(shape, config.seed)).to(reader.device)
+    network = LevelClassifier(WideResNet(shape, config.seed), reader.objective).to(reader.device)
     sgd = torch.optim.SGD(
         network.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
     )

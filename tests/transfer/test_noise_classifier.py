@@ -3,20 +3,29 @@ falls with noise.
 """
 
 import json
+import math
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from latentddae.core import rng
-from latentddae.core.errors import run_command
+from latentddae.core.errors import ConfigError, run_command
+from latentddae.data.latents import LatentSpec
+from latentddae.data.loader import Batch
 from latentddae.data.subsets import Subset
 from latentddae.diffusion.ddpm import DDPM
+from latentddae.diffusion.edm import EDM
+from latentddae.diffusion.flow import Flow
 from latentddae.models import zoo
-from latentddae.transfer import noise_classifier, results
+from latentddae.transfer import noise_classifier, noise_control, results
 from latentddae.transfer.extraction import extract
 from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.noise_classifier import Head, HeadTraining, Reader
+
+PLACES = tuple(product(range(5), range(5)))
 
 
 @pytest.fixture
@@ -57,6 +66,54 @@ def test_every_draw_follows_from_the_position(reader, train) -> None:
     level = once[1]
     assert level.min() < 0.1 and level.max() > 0.9 and level.unique().numel() == 64
     assert not torch.equal(level, noise_classifier.training_batch(reader, loader.batch_at(0), 3)[1])
+
+
+def test_images_are_cropped_and_mirrored_anew_at_every_visit() -> None:
+    """Latents are not, and may not be."""
+    training = HeadTraining()
+    image, latents = (SimpleNamespace(kind=kind) for kind in ("image", "moments"))
+    assert (training.padding(image), training.padding(latents)) == (4, 0)
+    assert HeadTraining(crop_padding=2).padding(image) == 2
+    with pytest.raises(ConfigError, match="--crop-padding"):
+        HeadTraining(crop_padding=2).padding(latents)
+
+    spec = LatentSpec(kind="image", channels=3, size=8, scaling_factor=1.0, views=("original",))
+    seen = SimpleNamespace(
+        latents=spec,
+        device=torch.device("cpu"),
+        objective=DDPM(preset="ddae"),
+        features=lambda x0, noise, t: x0,
+    )
+    one = torch.randint(1, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    label = torch.zeros(64, dtype=torch.int64)
+    batch = Batch(one.expand(64, 3, 8, 8).contiguous(), label, torch.arange(64), torch.arange(64))
+    plain, cropped = (noise_classifier.training_batch(seen, batch, 0, k)[0] for k in (0, 2))
+    assert plain.unique(dim=0).shape[0] == 1 and cropped.unique(dim=0).shape[0] > 20
+    windows = [image[:, i : i + 8, j : j + 8] for image in mirrors(one) for i, j in PLACES]
+    allowed = torch.stack(windows).float() / 127.5 - 1
+    distance = (cropped[:, None] - allowed).abs().flatten(2).amax(dim=2).amin(dim=1)
+    assert distance.max() < 1e-5
+
+
+def mirrors(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first image padded with 2 black pixels, and the same mirrored."""
+    padded = torch.nn.functional.pad(images[0], (2, 2, 2, 2))
+    return padded, padded.flip(-1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "level", "told"),
+    [
+        (DDPM(preset="ddae"), DDPM(preset="ddae").to_level(torch.tensor(500.0)), 0.5),
+        (Flow(), 0.25, 0.25),
+        (Flow(time="data"), 0.25, 0.75),
+        (EDM(), 2 / 3, math.log(2)),
+        (EDM(), 0.0, math.log(1e-4 / (1 - 1e-4))),  # a clean image
+    ],
+)
+def test_the_control_is_told_what_song_et_al_tell_it(objective, level, told) -> None:
+    levels = torch.as_tensor(level, dtype=torch.float64).reshape(1)
+    assert noise_control.told_level(objective, levels).item() == pytest.approx(told, rel=1e-5)
 
 
 def test_planted_classes_are_read_where_there_is_signal(reader, train, test_set) -> None:
