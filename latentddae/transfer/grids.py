@@ -109,10 +109,11 @@ def best_cell(cells: Sequence[GridCell]) -> GridCell:
     """The cell with the best held-out accuracy: by the full probe among the cells that it judged,
     else by ridge. Ties go to the narrowest, then to the lowest (level, block)."""
     judged = [cell for cell in cells if cell.probe_accuracy is not None]
-    return min(judged or cells, key=lambda c: (-c.score, c.width, c.level, _members(c.block)))
+    return min(judged or cells, key=lambda c: (-c.score, c.width, c.level, members(c.block)))
 
 
-def _members(block: Block) -> tuple[int, ...]:
+def members(block: Block) -> tuple[int, ...]:
+    """The blocks that are concatenated, e.g. (3, 4) of "3+4"; orders blocks as numbers."""
     return tuple(map(int, str(block).split("+")))
 
 

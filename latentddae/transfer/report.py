@@ -19,7 +19,7 @@ from latentddae.core.errors import run_command
 from latentddae.core.files import write_atomic
 from latentddae.core.outputs import FileKind, FolderKind, Output
 from latentddae.transfer.reporting import plots, sections
-from latentddae.transfer.reporting.collect import Found, find
+from latentddae.transfer.reporting.collect import Found, find_all
 from latentddae.transfer.reporting.page import GENERATOR, Card, Page, render
 from latentddae.transfer.reporting.tables import CSV_HEADER, as_csv
 
@@ -30,7 +30,7 @@ LEAD = (
 
 
 PAGE_FILE = FileKind("a report", lambda head: GENERATOR.encode() in head)
-CSV_FILE = FileKind("a table", lambda head: head.startswith(",".join(CSV_HEADER).encode()))
+CSV_FILE = FileKind("a table", lambda head: head.startswith(",".join(CSV_HEADER[:9]).encode()))
 CHARTS_FOLDER = FolderKind("a folder of charts", ("*.png",), is_marked=True)
 
 
@@ -65,7 +65,7 @@ def report(config: ReportConfig) -> None:
 def plan(config: ReportConfig) -> str:
     """What the page would show, by run."""
     pictures = list(config.picture.items())
-    page = build_page([find(run) for run in config.runs], config.title, pictures)
+    page = build_page(find_all(config.runs), config.title, pictures)
     lines = [f"{config.out} would show {', '.join(map(str, config.runs))}:"]
     return "\n".join([*lines, *(f"  {section.title}" for section in page.sections)])
 
@@ -81,7 +81,7 @@ def write_report(
 ) -> Path:
     """Write the page and its CSV. `pictures` are further (caption, PNG file), `commands` further
     command lines, `cards` further figures; returns `out`."""
-    found = [find(Path(run)) for run in runs]
+    found = find_all(runs)
     page = build_page(found, title, pictures, commands, cards)
     write_atomic(out, render(page))
     write_atomic(out.with_suffix(".csv"), as_csv(found))
@@ -107,14 +107,15 @@ def build_page(
 def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
     """The page's curves and heat maps as PNG files of their own, for a paper: profiles.png,
     progress.png, RUN-POOL.png. Those with nothing to show are left out."""
-    found = [find(Path(run)) for run in runs]
+    found = find_all(runs)
     grids, histories = sections.named_grids(found), sections.histories(found)
     charts = {"profiles": plots.profiles(grids)} if grids else {}
     if histories:
         charts["progress"] = plots.accuracy_over_pretraining(sections.series(histories))
     for f in found:
         for number, grid in enumerate(f.grids):
-            name = f.name if len(f.grids) == 1 else f"{f.name}-{number}"
+            run = f.name.replace("/", "-")
+            name = run if len(f.grids) == 1 else f"{run}-{number}"
             charts |= {f"{name}-{pool}": plots.heat_map(grid, pool) for pool in grid.pools}
     for name, chart in charts.items():
         write_atomic(folder / f"{name}.png", chart)

@@ -63,6 +63,8 @@ class RunProbe:
             "level": self.spec.level,
             "block": block,
             "pool": pool,
+            "data": self.train.root.resolve().name,
+            "samples": int((~self.split.heldout).sum()),
             "seconds": round(time.monotonic() - started, 3),
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from latentddae.core.config import read_file
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import read_checked_json, read_json, read_json_lines
 from latentddae.transfer import results
@@ -33,6 +34,10 @@ class InRunProbe:
     block: int | str
     pool: str
     top1: float
+    data: str = ""
+    """Name of the data set."""
+    samples: int | None = None
+    """Training samples."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class TrainingLog:
     loss: np.ndarray
     images_per_s: float | None
     probes: Sequence[InRunProbe]
+    data: str = ""
+    """Data set and split, from the configuration beside it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Visualization:
     block: int | str
     level: float
     queries: Sequence[Query]
+    checkpoint: str = ""
+    """As it was given."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +137,33 @@ class Found:
         return list({r.key: r for r in self.results if r.kind == kind}.values())
 
 
-def find(run: Path) -> Found:
+def find_all(runs: Sequence[Path]) -> list[Found]:
+    """Read run folders, each under a name of its own. Raises as `find`; ConfigError for a folder
+    that is given twice."""
+    return [find(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The last folders of each path, as few as tell all of them apart."""
+    parts = [Path(run).resolve().parts for run in runs]
+    for path in parts:
+        if parts.count(path) > 1:
+            raise ConfigError(f"{Path(*path)} is given twice")
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("distinct paths have distinct names")
+
+
+def find(run: Path, name: str | None = None) -> Found:
     """Read a run folder. ConfigError if it does not exist, DataError for a damaged file."""
+    run = Path(run)
     if not run.is_dir():
         raise ConfigError(f"run folder {run} does not exist")
     read = [r for path in _files(run, results.RESULTS) for r in results.read(path)]
     return Found(
-        name=run.name,
+        name=name or run.resolve().name,
         logs=[read_log(path) for path in _files(run, METRICS)],
         grids=[read_grid(path) for path in _own_grids(run)],
         comparisons=[read_comparison(path) for path in _files(run, "compare.json")],
@@ -167,17 +196,28 @@ def read_log(path: Path) -> TrainingLog:
     logged = [row for row in rows if "loss" in row and "images" in row]
     speeds = [row["images_per_s"] for row in logged if row.get("images_per_s")]
     names = InRunProbe.__dataclass_fields__
+    data = _training_data(path.parent / "config.yaml")
     return TrainingLog(
         name=path.parent.name,
         images=np.array([row["images"] for row in logged], dtype=np.float64),
         loss=np.array([row["loss"] for row in logged], dtype=np.float64),
         images_per_s=median(speeds) if speeds else None,
         probes=[
-            InRunProbe(**{name: row[name] for name in names})
+            InRunProbe(**{name: row[name] for name in names if name in row})
             for row in rows
             if row.get("event") == "probe"
         ],
+        data=data,
     )
+
+
+def _training_data(config: Path) -> str:
+    """Data set and split of a run's configuration; empty without one."""
+    settings = read_file(config).get("data") if config.is_file() else None
+    if not isinstance(settings, dict):
+        return ""
+    name = Path(str(settings.get("path", ""))).name
+    return ", ".join(filter(None, (name, str(settings.get("split", "")))))
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -218,7 +258,8 @@ def read_visualization(path: Path) -> Visualization:
         )
         for row in content["queries"]
     ]
-    return Visualization(content["cell"]["block"], content["cell"]["level"], queries)
+    cell, checkpoint = content["cell"], content.get("checkpoint", {})
+    return Visualization(cell["block"], cell["level"], queries, checkpoint.get("source", ""))
 
 
 def read_starts(path: Path) -> list[Start]:

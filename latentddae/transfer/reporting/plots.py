@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from latentddae.transfer import results
-from latentddae.transfer.grids import Grid, GridCell
+from latentddae.transfer.grids import Grid, GridCell, members
 from latentddae.transfer.results import Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.image import AxesImage
+    from matplotlib.ticker import Locator
 
 INK = "#1f2933"
 ACCENT = "#d1495b"
@@ -72,6 +74,14 @@ def level_text(level: float) -> str:
     return f"{level:.3g}"
 
 
+def tick_text(value: float) -> str:
+    """A number on an axis with at most three significant digits: 0.05, 92.5, 64k, 1.28M."""
+    for suffix, unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{suffix}"
+    return "0" if abs(value) < 1e-12 else f"{value:.3g}"
+
+
 def heat_map(grid: Grid, pool: str) -> bytes:
     """Held-out accuracy over blocks (rows, first at the bottom) and noise levels (columns) of one
     pooling. Thin frames: cells judged again by the full probe; thick frame: the chosen cell."""
@@ -80,7 +90,7 @@ def heat_map(grid: Grid, pool: str) -> bytes:
     canvas = figure(max(3.6, 1.5 + 0.54 * columns), 1.1 + 0.36 * rows)  # the title needs 3.6
     axes = canvas.subplots()
     image = axes.imshow(percent, origin="lower", aspect="auto", cmap="viridis")
-    axes.set_xticks(range(columns), [level_text(level) for level in grid.levels])
+    axes.set_xticks(range(columns), [tick_text(level) for level in grid.levels])
     axes.set_yticks(range(rows), [str(block) for block in grid.blocks])
     if percent.size <= WRITTEN_CELLS:
         _write_values(axes, percent)
@@ -90,7 +100,7 @@ def heat_map(grid: Grid, pool: str) -> bytes:
     _frame(axes, grid, grid.chosen_by_pool[pool], 3.0, ACCENT)
     mark = " (chosen)" if grid.chosen.pool == pool else ""
     _label(axes, f"pool {pool}{mark}: held-out accuracy, %", "noise level", "block")
-    canvas.colorbar(image, ax=axes, pad=0.02)
+    _colour_bar(canvas, axes, image)
     return png(canvas)
 
 
@@ -119,17 +129,21 @@ def profiles(grids: Sequence[tuple[str, Grid]]) -> bytes:
     its best block: one line per (name, grid) and pooling."""
     canvas = figure(9.4, 3.0)
     over_blocks, over_levels = canvas.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys(str(block) for _, grid in grids for block in grid.blocks))
+    names = [str(block) for block in sorted({b for _, g in grids for b in g.blocks}, key=members)]
     for name, grid in grids:
+        order = np.argsort(grid.levels)
         for pool in grid.pools:
             percent = 100 * grid.accuracies(pool)
-            rows = [names.index(str(block)) for block in grid.blocks]
-            over_blocks.plot(rows, np.nanmax(percent, axis=1), label=f"{name} {pool}".strip())
-            over_levels.plot(grid.levels, np.nanmax(percent, axis=0))
-    over_blocks.set_xticks(range(len(names)), names)
+            rows = np.array([names.index(str(block)) for block in grid.blocks])
+            by_block, by_level = np.nanmax(percent, axis=1), np.nanmax(percent, axis=0)
+            ascending = np.argsort(rows)
+            label = ", ".join(filter(None, (name, pool)))
+            over_blocks.plot(rows[ascending], by_block[ascending], label=label)
+            over_levels.plot(np.array(grid.levels)[order], by_level[order])
     _style(over_blocks, "block", "held-out accuracy, %", dots=True)
     _style(over_levels, "noise level", dots=True)
-    over_levels.xaxis.set_major_formatter(lambda value, _: level_text(value))
+    over_blocks.set_xticks(range(len(names)), names)
+    _percent_axis(over_blocks)
     _legend(canvas, over_blocks)
     return png(canvas)
 
@@ -145,7 +159,7 @@ def accuracy_over_pretraining(curves: Sequence[Series]) -> bytes:
         line.lines[0].set_markersize(3)
         line.set_label(curve.label)
     _style(axes, "images seen in pretraining", "accuracy, %")
-    _images_axis(axes)
+    _percent_axis(axes)
     _legend(canvas, axes, below=True)
     return png(canvas)
 
@@ -163,7 +177,6 @@ def loss_curves(curves: Sequence[LossCurve]) -> bytes:
         axes.plot(curve.images, curve.loss, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(curve.images, smooth, color=colour, label=curve.label)
     _style(axes, "images seen", "loss")
-    _images_axis(axes)
     _legend(canvas, axes)
     return png(canvas)
 
@@ -172,8 +185,10 @@ def noise_curve(levels: Sequence[float], accuracy: Sequence[float], name: str) -
     """Test accuracy of a noise-conditional classifier, by name, over noise levels, both (N,)."""
     canvas = figure(5.2, 3.2)
     axes = canvas.subplots()
-    axes.plot(levels, 100 * np.asarray(accuracy), color=ACCENT)
+    order = np.argsort(levels)
+    axes.plot(np.asarray(levels)[order], 100 * np.asarray(accuracy)[order], color=ACCENT)
     _style(axes, "noise level", "test accuracy, %", dots=True)
+    _percent_axis(axes)
     axes.set_title(f"one classifier for all levels, {name}", fontsize=10, color=INK)
     return png(canvas)
 
@@ -195,6 +210,7 @@ def geometry(measured: Values) -> bytes:
     panels[1].plot(blocks, full, label="full set")
     for axes in panels[:3]:
         _style(axes, "block", dots=True)
+        axes.xaxis.set_major_locator(_ticks(integer=True))
     panels[1].legend(frameon=False, fontsize=8)
     cka = np.array(measured["cka"], dtype=np.float64)
     _cka_map(panels[3], cka, (blocks[0] - 0.5, blocks[-1] + 0.5))
@@ -206,7 +222,7 @@ def _cka_map(axes: Axes, cka: np.ndarray, edges: tuple[float, float]) -> None:
     image = axes.imshow(cka, origin="lower", extent=(*edges, *edges))
     image.set(cmap="viridis", clim=(0, 1))
     _label(axes, "linear CKA", "block", "")
-    axes.figure.colorbar(image, ax=axes, pad=0.02)
+    _colour_bar(axes.figure, axes, image)
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
@@ -226,7 +242,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
             colour = "white" if percent[row, column] > 0.6 * percent.max() else INK
             _write(axes, column, row, f"{percent[row, column]:.0f}", colour, size=7)
     _label(axes, "", "predicted class", "class")
-    canvas.colorbar(image, ax=axes, pad=0.02)
+    _colour_bar(canvas, axes, image)
     return png(canvas)
 
 
@@ -238,6 +254,9 @@ def _shortened(name: str) -> str:
 def _style(axes: Axes, x: str, y: str = "", *, dots: bool = False) -> None:
     """The look of every curve; `dots` marks its points."""
     axes.set(xlabel=x, ylabel=y)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(_ticks())
+        axis.set_major_formatter(lambda value, _: tick_text(value))
     for line in axes.lines if dots else ():
         line.set(marker="o", markersize=3)
     axes.grid(alpha=0.25)
@@ -250,9 +269,25 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
 
 
-def _images_axis(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.tick_params(axis="x", labelrotation=20, labelsize=8)
+def _ticks(*, integer: bool = False) -> Locator:
+    """Few and round ticks, so that three digits tell neighbours apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=integer)
+
+
+def _percent_axis(axes: Axes) -> None:
+    """At least half a percent from bottom to top: finer ticks would need more than three digits."""
+    low, high = axes.get_ylim()
+    missing = max(0.5 - (high - low), 0.0)
+    axes.set_ylim(low - missing / 2, high + missing / 2)
+
+
+def _colour_bar(canvas: FigureBase, axes: Axes, image: AxesImage) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    formatter = FuncFormatter(lambda value, _: tick_text(value))
+    canvas.colorbar(image, ax=axes, pad=0.02, format=formatter, ticks=_ticks())
 
 
 def _legend(canvas: Figure, axes: Axes, *, below: bool = False) -> None:

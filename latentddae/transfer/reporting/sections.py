@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,14 +62,15 @@ def headline(runs: Sequence[Found]) -> list[Card]:
     """The few figures to see first: the network's probe, its lead over raw latents, its cell."""
     chosen = {
         score.result.group: score
-        for found in runs
-        for score in tables.scores(found)
+        for score in _best_comparison(runs)
         if score.chosen and score.probe == "linear"
     }
     cards = []
     if "ddae" in chosen:
         best = chosen["ddae"]
-        cards.append(Card(tables.percent(best.accuracy, 1), "DDAE linear probe, test"))
+        name = f"DDAE linear probe, {tables.data_text(best.result.data)}"
+        name = name if len(runs) == 1 else f"{name}, {best.run}"
+        cards.append(Card(tables.percent(best.accuracy, 1), name))
         if "latents" in chosen:
             lead = 100 * (best.accuracy - chosen["latents"].accuracy)
             cards.append(Card(f"{lead:+.1f}", "points over raw latents"))
@@ -80,6 +82,21 @@ def headline(runs: Sequence[Found]) -> list[Card]:
     if seen:
         cards.append(Card(f"{max(seen):,.0f}", "training images seen"))
     return cards
+
+
+def _best_comparison(runs: Sequence[Found]) -> list[tables.Score]:
+    """The rows of the comparison in which the network's linear probe is the best."""
+    compared = [
+        [score for score in tables.scores(replace(found, comparisons=[table], results=()))]
+        for found in runs
+        for table in found.comparisons
+    ]
+    return max(compared, key=_best_accuracy, default=[])
+
+
+def _best_accuracy(scores: Sequence[tables.Score]) -> float:
+    own = (s.accuracy for s in scores if s.chosen and s.probe == "linear" and s.is_pretrained)
+    return max(own, default=0.0)
 
 
 def side_by_side(runs: Sequence[Found]) -> list[Part]:
@@ -122,27 +139,80 @@ def grids(runs: Sequence[Found]) -> list[Part]:
     if any(len(grid.blocks) > 1 or len(grid.levels) > 1 for _, grid in named):
         caption = "best over noise levels for each block, and over blocks for each noise level"
         parts.append(Picture(plots.profiles(named), caption))
-    for found in runs:
-        for grid in found.grids:
-            if len(named) > 1:
-                source = tables.checkpoint_text(grid.checkpoint)
-                parts.append(Heading(f"{found.name}: {source}"))
-            parts += heat_maps(grid)
+    for origin, grid in grid_origins(runs):
+        if len(named) > 1:
+            parts.append(Heading(f"{origin.run}: {origin.checkpoint}, {origin.data}"))
+        parts += heat_maps(grid, origin.data)
     return parts
 
 
+class GridOrigin(NamedTuple):
+    """What tells one grid from another."""
+
+    run: str
+    checkpoint: str
+    data: str
+    samples: str
+    settings: str
+
+
+def grid_origins(runs: Sequence[Found]) -> list[tuple[GridOrigin, Grid]]:
+    """Every grid with its origin; the name of its data is that of its result line, else the
+    start of its fingerprint."""
+    found = []
+    for run in runs:
+        names = {
+            (r.data.train or {}).get("content"): tables.data_name(r.data)
+            for r in run.results
+            if r.kind == "grid"
+        }
+        for grid in run.grids:
+            content = grid.data.get("content", "")
+            origin = GridOrigin(
+                run=run.name,
+                checkpoint=tables.checkpoint_text(grid.checkpoint),
+                data=names.get(content) or content[:8],
+                samples=f"{grid.n_seen['fit']:,} samples",
+                settings=_grid_settings(grid),
+            )
+            found.append((origin, grid))
+    return found
+
+
+def _grid_settings(grid: Grid) -> str:
+    noise = "" if grid.noisy_input else ", clean input"
+    return (
+        f"seed {grid.seed}, {grid.noise_samples} noises{noise}, {grid.precision}, weights "
+        f"{grid.checkpoint.model_hash[:8]}, data {grid.data.get('content', '')[:8]}"
+    )
+
+
 def named_grids(runs: Sequence[Found]) -> list[tuple[str, Grid]]:
-    """(run, grid); runs have no name where there is only one."""
-    return [(found.name if len(runs) > 1 else "", grid) for found in runs for grid in found.grids]
+    """Every grid with a name that tells it from the others; one grid alone has none."""
+    found = grid_origins(runs)
+    names = told_apart([origin for origin, _ in found])
+    return [(name, grid) for name, (_, grid) in zip(names, found, strict=True)]
 
 
-def heat_maps(grid: Grid) -> list[Part]:
+def told_apart(origins: Sequence[tuple[str, ...]]) -> list[str]:
+    """Each origin as text: of the columns in which some differ, the first that tell all apart."""
+    columns = [i for i, values in enumerate(zip(*origins, strict=True)) if len(set(values)) > 1]
+    names = [""] * len(origins)
+    for count in range(len(columns) + 1):
+        names = [", ".join(origin[i] for i in columns[:count]) for origin in origins]
+        if len(set(names)) == len(set(origins)):
+            break
+    return names
+
+
+def heat_maps(grid: Grid, data: str) -> list[Part]:
     """One heat map per pooling."""
     best = grid.chosen
     note = (
         f"Held-out accuracy of a closed-form ridge probe on {grid.n_seen['fit']:,} training "
-        "samples, for each block (1 = first) and noise level (0 clean, 1 pure noise). Thin frames: "
-        "the best blocks, evaluated again by the full linear probe on held-out training samples; "
+        f"samples of {data}, for each block (1 = first) and noise level (0 clean, 1 pure noise). "
+        "Thin frames: the best blocks, evaluated again by the full linear probe on held-out "
+        "training samples; "
         f"thick frame: the best of these. Chosen overall: block {best.block} at noise level "
         f"{plots.level_text(best.level)}, pool {best.pool}."
     )
@@ -184,18 +254,23 @@ def histories(runs: Sequence[Found]) -> list[History]:
     Of several cells of one checkpoint, the best on held-out training samples counts.
     """
     points: dict[Origin, dict[int, Point]] = defaultdict(dict)
+    measured = [score for found in runs for score in tables.scores(found)]
+    data_texts = tables.distinct_data_texts([score.result for score in measured])
     for found in runs:
         for log in found.logs:
             for probe in log.probes:
                 cell = f"block {probe.block}, level {plots.level_text(probe.level)}, {probe.pool}"
                 name = f"{tables.PROBE_NAMES.get(probe.kind, probe.kind)} during training"
-                origin = Origin(found.name, name, cell, "held-out train", "")
+                data = ", ".join(filter(None, (probe.data, "held-out train")))
+                samples = "" if probe.samples is None else f"{probe.samples:,} samples"
+                origin = Origin(found.name, name, cell, data, samples)
                 points[origin][probe.images] = Point(probe.images, probe.top1, None)
         scores = [score for score in tables.scores(found) if score.is_pretrained]
         for score in sorted(scores, key=lambda score: score.heldout_accuracy or 0.0):
             images = tables.images_seen(score.result.checkpoint)
             if images is not None:
-                points[_origin(score)][images] = Point(images, score.accuracy, score.accuracy_sd)
+                origin = _origin(score, data_texts)
+                points[origin][images] = Point(images, score.accuracy, score.accuracy_sd)
     return [
         (origin, [by_images[images] for images in sorted(by_images)])
         for origin, by_images in points.items()
@@ -203,13 +278,13 @@ def histories(runs: Sequence[Found]) -> list[History]:
     ]
 
 
-def _origin(score: tables.Score) -> Origin:
+def _origin(score: tables.Score, data_texts: Mapping[str, str]) -> Origin:
     result = score.result
     return Origin(
         run=score.run,
         probe=tables.probe_name(score),
         cell="",
-        data=tables.data_text(result.data),
+        data=data_texts[result.key],
         train_samples=f"{result.n_seen.get('train', 0):,} samples",
     )
 
@@ -329,7 +404,8 @@ def _visualizations(runs: Sequence[Found]) -> list[Visualization]:
 
 
 def _where(shown: Visualization) -> str:
-    return f"block {shown.block}, noise level {plots.level_text(shown.level)}"
+    source = f" of {shown.checkpoint}" if shown.checkpoint else ""
+    return f"block {shown.block}{source}, noise level {plots.level_text(shown.level)}"
 
 
 def _neighbour_strip(query: Query) -> Strip:
@@ -367,12 +443,21 @@ def pretraining(runs: Sequence[Found]) -> list[Part]:
     if not logs:
         return []
     rows: list[list[Cell]] = [
-        [name, int(log.images[-1]), round(float(log.loss[-1]), 4), round(log.images_per_s or 0)]
+        [
+            name,
+            Short(log.data),
+            int(log.images[-1]),
+            round(float(log.loss[-1]), 4),
+            round(log.images_per_s or 0),
+        ]
         for name, log in logs
     ]
     curves = [plots.LossCurve(name, log.images, log.loss) for name, log in logs]
     chart = Picture(plots.loss_curves(curves), "training loss over images seen")
-    return [chart, Table(("run", "images seen", "last loss", "images/s (median)"), rows)]
+    return [
+        chart,
+        Table(("run", "data, split", "images seen", "last loss", "images/s (median)"), rows),
+    ]
 
 
 def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from latentddae.transfer import results
 from latentddae.transfer.reporting.collect import Comparison, Confusion, Found
+from latentddae.transfer.reporting.differences import with_differences
 from latentddae.transfer.reporting.page import Bar, Cell, Short, Table, Tagged
 from latentddae.transfer.results import CellInfo, CheckpointInfo, DataInfo, Result
 
@@ -18,8 +19,8 @@ ORIGIN = ("data, split", "train samples", "checkpoint")  # columns that tell row
 PROBE_NAMES = {"knn": "k-NN"}  # of those that are not called by their kind
 CSV_HEADER = (
     *("run", "features", "chosen", "block", "level", "pool", "width", "probe", "accuracy"),
-    *("accuracy_sd", "heldout_accuracy", "metric", "protocol", "data", "test_split", "n_train"),
-    *("n_test", "checkpoint", "weights", "images_seen", "seed"),
+    *("accuracy_sd", "heldout_accuracy", "metric", "protocol", "data", "train_split"),
+    *("test_split", "n_train", "n_test", "checkpoint", "weights", "images_seen", "seed", "key"),
 )
 
 
@@ -123,8 +124,28 @@ def images_seen(checkpoint: CheckpointInfo | None) -> int | None:
 
 
 def data_text(data: DataInfo) -> str:
-    """A data set and the split that was scored: "digits, test"."""
-    return ", ".join(filter(None, (data_name(data), data.test_split)))
+    """A data set and the split that was scored: "digits, test"; with the splits that were fitted
+    on, where these are not `train`: "digits, train+val → test"."""
+    fitted = "" if data.train_split in (None, "train") else f"{data.train_split} → "
+    return ", ".join(filter(None, (data_name(data), f"{fitted}{data.test_split or ''}")))
+
+
+def distinct_data_texts(found: Sequence[Result]) -> dict[str, str]:
+    """`data_text` of each result, by its key; with the start of its fingerprint where sets of
+    different content have the same name."""
+    contents: dict[str, set[str]] = defaultdict(set)
+    for result in found:
+        contents[data_text(result.data)].add(_content(result.data))
+    return {
+        result.key: text if len(contents[text]) == 1 else f"{text} ({_content(result.data)[:8]})"
+        for result, text in ((result, data_text(result.data)) for result in found)
+    }
+
+
+def _content(data: DataInfo) -> str:
+    """What identifies the samples of a data set, whatever it is called."""
+    parts = [(data.train or {}).get("content", ""), (data.test or {}).get("content", "")]
+    return parts[0] if parts[0] == parts[1] else "".join(part[:8] for part in parts)
 
 
 def data_name(data: DataInfo) -> str:
@@ -166,7 +187,8 @@ def comparison_table(table: Comparison) -> Table:
             ]
         )
         emphasised.append(result.group == "ddae" and chosen)
-    return Table(("features", "linear probe", "k-NN", "cell", "width", *ORIGIN), rows, emphasised)
+    header = ("features", "linear probe", "k-NN", "cell", "width", *ORIGIN)
+    return with_differences(Table(header, rows, emphasised), table.rows)
 
 
 def probe_table(probes: Sequence[Score]) -> Table:
@@ -183,17 +205,19 @@ def probe_table(probes: Sequence[Score]) -> Table:
                 *origin(score.result),
             ]
         )
-    return Table(("probe", "test accuracy", "held-out", "cell", *ORIGIN), rows)
+    table = Table(("probe", "test accuracy", "held-out", "cell", *ORIGIN), rows)
+    return with_differences(table, [score.result for score in probes])
 
 
 def side_by_side(runs: Sequence[str], found: Sequence[Score]) -> Table | None:
     """One column per run, one row per probe and data set: the accuracy of the latest checkpoint, in
     brackets its difference to the first run. None if nothing was measured."""
     latest: dict[tuple[str, str, int], dict[str, Score]] = defaultdict(dict)
+    data_texts = distinct_data_texts([score.result for score in found])
     for score in found:
         result = score.result
         samples = result.n_seen.get("train", 0)
-        best = latest[probe_name(score), data_text(result.data), samples]
+        best = latest[probe_name(score), data_texts[result.key], samples]
         if score.run not in best or _age(score) >= _age(best[score.run]):
             best[score.run] = score
     if not latest:
@@ -239,13 +263,17 @@ def mistakes_table(confusion: Confusion) -> Table | None:
 def dense_table(runs: Sequence[Found]) -> Table | None:
     """mIoU of `latentddae segment` and PCK of `latentddae correspond`; None without any."""
     rows: list[list[Cell]] = []
+    shown: list[Result] = []
     for found in runs:
         for kind, task in (("segment", "linear segmentation"), ("correspond", "correspondence")):
             for result in found.newest(kind):
                 cell = Short(features_text(result.cell))
                 scores_ = DENSE_SCORES[kind](result.values)
                 rows.append([found.name, task, scores_, cell, *origin(result)])
-    return Table(("run", "task", "test", "cell", *ORIGIN), rows) if rows else None
+                shown.append(result)
+    if not rows:
+        return None
+    return with_differences(Table(("run", "task", "test", "cell", *ORIGIN), rows), shown)
 
 
 def _segmentation(values: results.Values) -> str:
@@ -292,6 +320,7 @@ def _csv_rows(found: Sequence[Score]) -> Iterator[Mapping[str, object]]:
             "metric": result.metric,
             "protocol": score.protocol.get("name"),
             "data": data_name(result.data),
+            "train_split": result.data.train_split,
             "test_split": result.data.test_split,
             "n_train": result.n_seen.get("train"),
             "n_test": result.n_seen.get("test"),
@@ -299,4 +328,5 @@ def _csv_rows(found: Sequence[Score]) -> Iterator[Mapping[str, object]]:
             "weights": checkpoint.weights if checkpoint else None,
             "images_seen": images_seen(checkpoint),
             "seed": result.seed,
+            "key": result.key,
         }

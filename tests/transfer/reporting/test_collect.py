@@ -77,3 +77,20 @@ def test_damaged_files_are_named(tmp_path):
     write_lines(tmp_path / "results.jsonl", [{"kind": "knn"}])
     with pytest.raises(DataError, match=r"results\.jsonl, line 1"):
         collect.find(tmp_path)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    paths = [tmp_path / folder / "run" for folder in ("a", "b")]
+    for path in paths:
+        path.mkdir(parents=True)
+    assert [found.name for found in collect.find_all(paths)] == ["a/run", "b/run"]
+    assert [found.name for found in collect.find_all(paths[:1])] == ["run"]
+    with pytest.raises(ConfigError, match="is given twice"):
+        collect.find_all([paths[0], tmp_path / "b" / ".." / "a" / "run"])
+
+
+def test_a_log_knows_the_data_of_its_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"images": 16, "loss": 1.0}\n')
+    assert collect.read_log(tmp_path / "metrics.jsonl").data == ""
+    (tmp_path / "config.yaml").write_text("data: {path: /x/digits, split: train}\n")
+    assert collect.read_log(tmp_path / "metrics.jsonl").data == "digits, train"

@@ -6,11 +6,11 @@ import pytest
 
 from latentddae.core.errors import DataError
 from latentddae.transfer.reporting import sections
-from latentddae.transfer.reporting.collect import Found, InRunProbe, TrainingLog
+from latentddae.transfer.reporting.collect import Comparison, Found, InRunProbe, TrainingLog
 from latentddae.transfer.reporting.page import Heading, Picture, Table
 from latentddae.transfer.reporting.sections import Point
 
-from .run_folder import data, grid, probe
+from .run_folder import compared, data, grid, probe
 
 
 def run(name: str = "demo", *, results=(), logs=(), grids=()) -> Found:
@@ -77,9 +77,55 @@ def test_lines_are_named_by_what_tells_them_apart():
 
 
 def test_several_grids_of_a_run_are_headed_by_their_checkpoints():
-    parts = sections.grids([run(grids=[grid(), grid()])])
+    later = replace(grid().checkpoint, images_seen=128_000)
+    parts = sections.grids([run(grids=[grid(), replace(grid(), checkpoint=later)])])
     headings = [part.text for part in parts if isinstance(part, Heading)]
-    assert headings == ["demo: demo/pretrain (ema), 64,000 images"] * 2
+    assert headings == [
+        "demo: demo/pretrain (ema), 64,000 images, 01234567",
+        "demo: demo/pretrain (ema), 128,000 images, 01234567",
+    ]
+
+
+def test_grids_are_named_by_what_tells_them_apart():
+    """By the checkpoint or the data, as their result lines call it; by the seed if by nothing
+    else; one alone by nothing."""
+    one, named = grid(), replace(probe("linear", 0.9, 1), kind="grid", protocol={}, accuracy=None)
+    later = replace(one, checkpoint=replace(one.checkpoint, images_seen=128_000))
+    birds = replace(one, data={"codec": "def", "content": "fedcba9876"})
+    about_birds = replace(named, data=replace(data("birds"), train=birds.data))
+
+    def names(*grids, results=(named, about_birds)):
+        return [name for name, _ in sections.named_grids([run(grids=grids, results=results)])]
+
+    assert names(one) == [""]
+    assert names(one, later) == [
+        "demo/pretrain (ema), 64,000 images",
+        "demo/pretrain (ema), 128,000 images",
+    ]
+    assert names(one, birds) == ["digits", "birds"]
+    assert names(one, birds, results=()) == ["01234567", "fedcba98"]
+    seeds = names(one, replace(one, seed=1))
+    assert seeds[0] != seeds[1] and seeds[1].startswith("seed 1")
+    both = sections.named_grids([run("a", grids=[one]), run("b", grids=[one])])
+    assert [name for name, _ in both] == ["a", "b"]
+
+
+def test_the_headline_is_of_one_comparison():
+    """The lead over raw latents is that of the table in which the network is best."""
+
+    def table(ddae, latents):
+        rows = [compared("ddae", "mean", 24, ddae), compared("latents", None, 256, latents)]
+        return Comparison(rows, [True, True])
+
+    runs = [
+        replace(run("a"), comparisons=[table(0.9, 0.5)]),
+        replace(run("b"), comparisons=[table(0.7, 0.6)]),
+    ]
+    cards = [(card.figure, card.explanation) for card in sections.headline(runs)]
+    assert cards[:2] == [
+        ("90.0 %", "DDAE linear probe, digits, test, a"),
+        ("+40.0", "points over raw latents"),
+    ]
 
 
 def test_facts_of_several_runs_are_kept_apart():

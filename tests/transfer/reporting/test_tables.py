@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentddae.transfer.reporting import tables
+from latentddae.transfer.reporting import sections, tables
 from latentddae.transfer.reporting.collect import Comparison, Confusion, Found
 from latentddae.transfer.reporting.page import Bar, Short, Tagged
 from latentddae.transfer.reporting.tables import Score
-from latentddae.transfer.results import CheckpointInfo, DataInfo
+from latentddae.transfer.results import CheckpointInfo, DataInfo, Result
 
 from .run_folder import cell, checkpoint, compared, data, probe, studies
 
@@ -43,6 +43,61 @@ def test_rows_on_other_data_splits_and_checkpoints_look_different():
     ]
     table = tables.probe_table(single(run(found=[one, *others])))
     assert len({repr(row) for row in table.rows}) == 1 + len(others)
+
+
+def other_settings(one: Result) -> list[Result]:
+    """The same cell on data of the same name, and another experiment each time."""
+    cell_, data_ = one.cell, one.data
+    assert cell_ is not None and one.checkpoint is not None
+    return [
+        replace(one, seed=1),
+        replace(one, noise_seeds=(0, 1, 2)),
+        replace(one, cell=replace(cell_, noise_samples=4)),
+        replace(one, cell=replace(cell_, noisy_input=False)),
+        replace(one, cell=replace(cell_, precision="bf16")),
+        replace(one, cell=replace(cell_, level=0.10001)),
+        replace(one, cell=replace(cell_, stored=True)),
+        replace(one, data=replace(data_, train={"codec": "def", "content": "other"})),
+        replace(one, data=replace(data_, train_split="train+val")),
+        replace(one, checkpoint=replace(one.checkpoint, model_hash="other")),
+        replace(one, protocol={**one.protocol, "holdout": 0.1}),
+        replace(one, protocol={**one.protocol, "epochs": 100}),
+        replace(one, reference_accuracy=0.5),
+        replace(one, version="0.0.9"),
+    ]
+
+
+def test_no_two_experiments_look_the_same():
+    """Whatever decides a result tells its row apart, without looking at the scores."""
+    one = probe("linear", 0.9, 1000)
+    experiments = [one, *other_settings(one)]
+    table = tables.probe_table(single(run(found=experiments)))
+    shown = [repr([*row[:1], *row[3:]]) for row in table.rows]
+    assert len(set(shown)) == len(experiments)
+    assert table.header[-1] == "differs in"
+    pair = tables.probe_table(single(run(found=[one, replace(one, seed=1)])))
+    assert [row[-1] for row in pair.rows] == ["seed 0", "seed 1"]
+    twice = tables.probe_table(single(run(found=[one, probe("knn", 0.9, 1000)])))
+    assert "differs in" not in twice.header
+
+
+def test_sets_of_one_name_and_other_content_are_not_mixed():
+    """Two folders called digits: two rows side by side, and no curve through both."""
+    one = probe("linear", 0.9, 1000)
+    content = {"codec": "def", "content": "fedcba98"}
+    other = replace(one, data=replace(one.data, train=content, test=content), accuracy=0.5)
+    scores = [
+        score
+        for name, found in (("a", [one]), ("b", [other]))
+        for score in single(run(name, found=found))
+    ]
+    table = tables.side_by_side(["a", "b"], scores)
+    assert [row[1] for row in table.rows] == [
+        Short("digits, test (01234567)"),
+        Short("digits, test (fedcba98)"),
+    ]
+    later = replace(other, checkpoint=checkpoint(2000))
+    assert sections.histories([run(found=[one, later])]) == []
 
 
 def test_a_comparison_tags_choices_and_emphasises_the_network():
