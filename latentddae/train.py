@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from latentddae.core import config as configuration
 from latentddae.core import dist, rng
 from latentddae.core.command import Command
-from latentddae.core.errors import run_command
+from latentddae.core.errors import UnavailableError, run_command
 from latentddae.core.outputs import Output
 from latentddae.core.precision import DTYPES
 from latentddae.data.training_data import info_of, open_data, open_loader, require_random_access
@@ -33,6 +33,7 @@ from latentddae.generation.monitor import Monitor
 from latentddae.models import attention, zoo
 from latentddae.models.network import Condition
 from latentddae.planning.flops import training_flops
+from latentddae.planning.outlook import outlook
 from latentddae.training import origin as origins
 from latentddae.training.config import TrainConfig, check_labels, contract, resolve
 from latentddae.training.deepspeed_config import derive
@@ -41,8 +42,11 @@ from latentddae.training.job import Evaluation, Job
 from latentddae.training.loop import Loop
 from latentddae.training.process import RUN_FOLDER, RunContext, distributed_run
 from latentddae.training.states import State
+from latentddae.training.step_plan import step_of, with_micro_batch
 from latentddae.transfer.extraction.inputs import check_data
 from latentddae.transfer.protocol.run_probe import RunProbe
+
+MICRO_BATCH_RULE = "engine.micro_batch=null: what fits on a GPU, the whole share on a CPU"
 
 
 def train(config: TrainConfig) -> Path:
@@ -72,18 +76,21 @@ def plan(config: TrainConfig) -> str:
     if config.monitor.every_images:
         require_random_access(samples, "monitor.every_images")
     device = dist.device_for(world)
+    given, config = config, with_micro_batch(config, device)
     precision, batch, settings = derive(config.engine, config.global_batch, world.size, device)
     with torch.device("meta"):
         model = zoo.build(config.model)
     origin = _planned_origin(config)
     attention.choose(model, config.engine.attention, device, DTYPES[precision])
     parameters = sum(p.numel() for p in model.parameters())
+    expected = "\n".join(outlook(step_of(config, world.size, device), config.total_images, device))
+    rule = "" if given.engine.micro_batch else f" ({MICRO_BATCH_RULE})"
     return (
         f"{len(data)} samples of {data.spec.shape} from {data.root}\n"
         f"{config.model.kind} with {parameters:,} parameters, objective {config.objective.kind}\n"
         f"{config.total_images:,} images in batches of {config.global_batch} = "
-        f"{world.size} ranks x {batch.accumulation} x {batch.micro}, {precision}\n"
-        f"{origin}DeepSpeed: {json.dumps(settings)}"
+        f"{world.size} ranks x {batch.accumulation} x {batch.micro}{rule}, {precision}\n"
+        f"{expected}\n{origin}DeepSpeed: {json.dumps(settings)}"
     )
 
 
@@ -107,7 +114,7 @@ class Pretraining:
         self.context = context
         self.samples = dist.on_all_ranks(lambda: open_data(config.data))
         self.data = info_of(self.samples)
-        self.config = resolve(config, self.data)
+        self.config = with_micro_batch(resolve(config, self.data), context.device)
         check_labels(self.config, self.samples)
         self.monitor = self._open_monitor()
         self.probe = dist.on_all_ranks(self._open_probe)
@@ -235,7 +242,19 @@ class Pretraining:
         probe, device = self.probe, self.context.device
         assert probe is not None
         folder = dist.on_rank0(lambda: export(state, self.context.run / "export"))
-        return probe.score(dist.on_all_ranks(lambda: zoo.load(folder, device=device)))
+        return probe.score(dist.on_all_ranks(lambda: _exported(folder, state, device)))
+
+
+def _exported(folder: Path, state: State, device: torch.device) -> zoo.Checkpoint:
+    """The weights of a state that rank 0 has exported. UnavailableError on a node whose file system
+    still shows those of an earlier state."""
+    checkpoint = zoo.load(folder, device=device)
+    if checkpoint.info["images_seen"] != state.images:
+        raise UnavailableError(
+            f"{folder} was exported at {state.images} images, and this rank still sees that of "
+            f"{checkpoint.info['images_seen']}: the nodes' file systems disagree"
+        )
+    return checkpoint
 
 
 def outputs(config: TrainConfig) -> list[Output]:
@@ -243,7 +262,7 @@ def outputs(config: TrainConfig) -> list[Output]:
     return [Output(Path(config.run), RUN_FOLDER, [config.data.path])]
 
 
-COMMAND = Command("train", TrainConfig, run=train, plan=plan, outputs=outputs)
+COMMAND = Command("train", TrainConfig, run=train, plan=plan, outputs=outputs, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class EngineConfig:
     precision: Precision = "auto"
     """auto is bf16 where the hardware computes in it, else fp32. Master weights are always fp32."""
     micro_batch: int | None = None
-    """Samples per rank and backward pass; null takes a rank's whole share of the batch."""
+    """Samples per rank and backward pass; null: in `train` on GPUs the most that fit by formula,
+    else a rank's whole share of the batch."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     checkpoint_blocks: int = 0

@@ -1,0 +1,114 @@
+"""Bytes that a training step keeps for its backward pass, counted without computing anything.
+
+The network runs on tensors without memory (torch's FakeTensorMode), and what autograd saves is
+added up. Blocks that are compiled keep less.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from latentddae.core.precision import DTYPES
+from latentddae.models import attention, zoo
+from latentddae.models.network import Network, NetworkConfig
+
+FP32 = 4
+LOSS_COPIES = 8
+"""Latent-sized fp32 tensors of a step outside the network: x0, noise, input, target, prediction and
+their gradients."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that autograd keeps of a forward pass."""
+
+    by_blocks: float
+    elsewhere: float
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a step keeps for its backward pass."""
+
+    per_image: Kept
+    once: Kept
+    """However many images there are: fp32 copies of some weights."""
+    block_input: float
+    """Bytes per image that a block keeps instead if it is computed again."""
+    depth: int
+
+    def at_most(self, images: int, checkpoint_blocks: int) -> float:
+        """The most bytes alive at once if every n-th block is computed again (0: none).
+
+        The backward pass frees as it goes; beside what is kept, a quarter of a block's size are
+        gradients, or one whole block is computed again (tests/planning/test_activations.py).
+        """
+        recomputed = self.depth // checkpoint_blocks if checkpoint_blocks else 0
+        block = (images * self.per_image.by_blocks + self.once.by_blocks) / self.depth
+        kept = images * self.per_image.elsewhere + self.once.elsewhere
+        kept += (self.depth - recomputed) * block + recomputed * images * self.block_input
+        return kept + (block if recomputed else block / 4)
+
+
+def count_activations(
+    config: NetworkConfig, precision: Literal["fp32", "bf16"], backend: str = "sdpa"
+) -> Activations:
+    """What a training step of a network keeps, from one that has no weights in memory."""
+    network = _without_memory(config, DTYPES[precision], backend)
+    shape = (config.in_channels, config.input_size, config.input_size)
+    one, two = _kept(network, shape, 1), _kept(network, shape, 2)
+    outside = LOSS_COPIES * FP32 * torch.Size(shape).numel()
+    tokens, width = max(network.tap_shapes().values(), key=lambda tap: tap[0] * tap[1])
+    return Activations(
+        per_image=Kept(two.by_blocks - one.by_blocks, two.elsewhere - one.elsewhere + outside),
+        once=Kept(2 * one.by_blocks - two.by_blocks, 2 * one.elsewhere - two.elsewhere),
+        block_input=FP32 * tokens * width,
+        depth=config.depth,
+    )
+
+
+def _kept(network: Network, shape: tuple[int, int, int], images: int) -> Kept:
+    network.checkpoint_blocks = 0
+    everything = _saved(network, shape, images)
+    network.checkpoint_blocks = 1  # what is computed again is not saved
+    elsewhere = min(_saved(network, shape, images), everything)
+    return Kept(everything - elsewhere, elsewhere)
+
+
+def _without_memory(config: NetworkConfig, dtype: torch.dtype, backend: str) -> Network:
+    """The network in `dtype`, whose weights and buffers have shapes and no values."""
+    with torch.device("meta"):
+        model = cast(nn.Module, zoo.build(config)).to(dtype)
+    attention.choose(model, backend, torch.device("cpu"), dtype)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return cast(Network, model)
+
+
+def _saved(network: Network, shape: tuple[int, int, int], images: int) -> float:
+    """Bytes that autograd saves of a forward pass: inputs (images, *shape)."""
+    own = {x.untyped_storage()._cdata for x in _tensors(network)}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no address is reused
+        return tensor
+
+    weights = next(iter(network.parameters()))
+    with weights.fake_mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # type: ignore[attr-defined]
+        network(torch.empty(images, *shape), torch.empty(images))
+    return sum(x.untyped_storage().nbytes() for x in saved.values())
+
+
+def _tensors(network: Network) -> list[Tensor]:
+    module = cast(nn.Module, network)
+    return [*module.parameters(), *module.buffers()]

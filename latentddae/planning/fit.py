@@ -1,0 +1,126 @@
+"""Does a training step fit into a device's memory, how long does it take, and what would be better.
+
+All of it by formula, before anything starts: bytes of weights, gradients, optimizer and averages
+(memory.py), bytes kept for the backward pass (activations.py), operations of a step (flops.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from latentddae.planning.activations import Activations
+from latentddae.planning.memory import state_bytes
+
+BUFFERS = 0.08e9
+"""DeepSpeed's buckets of 10 million fp32 numbers, one that is filled and one that is sent."""
+CONTEXT = 1.5e9
+"""Of CUDA, its kernels' workspaces and NCCL: an allowance, not counted."""
+USABLE = 0.92
+"""Share of a device's memory that is planned for; the allocator cannot use all in one piece."""
+SMALL_BATCH = 16
+"""Images per GPU and pass below which a GPU is hardly faster than with twice as many."""
+
+Stage = Literal[0, 1, 2, 3]
+PrecisionName = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A training step as it is cut over ranks."""
+
+    parameters: int
+    activations: Activations
+    flops_per_image: float
+    """Of a training step: forward and backward."""
+    global_batch: int
+    ranks: int
+    micro: int
+    """Images per rank and backward pass."""
+    zero_stage: Stage
+    precision: PrecisionName
+    averages: int
+    checkpoint_blocks: int
+    on_gpu: bool
+
+    @property
+    def share(self) -> int:
+        """Images per rank and step."""
+        return self.global_batch // self.ranks
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes on one rank, by what they are."""
+        state = state_bytes(
+            self.parameters, self.ranks, self.zero_stage, self.precision, self.averages
+        )
+        parts = {
+            "weights": state.weights,
+            "gradients": state.gradients,
+            "optimizer": state.optimizer,
+            "averages": state.averages,
+            "activations": self.activations.at_most(self.micro, self.checkpoint_blocks),
+        }
+        return parts | ({"buffers and CUDA": BUFFERS + CONTEXT} if self.on_gpu else {})
+
+    @property
+    def bytes(self) -> float:
+        """All of them."""
+        return sum(self.parts.values())
+
+    def fits(self, memory: float) -> bool:
+        """Whether a rank needs no more than can be used of `memory` bytes."""
+        return self.bytes <= USABLE * memory
+
+    def seconds(self, flops_per_s: float) -> float:
+        """Of a step on devices that compute that much each; blocks that are computed again cost
+        another forward pass."""
+        again = 1 / (3 * self.checkpoint_blocks) if self.checkpoint_blocks else 0.0
+        return self.share * self.flops_per_image * (1 + again) / flops_per_s
+
+
+def largest_micro(step: Step, memory: float) -> int | None:
+    """The most images per pass that divide a rank's share and fit into `memory` bytes; None if not
+    even one does."""
+    divisors = (n for n in range(step.share, 0, -1) if step.share % n == 0)
+    return next((n for n in divisors if replace(step, micro=n).fits(memory)), None)
+
+
+def remedies(step: Step, memory: float) -> Iterator[str]:
+    """Settings under which a step that does not fit does, the cheapest first."""
+    stages = [s for s in (1, 2, 3) if s > step.zero_stage and step.ranks > 1]
+    for checkpoint in dict.fromkeys((step.checkpoint_blocks, 1)):
+        for stage in (step.zero_stage, *stages):
+            tried = replace(step, checkpoint_blocks=checkpoint, zero_stage=cast(Stage, stage))
+            micro = largest_micro(tried, memory)
+            if micro is not None:
+                yield _settings(step, replace(tried, micro=micro))
+
+
+def _settings(old: Step, new: Step) -> str:
+    names = {"micro": "micro_batch", "zero_stage": "zero_stage"}
+    names |= {"checkpoint_blocks": "checkpoint_blocks"}
+    changed = [n for n in names if getattr(new, n) != getattr(old, n)]
+    return " ".join(f"engine.{names[n]}={getattr(new, n)}" for n in changed)
+
+
+def improvements(step: Step, memory: float) -> Iterator[str]:
+    """What would be better about a step that fits, each as a setting and its reason."""
+    if step.checkpoint_blocks and (
+        micro := largest_micro(replace(step, checkpoint_blocks=0), memory)
+    ):
+        also = "" if micro >= step.micro else f" with engine.micro_batch={micro}"
+        yield f"engine.checkpoint_blocks=0{also} fits: nothing would be computed twice"
+    for stage in range(1, step.zero_stage):
+        if replace(step, zero_stage=cast(Stage, stage)).fits(memory):
+            yield f"engine.zero_stage={stage} fits and sends less between the ranks"
+            break
+    micro = largest_micro(step, memory)
+    if micro is not None and micro > step.micro and step.on_gpu:
+        passes = f"{step.share // micro} instead of {step.share // step.micro} passes"
+        yield f"engine.micro_batch={micro} fits: {passes}"
+    if step.on_gpu and step.ranks > 1 and step.share < SMALL_BATCH:
+        fewer = max(1, step.global_batch // (2 * SMALL_BATCH))
+        yield (
+            f"{step.share} images per GPU are few: global_batch={2 * SMALL_BATCH * step.ranks}, or "
+            f"{fewer} GPUs, would use them better"
+        )
