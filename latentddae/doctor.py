@@ -477,7 +477,7 @@ def plan(config: DoctorConfig) -> str:
     return f"check {', '.join(CHECKS)} and the folder {config.folder}"
 
 
-COMMAND = Command("doctor", DoctorConfig, run=run, plan=plan)
+COMMAND = Command("doctor", DoctorConfig, run=run, plan=plan, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The command line: every command exists, explains itself, and fails in one line."""
 
 import contextlib
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,30 @@ def test_errors_are_one_line_and_carry_their_status(error, status, capsys) -> No
 
     assert run_command("x", main, []) == status
     assert capsys.readouterr().err == "latentddae x: error: first second\n"
+
+
+ON_RANKS = ("encode", "train", "finetune", "sample", "doctor") + (
+    *("grid", "linear", "knn", "compare", "geometry", "visualize", "features", "suite"),
+)
+
+
+def test_ranks_share_the_work_or_the_command_refuses_them(monkeypatch) -> None:
+    """What only one process can do is not done twice at the same time, by two ranks into one
+    folder."""
+    guide = (Path(__file__).parents[1] / "docs" / "transfer.md").read_text()
+    (sentence,) = [line for line in guide.splitlines() if line.startswith("Under `torchrun`")]
+    listed = re.findall(r"`(\w+)`", sentence.partition("the ranks of")[2])
+    assert sorted(listed) == sorted(
+        set(ON_RANKS) - {"encode", "train", "finetune", "sample", "doctor"}
+    )
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(module).COMMAND
+        assert command.on_ranks == (name in ON_RANKS), name
+        if not command.on_ranks:
+            with pytest.raises(ConfigError, match=f"^{name} runs in one process"):
+                command.execute(None)
 
 
 def test_module_entry_point() -> None:

@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, ge
 
 from latentddae.core import config
 from latentddae.core.config import Tree
-from latentddae.core.errors import UsageError
+from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.outputs import Output, check, claimed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from latentddae.core.dist import World
 
 Config = TypeVar("Config")
 
@@ -54,6 +56,8 @@ class Command(Generic[Config]):
     """Opens and checks the inputs as `run` does and says what would be done; writes nothing."""
     outputs: Callable[[Config], Sequence[Output]] = lambda config: ()
     """The places that `run` writes, see core.outputs."""
+    on_ranks: bool = False
+    """Whether several ranks may run it together; otherwise it refuses to start on more than one."""
 
     def main(self, argv: list[str] | None = None) -> None:
         """Parse a command line and run it. Raises UsageError or ConfigError for a bad one."""
@@ -65,6 +69,7 @@ class Command(Generic[Config]):
         if arguments.print_config:
             print(config.to_yaml(settings), end="")
         elif arguments.dry_run:
+            self._check_ranks()
             for output in self.outputs(settings):
                 check(output)
             print(self.plan(settings))
@@ -76,9 +81,20 @@ class Command(Generic[Config]):
         one of them holds what is not ours to replace."""
         from latentddae.core import dist  # imports torch
 
-        is_main = dist.world_from_environment().is_main
-        with claimed(self.outputs(settings), is_main=is_main):
+        is_main = self._check_ranks().is_main
+        with dist.leaving_together(), claimed(self.outputs(settings), is_main=is_main):
             return self.run(settings)
+
+    def _check_ranks(self) -> "World":
+        from latentddae.core import dist
+
+        world = dist.world_from_environment()
+        if world.size > 1 and not self.on_ranks:
+            raise ConfigError(
+                f"{self.name} runs in one process, and the launcher started {world.size}: give the "
+                "command without a launcher, or start one process (srun --ntasks=1)"
+            )
+        return world
 
 
 def command_line(command: Command[Config], record: Config) -> str:

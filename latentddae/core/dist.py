@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from latentddae.core.errors import ConfigError, LatentddaeError, as_user_error
+from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -198,6 +198,30 @@ def is_peer_failure(error: Exception) -> bool:
     return isinstance(error, torch_dist.DistError) or any(text in str(error) for text in gone)
 
 
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """A block that may join the process group; at its end all ranks leave it together.
+
+    A rank that ends while another still talks to it makes that one abort. Where another rank is
+    gone before, a RequeueError says so: the message of that one says why.
+    """
+    joined = torch_dist.is_initialized()
+    try:
+        yield
+        if not joined:
+            barrier()
+    except RuntimeError as error:
+        if not is_peer_failure(error):
+            raise
+        raise RequeueError(
+            f"rank {world_from_environment().rank} lost another rank, whose message says why; give "
+            "the same command again to continue"
+        ) from error
+    finally:
+        if not joined:
+            stop()
+
+
 def barrier() -> None:
     """Wait until every rank has called it."""
     if torch_dist.is_initialized():
@@ -239,6 +263,7 @@ def all_gather_rows(rows: np.ndarray) -> np.ndarray:
     """The rows (n, ...) of all ranks, concatenated in rank order, on every rank. A collective."""
     if world_from_environment().size == 1:
         return rows
+    assert torch_dist.is_initialized(), "the ranks have not met: dist.start()"
     return np.concatenate(gather_objects(rows))
 
 
@@ -272,6 +297,15 @@ def rank0(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
         return on_rank0(lambda: function(*args, **kwargs))
 
     return collective
+
+
+@contextlib.contextmanager
+def held_on_rank0(hold: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """Hold something on rank 0, such as the lock of a folder, while every rank runs the block. If
+    rank 0 cannot get it, its error is raised on every rank."""
+    with contextlib.ExitStack() as held:
+        on_rank0(lambda: held.enter_context(hold()) and None)
+        yield
 
 
 @contextlib.contextmanager

@@ -1,13 +1,20 @@
 """What storage cannot do now is tried again with growing pauses; the one retry of the package."""
 
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
-from latentddae.core.errors import DataError, UnavailableError, is_transient
+from latentddae.core.errors import ConfigError, DataError, UnavailableError, is_transient
 
 PAUSES = (0.05, 0.2, 1.0, 3.0)
 """Seconds before the second, third, ... try."""
+VISIBLE_S = 90.0
+"""Seconds in which a network file system shows what another node has written: NFS remembers for up
+to 60 that a name did not exist."""
 
 Result = TypeVar("Result")
 
@@ -46,3 +53,20 @@ def unavailable(what: object, error: BaseException) -> UnavailableError:
         f"{what} is not available now ({reason}), {len(PAUSES) + 1} tries; nothing is known to be "
         "damaged: give the same command again"
     )
+
+
+def wait_until_visible(paths: Iterable[Path], timeout_s: float = VISIBLE_S) -> None:
+    """Wait until this node sees files or folders that another rank has written. ConfigError names
+    the first that it does not see in time: the file system is not shared."""
+    deadline = time.monotonic() + timeout_s
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{path} was written by another rank and is not there on "
+                    f"{socket.gethostname()} after {timeout_s:g} s: all nodes need one shared "
+                    "file system"
+                )
+            with contextlib.suppress(OSError):
+                os.listdir(path.parent)  # asks the server anew
+            time.sleep(0.2)

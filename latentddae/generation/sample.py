@@ -28,6 +28,7 @@ from latentddae.core.files import read_checked_json, write_checked_json
 from latentddae.core.imaging import image_sheet, read_image, write_png
 from latentddae.core.outputs import FolderKind, Output, head
 from latentddae.core.precision import DTYPES, resolve_precision
+from latentddae.core.retry import wait_until_visible
 from latentddae.data.encoding.autoencoder import Autoencoder, open_matching
 from latentddae.diffusion.samplers import SAMPLERS
 from latentddae.generation.adm_npz import image_files, write_npz
@@ -184,9 +185,7 @@ def make_images(
 def finish(config: SampleConfig, checkpoint: Checkpoint) -> None:
     """Once all images are there: the sheet, and ADM's file."""
     files = [image_path(config.out, i) for i in range(config.num)]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise ConfigError(f"{config.out} lacks {len(absent)} of {len(files)} images: {absent[0]}")
+    wait_until_visible(files)
     first = np.stack([read_image(file) for file in files[:GRID_IMAGES]])
     write_png(config.out / "grid.png", image_sheet(first, columns=min(8, len(first))))
     if config.npz:
@@ -223,7 +222,8 @@ def run(config: SampleConfig) -> None:
     """Generate the images on all ranks of the launcher."""
     world = dist.start()
     try:
-        config, checkpoint, autoencoder = open_inputs(config, dist.device_for(world))
+        given, device = config, dist.device_for(world)
+        config, checkpoint, autoencoder = dist.on_all_ranks(lambda: open_inputs(given, device))
         checkpoint.model.to(DTYPES[config.precision])
         dist.on_rank0(lambda: start_folder(config, checkpoint))
         make_images(config, checkpoint, autoencoder, world)
@@ -257,7 +257,7 @@ def outputs(config: SampleConfig) -> list[Output]:
     return [Output(config.out, SAMPLES_FOLDER, [config.checkpoint])]
 
 
-COMMAND = Command("sample", SampleConfig, run=run, plan=plan, outputs=outputs)
+COMMAND = Command("sample", SampleConfig, run=run, plan=plan, outputs=outputs, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentddae.core import progress
+from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, run_command
@@ -128,18 +128,19 @@ def compare(run: Comparison) -> list[Row]:
 
     Each row is a line of results.jsonl; the table is also written as compare.json. Rows that
     results.jsonl holds for the same weights, cell, data and settings are read. Raises ConfigError
-    for a grid of another network or another data set.
+    for a grid of another network or another data set. Ranks share the features, rank 0 probes them
+    (a collective).
     """
     subject = run.subject
     check_grid(subject.grid, subject.checkpoint_info.model_hash, subject.train)
-    measured = []
-    with exclusive(run.out, "compare"):
+    measured, is_main = [], dist.world_from_environment().is_main
+    with dist.held_on_rank0(lambda: exclusive(run.out, "compare")):
         for entry in entries(run):
             measured.append(measure(run, entry))
-            if run.show_progress:
+            if run.show_progress and is_main:
                 print(row_text(Row(measured[-1], False)), file=sys.stderr, flush=True)
         rows = with_choices(measured)
-        write_table(run.out / FILE, rows)
+        dist.on_rank0(lambda: write_table(run.out / FILE, rows))
     return rows
 
 
@@ -255,23 +256,29 @@ def untrained(checkpoint: Checkpoint, seed: int, random_gates: bool) -> Checkpoi
 
 
 def measure(run: Comparison, entry: Entry) -> Result:
-    """The result of an entry: read if it is finished, else features, both probes, a new line."""
+    """The result of an entry: read if it is finished, else features, both probes, a new line. A
+    collective."""
     draft = describe_result(run, entry)
-    finished = results.find(run.out, draft.key)
+    finished = dist.on_rank0(lambda: results.find(run.out, draft.key))
     if finished is not None:
         return finished
-    data = entry_data(run, entry)
-    linear, neighbours = logistic.probe(data), knn.probe(data)
-    result = replace(
-        draft,
-        n_seen=data.n_seen,
-        width=data.width,
-        accuracy=linear.accuracy,
-        heldout_accuracy=linear.heldout_accuracy,
-        top1=linear.accuracy,
-        values={"linear": linear.values(), "knn": neighbours.values()},
-    )
-    return results.append_once(run.out, result)
+    features = None if entry.cell is None else cell_features(run, entry, entry.cell)
+
+    def record() -> Result:
+        data = entry_data(run, entry, features)
+        linear, neighbours = logistic.probe(data), knn.probe(data)
+        result = replace(
+            draft,
+            n_seen=data.n_seen,
+            width=data.width,
+            accuracy=linear.accuracy,
+            heldout_accuracy=linear.heldout_accuracy,
+            top1=linear.accuracy,
+            values={"linear": linear.values(), "knn": neighbours.values()},
+        )
+        return results.append_once(run.out, result)
+
+    return dist.on_rank0(record)
 
 
 def describe_result(run: Comparison, entry: Entry) -> Result:
@@ -310,22 +317,40 @@ def describe_result(run: Comparison, entry: Entry) -> Result:
     )
 
 
-def entry_data(run: Comparison, entry: Entry) -> ProbeData:
-    """Features of an entry in the order of the latent sets, with the latent sets' labels."""
-    subject, split = run.subject, run.split
-    everything = np.arange(len(subject.test))
-    if entry.network is None or entry.cell is None:
-        train_x = flat_latents(entry.train, match_keys(subject.train, split.train, entry.train))
-        test_x = flat_latents(entry.test, match_keys(subject.test, everything, entry.test))
-        return probe_data(train_x, test_x, subject.train, subject.test, split)
-    cell = entry.cell
+def cell_features(
+    run: Comparison, entry: Entry, cell: FeatureSpec
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the split's training samples (N, D) and of all test samples (M, D), on every
+    rank. A collective."""
+    assert entry.network is not None
+    test = np.arange(len(entry.test))
+    parts = [
+        (samples, rows[dist.rank_slice(len(rows))])
+        for samples, rows in ((entry.train, run.split.train), (entry.test, test))
+    ]
     name = f"features of block {cell.cell[0]} at s={cell.level:g}"
-    with progress.images(len(split.train) + len(everything), name, run.show_progress) as bar:
-        train_x, test_x = (
+    show = run.show_progress and dist.world_from_environment().is_main
+    with progress.images(sum(len(rows) for _, rows in parts), name, show) as bar:
+        own = [
             collect(entry.network, x, rows, cell, batch=run.batch, progress=bar.update)[cell.cell]
-            for x, rows in ((entry.train, split.train), (entry.test, everything))
-        )
-    return probe_data(train_x, test_x, entry.train, entry.test, split)
+            for x, rows in parts
+        ]
+    train_x, test_x = map(dist.all_gather_rows, own)
+    return train_x, test_x
+
+
+def entry_data(
+    run: Comparison, entry: Entry, features: tuple[np.ndarray, np.ndarray] | None
+) -> ProbeData:
+    """What the probes see of an entry: features (N, D), (M, D) of a network, or raw numbers in the
+    order of the latent sets, with the latent sets' labels."""
+    subject, split = run.subject, run.split
+    if features is not None:
+        return probe_data(*features, entry.train, entry.test, split)
+    everything = np.arange(len(subject.test))
+    train_x = flat_latents(entry.train, match_keys(subject.train, split.train, entry.train))
+    test_x = flat_latents(entry.test, match_keys(subject.test, everything, entry.test))
+    return probe_data(train_x, test_x, subject.train, subject.test, split)
 
 
 def with_choices(measured: Sequence[Result]) -> list[Row]:
@@ -402,9 +427,13 @@ class CompareConfig(CompareSettings, OverlapOption, TransferOptions):
 
 
 def open_comparison(config: CompareConfig) -> Comparison:
-    """Everything that a command names, checked against each other."""
+    """Everything that a command names, checked against each other. A collective."""
+    grid = dist.on_rank0(lambda: read_grid(config.grid))
+    return dist.on_all_ranks(lambda: _open(config, grid))
+
+
+def _open(config: CompareConfig, grid: Grid) -> Comparison:
     checkpoint = config.open_checkpoint()
-    grid = read_grid(config.grid)
     train = open_train(config.data, ("train",), checkpoint)
     test = open_test(config.data, config.test_split, checkpoint, allow_overlap=config.allow_overlap)
     pixels = None
@@ -426,8 +455,12 @@ def open_comparison(config: CompareConfig) -> Comparison:
 
 
 def run(config: CompareConfig) -> None:
-    """Measure what is missing and print the table."""
-    print(table_text(compare(open_comparison(config))))
+    """Measure what is missing and print the table. A collective."""
+    if dist.world_from_environment().size > 1:
+        dist.start()
+    rows = compare(open_comparison(config))
+    if dist.world_from_environment().is_main:
+        print(table_text(rows))
 
 
 def plan(config: CompareConfig) -> str:
@@ -442,7 +475,9 @@ def plan(config: CompareConfig) -> str:
     )
 
 
-COMMAND = Command("compare", CompareConfig, run=run, plan=plan, outputs=CompareConfig.outputs)
+COMMAND = Command(
+    "compare", CompareConfig, run=run, plan=plan, outputs=CompareConfig.outputs, on_ranks=True
+)
 main = COMMAND.main
 
 

@@ -81,7 +81,7 @@ def features(config: FeaturesConfig) -> None:
     world = dist.world_from_environment()
     if world.size > 1:
         dist.start()
-    meta = extract_to_disk(open_extraction(config), config.out)
+    meta = extract_to_disk(dist.on_all_ranks(lambda: open_extraction(config)), config.out)
     if world.is_main:
         for level in meta["levels"]:
             print("noise level " + ", ".join(f"{unit}={value}" for unit, value in level.items()))
@@ -90,7 +90,6 @@ def features(config: FeaturesConfig) -> None:
             f"{config.out}: {meta['n_seen']} samples, blocks {meta['blocks']}, pools "
             f"{meta['pools']}, {source['weights']} weights at {source['images_seen']} images"
         )
-    dist.stop()
 
 
 def plan(config: FeaturesConfig) -> str:
@@ -110,7 +109,9 @@ def outputs(config: FeaturesConfig) -> list[Output]:
     return [Output(config.out, FEATURES_FOLDER, config.read_folders)]
 
 
-COMMAND = Command("features", FeaturesConfig, run=features, plan=plan, outputs=outputs)
+COMMAND = Command(
+    "features", FeaturesConfig, run=features, plan=plan, outputs=outputs, on_ranks=True
+)
 main = COMMAND.main
 
 

@@ -131,7 +131,7 @@ def outputs(config: FinetuneConfig) -> list[Output]:
     return [Output(Path(config.run), RUN_FOLDER, [config.checkpoint, config.data.path])]
 
 
-COMMAND = Command("finetune", FinetuneConfig, run=run, plan=plan, outputs=outputs)
+COMMAND = Command("finetune", FinetuneConfig, run=run, plan=plan, outputs=outputs, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ Features of all blocks come from one forward pass per view and go to disk, where
 `probes/geometry.py` measures alignment, uniformity, effective rank and CKA in bounded memory.
 """
 
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.core import progress
+from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import DataError, run_command
@@ -47,12 +49,17 @@ def two_views(
     batch: int = BATCH,
 ) -> Iterator[tuple[View, View]]:
     """Batches of mean-pooled features under the first two noises of `spec`: {block: (N, D)
-    float32}, twice."""
+    float32}, twice. Ranks compute a part of each batch, of which all get the whole (a
+    collective)."""
     extractor = Extractor.open(checkpoint, spec)
-    for start in range(0, len(indices), batch):
-        x0, positions = read_batch(checkpoint, samples, indices[start : start + batch])
+    count = math.ceil(len(indices) / (batch * dist.world_from_environment().size))
+    for rows in np.array_split(indices, count):
+        x0, positions = read_batch(checkpoint, samples, rows[dist.rank_slice(len(rows))])
         first, second = (
-            {int(block): x for (block, _), x in extractor.under_noise(x0, positions, k).items()}
+            {
+                int(block): torch.from_numpy(dist.all_gather_rows(x.numpy()))
+                for (block, _), x in extractor.under_noise(x0, positions, k).items()
+            }
             for k in range(2)
         )
         yield first, second
@@ -95,19 +102,23 @@ def measure_level(
     config: "GeometryConfig",
     level: float,
 ) -> Values:
-    """The geometry of all blocks at one level, on the samples `indices` (N,).
+    """The geometry of all blocks at one level, on the samples `indices` (N,). A collective.
 
-    Features lie in a temporary folder below `config.out` meanwhile.
+    Features lie in a temporary folder below `config.out` meanwhile; rank 0 measures them.
     """
     spec = spec_at(checkpoint, level, config.seed)
     batches = two_views(checkpoint, samples, indices, spec, config.batch)
+    if not dist.world_from_environment().is_main:
+        for _ in batches:  # takes part in the extraction
+            pass
+        return dist.on_rank0(dict)
     config.out.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=config.out, prefix=".features-") as folder,
         progress.images(len(indices), f"geometry s={level:g}") as bar,
     ):
         views = on_disk(batches, len(indices), Path(folder), bar.update)
-        return measure(*views, config.minibatch)
+        return dist.on_rank0(lambda: measure(*views, config.minibatch))
 
 
 def spec_at(checkpoint: Checkpoint, level: float, seed: int) -> FeatureSpec:
@@ -173,18 +184,31 @@ def describe_result(opened: Opened, config: GeometryConfig, level: float) -> Res
 
 
 def geometry(config: GeometryConfig) -> None:
-    """Measure every level, append a result line each, and write its chart."""
-    opened = open_inputs(config)
+    """Measure every level, append a result line each, and write its chart. A collective."""
+    if dist.world_from_environment().size > 1:
+        dist.start()
+    opened = dist.on_all_ranks(lambda: open_inputs(config))
     for level in opened.levels:
         draft = describe_result(opened, config, level)
-        result = results.find(config.out, draft.key)
-        if result is None:
+        values = dist.on_rank0(partial(finished_values, config.out, draft))
+        if values is None:
             values = measure_level(opened.checkpoint, opened.samples, opened.indices, config, level)
-            result = results.append_once(config.out, replace(draft, values=values))
-        name = f"geometry-s{level:g}"
-        write_json(config.out / f"{name}.json", results.to_dict(result))
-        write_atomic(config.out / f"{name}.png", plots.geometry(result.values))
-        print(text_of(result))
+        dist.on_rank0(partial(write, config.out, replace(draft, values=values)))
+
+
+def finished_values(out: Path, draft: Result) -> Values | None:
+    """What was measured before, or None."""
+    finished = results.find(out, draft.key)
+    return None if finished is None else finished.values
+
+
+def write(out: Path, draft: Result) -> None:
+    """The line of results.jsonl, the same as a file, and the chart."""
+    assert draft.cell is not None
+    result, name = results.append_once(out, draft), f"geometry-s{draft.cell.level:g}"
+    write_json(out / f"{name}.json", results.to_dict(result))
+    write_atomic(out / f"{name}.png", plots.geometry(result.values))
+    print(text_of(result))
 
 
 def text_of(result: Result) -> str:
@@ -212,7 +236,12 @@ def plan(config: GeometryConfig) -> str:
 
 
 COMMAND = Command(
-    "geometry", GeometryConfig, run=geometry, plan=plan, outputs=GeometryConfig.outputs
+    "geometry",
+    GeometryConfig,
+    run=geometry,
+    plan=plan,
+    outputs=GeometryConfig.outputs,
+    on_ranks=True,
 )
 main = COMMAND.main
 

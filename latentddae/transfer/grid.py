@@ -7,7 +7,6 @@ Then the full linear probe judges the best few cells of each pool, still on held
 winner is the chosen cell. Numbers to report come from `latentddae linear` on it.
 """
 
-import contextlib
 import functools
 import sys
 import time
@@ -184,7 +183,7 @@ def run_grid(run: GridRun) -> Grid:
     collective; every rank returns the grid.
     """
     settings, is_main = run.settings, dist.world_from_environment().is_main
-    with exclusive(run.out, "grid") if is_main else contextlib.nullcontext():
+    with dist.held_on_rank0(lambda: exclusive(run.out, "grid")):
         done = judge_levels(run, sorted(set(settings.levels)))
         for _ in range(settings.search):
             level = search.next_level({level: result.best for level, result in done.items()})
@@ -199,8 +198,7 @@ def run_grid(run: GridRun) -> Grid:
             lambda total: progress.images(total, "rerank", run.show_progress and is_main),
         )
         grid = assemble(run, list(done.values()), judged)
-        if is_main:
-            write(run, grid)
+        dist.on_rank0(lambda: write(run, grid))
     return grid
 
 
@@ -400,7 +398,7 @@ def grid(config: GridConfig) -> None:
     """Run the command on every rank and print the chosen cells."""
     if dist.world_from_environment().size > 1:
         dist.start()
-    finished = run_grid(open_run(config))
+    finished = run_grid(dist.on_all_ranks(lambda: open_run(config)))
     if dist.world_from_environment().is_main:
         print(chosen_text(finished))
 
@@ -420,7 +418,9 @@ def plan(config: GridConfig) -> str:
     )
 
 
-COMMAND = Command("grid", GridConfig, run=grid, plan=plan, outputs=GridConfig.outputs)
+COMMAND = Command(
+    "grid", GridConfig, run=grid, plan=plan, outputs=GridConfig.outputs, on_ranks=True
+)
 main = COMMAND.main
 
 

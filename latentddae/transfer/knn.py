@@ -30,7 +30,7 @@ def plan(config: KnnConfig) -> str:
     return session.describe(session.open_session(config), "k-NN probe")
 
 
-COMMAND = Command("knn", KnnConfig, run=run, plan=plan, outputs=KnnConfig.outputs)
+COMMAND = Command("knn", KnnConfig, run=run, plan=plan, outputs=KnnConfig.outputs, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def plan(config: LinearConfig) -> str:
     return session.describe(session.open_session(config), f"linear probe ({config.recipe})")
 
 
-COMMAND = Command("linear", LinearConfig, run=run, plan=plan, outputs=LinearConfig.outputs)
+COMMAND = Command(
+    "linear", LinearConfig, run=run, plan=plan, outputs=LinearConfig.outputs, on_ranks=True
+)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Literal
 from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
-from latentddae.core.errors import UsageError, run_command
+from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
 from latentddae.core.files import write_checked_json
 from latentddae.core.outputs import Output
-from latentddae.models.zoo import CheckpointHints
+from latentddae.models.zoo import Checkpoint, CheckpointHints
 from latentddae.transfer.extraction.inputs import open_checkpoint
 from latentddae.transfer.grid import GridConfig, open_run, run_grid
 from latentddae.transfer.protocol.options import OverlapOption, ProbeOptions, open_test, open_train
@@ -84,6 +84,10 @@ class SuiteConfig(CheckpointHints, OverlapOption):
         require(self, non_negative=("search",), positive=("limit",))
         if not self.data and not self.sets:
             raise UsageError("name data folders, or a --config with `sets`")
+        names = [folder.name for folder in self.folders]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"{name} is there twice: both would write {self.out / name}")
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -104,24 +108,46 @@ class SuiteRow:
     n_test: int
 
 
+def check_sets(config: SuiteConfig) -> list[str]:
+    """Open the splits of every set, so that a set that cannot be judged stops the suite before the
+    first one has been judged for hours. One line for each set. All problems are in one error."""
+    checkpoint = open_checkpoint(config.checkpoint, config.weights, config.hints)
+    lines, problems = [], []
+    for data in config.folders:
+        try:
+            lines.append(_describe(config, data, checkpoint))
+        except (ConfigError, DataError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("; ".join(map(str, problems)))
+    return lines
+
+
+def _describe(config: SuiteConfig, data: Path, checkpoint: Checkpoint) -> str:
+    transfer_set = SETS.get(data.name, TransferSet())
+    train = open_train(data, transfer_set.train, checkpoint)
+    test = open_test(data, transfer_set.test, checkpoint, transfer_set.train, config.allow_overlap)
+    return (
+        f"{data.name}: {transfer_set.metric}, {len(train)} training samples of {train.split}, "
+        f"{len(test)} test samples of {test.split}; results go to {config.out / data.name}"
+    )
+
+
 def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
     """Grid and probes of one set. A collective."""
     transfer_set, out = SETS.get(data.name, TransferSet()), config.out / data.name
-    run_grid(
-        open_run(
-            GridConfig(
-                checkpoint=config.checkpoint,
-                weights=config.weights,
-                data=data,
-                out=out / "grid",
-                train_splits=transfer_set.train,
-                levels=config.levels,
-                search=config.search,
-                limit=config.limit,
-                **vars(config.hints),
-            )
-        )
+    settings = GridConfig(
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        data=data,
+        out=out / "grid",
+        train_splits=transfer_set.train,
+        levels=config.levels,
+        search=config.search,
+        limit=config.limit,
+        **vars(config.hints),
     )
+    run_grid(dist.on_all_ranks(lambda: open_run(settings)))
     options = ProbeOptions(
         checkpoint=config.checkpoint,
         weights=config.weights,
@@ -168,32 +194,25 @@ def table(rows: Sequence[SuiteRow]) -> str:
 
 
 def run(config: SuiteConfig) -> list[SuiteRow]:
-    """Run all sets, write suite.json and print the table."""
+    """Run all sets, write suite.json and print the table. A collective."""
     if dist.world_from_environment().size > 1:
         dist.start()
+    dist.on_all_ranks(lambda: check_sets(config))
     rows = [run_set(config, data) for data in config.folders]
-    if dist.world_from_environment().is_main:
-        content = {"kind": "suite", "rows": [asdict(row) for row in rows]}
-        write_checked_json(config.out / "suite.json", content)
-        print(table(rows))
+    dist.on_rank0(lambda: write(config, rows))
     return rows
+
+
+def write(config: SuiteConfig, rows: Sequence[SuiteRow]) -> None:
+    """suite.json, and the table on stdout."""
+    content = {"kind": "suite", "rows": [asdict(row) for row in rows]}
+    write_checked_json(config.out / "suite.json", content)
+    print(table(rows))
 
 
 def plan(config: SuiteConfig) -> str:
     """What the command would do."""
-    checkpoint = open_checkpoint(config.checkpoint, config.weights, config.hints)
-    lines = []
-    for data in config.folders:
-        transfer_set = SETS.get(data.name, TransferSet())
-        train = open_train(data, transfer_set.train, checkpoint)
-        test = open_test(
-            data, transfer_set.test, checkpoint, transfer_set.train, config.allow_overlap
-        )
-        lines.append(
-            f"{data.name}: {transfer_set.metric}, {len(train)} training samples of {train.split}, "
-            f"{len(test)} test samples of {test.split}; results go to {config.out / data.name}"
-        )
-    return "\n".join(lines)
+    return "\n".join(check_sets(config))
 
 
 def outputs(config: SuiteConfig) -> list[Output]:
@@ -201,7 +220,7 @@ def outputs(config: SuiteConfig) -> list[Output]:
     return [Output(config.out, RESULTS_FOLDER, [config.checkpoint, *config.folders])]
 
 
-COMMAND = Command("suite", SuiteConfig, run=run, plan=plan, outputs=outputs)
+COMMAND = Command("suite", SuiteConfig, run=run, plan=plan, outputs=outputs, on_ranks=True)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -199,7 +199,9 @@ def plan(config: VisualizeConfig) -> str:
     return describe(open_session(config), "nearest neighbours and token colours")
 
 
-COMMAND = Command("visualize", VisualizeConfig, run=run, plan=plan, outputs=VisualizeConfig.outputs)
+COMMAND = Command(
+    "visualize", VisualizeConfig, run=run, plan=plan, outputs=VisualizeConfig.outputs, on_ranks=True
+)
 main = COMMAND.main
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import urllib.error
 from collections.abc import Callable
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 
 from latentddae.core import errors, files, retry
-from latentddae.core.errors import DataError, UnavailableError, WriteError, is_transient
+from latentddae.core.errors import (
+    ConfigError,
+    DataError,
+    UnavailableError,
+    WriteError,
+    is_transient,
+)
 from latentddae.core.imaging import read_image
-from latentddae.core.retry import retried
+from latentddae.core.retry import retried, wait_until_visible
 from latentddae.data.sources import tars
 from latentddae.generation.fid import feature_array
 from latentddae.generation.image_sets import is_statistics
@@ -211,3 +218,15 @@ def test_no_reader_takes_a_stale_handle_for_damage(tmp_path, monkeypatch, name):
     monkeypatch.setattr("builtins.open", Failing(open, errno.ESTALE, 1000, name))
     with pytest.raises(UnavailableError, match=name):
         READERS[name](path)
+
+
+def test_what_another_node_writes_is_waited_for(tmp_path):
+    """A name that appears late, as behind the cache of a network file system; or never."""
+    late = tmp_path / "late"
+    writer = threading.Timer(0.3, late.touch)
+    writer.start()
+    wait_until_visible([tmp_path, late])
+    assert late.exists()
+    writer.join()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/never was written by another rank"):
+        wait_until_visible([late, tmp_path / "never"], timeout_s=0.1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentddae.core import dist
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
@@ -225,3 +226,26 @@ def test_timm_backbones_stand_in_the_same_table(subject, tmp_path, monkeypatch):
     assert "timm:test_vit@random, grid2" in comparison.table_text(rows)
     with pytest.raises(ConfigError, match="--pixels"):
         run(replace(subject, pixels=None), tmp_path / "b", settings)
+
+
+def test_ranks_make_the_table_of_one(subject, tmp_path, ranks, no_pictures):
+    """Three ranks share 96 training and 32 test samples: the same rows, once each."""
+    tables = {}
+    for size in (1, 3):
+        out = tmp_path / str(size)
+        assert ranks(lambda out=out: in_group(subject, out), size) == [0] * size
+        tables[size] = [row.result for row in read_table(out / "compare.json")]
+        lines = results.read(out / results.RESULTS)
+        assert [line.id for line in lines] == [row.id for row in tables[size]]
+    for mine, theirs in zip(tables[1], tables[3], strict=True):
+        assert (mine.key, mine.accuracy, mine.n_seen) == (
+            theirs.key,
+            theirs.accuracy,
+            theirs.n_seen,
+        )
+        assert mine.values["knn"] == theirs.values["knn"]
+
+
+def in_group(subject, out) -> None:
+    dist.start()
+    run(subject, out)

@@ -34,6 +34,23 @@ def test_the_order_mixes_classes_and_follows_the_keys(train) -> None:
     assert (geometry.mixed_order(train, index[::-1].copy(), seed=0) == order).all()
 
 
+def test_ranks_measure_what_one_measures(checkpoint_folder, tiny_shards, tmp_path, ranks) -> None:
+    """49 images in batches of 16: parts of unequal size, put back in order; one result line."""
+    argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards), "--levels", "0.1"]
+    argv += ["--limit", "49", "--minibatch", "20", "--batch", "8"]
+    found = []
+    for size in (1, 3):
+        out = tmp_path / str(size)
+        command = [*argv, "--out", str(out)]
+        assert ranks(lambda command=command: geometry.main(command), size) == [0] * size
+        found += results.read(out / results.RESULTS)
+    one, three = found
+    assert one.key == three.key
+    for mine, theirs in zip(one.values["blocks"], three.values["blocks"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    np.testing.assert_allclose(one.values["cka"], three.values["cka"], rtol=1e-5)
+
+
 def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys, monkeypatch) -> None:
     argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards)]
     argv += ["--out", str(tmp_path), "--levels", "0.1", "--limit", "50", "--minibatch", "20"]

@@ -1,6 +1,11 @@
 """Sets by name: their metric and splits reach the probes, and several splits are one."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +13,14 @@ import numpy as np
 import pytest
 
 from latentddae.core.config import load
-from latentddae.core.errors import UsageError
+from latentddae.core.errors import UsageError, run_command
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
-from latentddae.transfer import linear, results, suite
+from latentddae.transfer import grid, linear, results, suite
 from latentddae.transfer.probes.recipes import RECIPES
+from latentddae.transfer.protocol import session
 from latentddae.transfer.protocol.session import ProbeSession
+from latentddae.transfer.reporting import plots
 
 from ..conftest import tiny_spec
 from .conftest import CONFIG, write_checkpoint
@@ -67,6 +74,106 @@ def test_a_suite_scores_each_set_by_its_own_metric_and_splits(
     monkeypatch.setattr(ProbeSession, "probe_data", lambda *_: pytest.fail("measured again"))
     suite.main([*arguments, "--config", str(config)])  # a second run reads what is there
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["rows"] == rows
+
+
+def suite_on_ranks(size, data, checkpoint, out, ranks, monkeypatch) -> list[dict]:
+    """The rows of suite.json, from `size` real ranks of which only the first may read what the
+    suite has written, as on a file system that shows it to the others a minute later."""
+    slow, path_exists = grid.write, Path.exists
+
+    def write_late(*arguments) -> None:
+        time.sleep(0.2)
+        slow(*arguments)
+
+    def is_not_ours(path: Path) -> bool:
+        return path_exists(path) and not path.is_relative_to(out)
+
+    def action() -> None:
+        monkeypatch.setattr(grid, "write", write_late)
+        if os.environ["RANK"] != "0":
+            monkeypatch.setattr(session, "read_grid", lambda path: pytest.fail(f"reads {path}"))
+            monkeypatch.setattr(results, "read", lambda path: pytest.fail(f"reads {path}"))
+            monkeypatch.setattr(Path, "exists", is_not_ours)
+        suite.main(["--checkpoint", str(checkpoint), "--out", str(out), *LEVELS, *map(str, data)])
+
+    assert ranks(action, size, timeout=60) == [0] * size
+    return json.loads((out / "suite.json").read_text())["rows"]
+
+
+LEVELS = ("levels=[0.1,0.3]", "search=1")
+
+
+@pytest.fixture(scope="module")
+def table_of_one(pets_and_flowers, tmp_path_factory, ranks):
+    """The data, a checkpoint, and what one process finds."""
+    folder = tmp_path_factory.mktemp("one")
+    data = [pets_and_flowers / "pets", pets_and_flowers / "flowers102"]
+    checkpoint = write_checkpoint(folder / "export", ShardSet(data[0], "train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "heat_map", lambda grid, pool: b"\x89PNG")
+        rows = suite_on_ranks(1, data, checkpoint, folder / "out", ranks, patch)
+    return data, checkpoint, rows
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_end_with_the_table_of_one(
+    size, table_of_one, tmp_path, ranks, no_pictures, monkeypatch
+):
+    data, checkpoint, expected = table_of_one
+    rows = suite_on_ranks(size, data, checkpoint, tmp_path / "out", ranks, monkeypatch)
+    assert rows == expected
+    assert [(row["n_test"], row["set"]) for row in rows] == [(48, "pets"), (48, "flowers102")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_times_the_table_of_one(table_of_one, tmp_path, no_pictures) -> None:
+    """As a user starts it, 10 times on two and 10 times on three ranks of torchrun."""
+    data, checkpoint, expected = table_of_one
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone"]
+    for trial in range(20):
+        out = tmp_path / f"out-{trial}"
+        launcher = [*torchrun, f"--nproc-per-node={2 + trial % 2}", "-m"]
+        settings = ["--checkpoint", checkpoint, "--out", out, *LEVELS, *data]
+        command = [*launcher, "latentddae.transfer.suite", *map(str, settings)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, (trial, done.stderr)
+        assert json.loads((out / "suite.json").read_text())["rows"] == expected, trial
+
+
+def test_all_sets_are_opened_before_the_first_is_judged(
+    pets_and_flowers, tmp_path, ranks, monkeypatch, capfd
+):
+    """A split that is missing and a set of another resolution, both named, on every rank; nothing
+    was computed."""
+    small = tmp_path / "dtd"
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        stored = random.normal(size=(6, 1, 8, 4, 4)).astype(np.float16)
+        keys, labels = [f"{split}/{i}" for i in range(6)], [i % 2 for i in range(6)]
+        write_split(small, split, tiny_spec(size=4), stored, labels, keys, classes=("a", "b"))
+    without_val = tmp_path / "aircraft"
+    shutil.copytree(pets_and_flowers / "pets", without_val)
+    checkpoint = write_checkpoint(tmp_path / "export", ShardSet(pets_and_flowers / "pets", "train"))
+    out = tmp_path / "out"
+    sets = [pets_and_flowers / "pets", small, without_val]
+
+    def action() -> int:
+        monkeypatch.setattr(suite, "run_set", lambda *_: pytest.fail("judged a set"))
+        arguments = ["--checkpoint", checkpoint, "--out", out, *sets]
+        return run_command("suite", suite.main, list(map(str, arguments)))
+
+    assert ranks(action, 2) == [78, 78]
+    said = capfd.readouterr().err
+    assert f"resolution: {small} holds latents of 4x4" in said
+    assert (
+        "trained on 8x8; it was encoded with --resolution 4, encode it with --resolution 8" in said
+    )
+    assert f"{without_val} has no split 'val'" in said
+    assert not out.exists()
+    same = ["--checkpoint", str(checkpoint), "--out", str(out), str(small), str(small)]
+    with pytest.raises(UsageError, match="dtd is there twice"):
+        suite.main(same)
 
 
 def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):

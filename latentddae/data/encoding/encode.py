@@ -20,6 +20,7 @@ from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, run_command
 from latentddae.core.files import exclusive, write_checked_json, write_json
 from latentddae.core.outputs import Output
+from latentddae.core.retry import wait_until_visible
 from latentddae.data import content
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
 from latentddae.data.encoding.journal import Journal, describe_changes
@@ -93,6 +94,7 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> Spli
             with dist.errors_on_all_ranks():
                 encoder = ShardEncoder(plan, autoencoder, journal, world.rank)
                 encoder.run(share(unfinished, world))
+            dist.on_rank0(lambda: wait_until_visible(map(journal.path, unfinished)))
             entry = dist.on_rank0(lambda: finish(plan, journal, autoencoder))
         except LatentddaeError:
             if world.is_main:
@@ -264,7 +266,9 @@ def outputs(config: EncodeConfig) -> list[Output]:
     return [Output(Path(config.out), DATA_FOLDER, [config.source, config.autoencoder])]
 
 
-COMMAND = Command("encode", EncodeSplitsConfig, run=run, plan=describe_plan, outputs=outputs)
+COMMAND = Command(
+    "encode", EncodeSplitsConfig, run=run, plan=describe_plan, outputs=outputs, on_ranks=True
+)
 main = COMMAND.main
 
 if __name__ == "__main__":

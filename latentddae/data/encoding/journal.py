@@ -50,19 +50,23 @@ class Journal:
             recorded = (entry["sha256"], entry["index_sha256"])
             if (sha256(tar), sha256(index_path(tar))) != recorded:
                 warn(f"warning: {tar} is damaged and will be encoded again")
-                (self.folder / f"{self.name(shard)}.json").unlink()
+                self.path(shard).unlink()
 
     def name(self, shard: int) -> str:
         """A shard's file name without extension."""
         return shard_name(self.plan.config.split, shard)
 
+    def path(self, shard: int) -> Path:
+        """The file that says that a shard is complete."""
+        return self.folder / f"{self.name(shard)}.json"
+
     def record(self, shard: int, entry: ShardEntry) -> None:
         """Enter a complete shard."""
-        write_checked_json(self.folder / f"{self.name(shard)}.json", entry)
+        write_checked_json(self.path(shard), entry)
 
     def entry(self, shard: int) -> ShardEntry | None:
         """The entry of a shard whose files are there in full, else None."""
-        path = self.folder / f"{self.name(shard)}.json"
+        path = self.path(shard)
         if not path.exists():
             return None
         entry = cast(ShardEntry, read_checked_json(path, "journal of an encoding"))

@@ -138,13 +138,31 @@ def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:
     stored = samples.spec
     if not spec.autoencoder_sha256:  # published weights name their autoencoder without its hash
         stored = replace(stored, autoencoder_sha256="")
-    if stored.codec_fingerprint != spec.codec_fingerprint:
+    if stored.codec_fingerprint == spec.codec_fingerprint:
+        return
+    if replace(stored, size=spec.size).codec_fingerprint == spec.codec_fingerprint:
+        what = "images" if spec.kind == "image" else "latents"
         raise ConfigError(
-            f"the shards were encoded by {samples.spec.autoencoder} {samples.spec.shape} "
-            f"(codec {samples.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
-            f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
-            "checkpoint's autoencoder"
+            f"resolution: {samples.root} holds {what} of {stored.size}x{stored.size}, the "
+            f"checkpoint was trained on {spec.size}x{spec.size}{_other_resolution(spec, samples)}"
         )
+    raise ConfigError(
+        f"the shards were encoded by {samples.spec.autoencoder} {samples.spec.shape} "
+        f"(codec {samples.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
+        f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
+        "checkpoint's autoencoder"
+    )
+
+
+def _other_resolution(spec: LatentSpec, samples: SampleSet) -> str:
+    """How to encode a set for a network of another size, where its manifest tells."""
+    if not isinstance(samples, ShardSet):
+        return ""
+    resolution = samples.manifest["pipeline"].get("resolution")
+    if not isinstance(resolution, int):
+        return "; encode it at the checkpoint's resolution"
+    wanted = resolution * spec.size // samples.spec.size
+    return f"; it was encoded with --resolution {resolution}, encode it with --resolution {wanted}"
 
 
 def describe_checkpoint(

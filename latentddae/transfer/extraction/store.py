@@ -31,6 +31,7 @@ from latentddae.core.files import (
     write_errors,
 )
 from latentddae.core.outputs import FolderKind, check_content, head
+from latentddae.core.retry import wait_until_visible
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
@@ -155,10 +156,13 @@ def extract_to_disk(extraction: Extraction, out: Path, *, show_progress: bool = 
     partial = out.with_name(f".partial-{out.name}")
     dist.on_rank0(lambda: _prepare(extraction, partial, plan))
     pending = dist.on_rank0(lambda: pending_chunks(extraction, partial))
+    dist.on_all_ranks(lambda: wait_until_visible([partial / PLAN]))
     rank_chunks = pending[world.rank :: world.size]
     total = sum(chunk.stop - chunk.start for chunk in rank_chunks)
     with progress.images(total, "features", show_progress and world.is_main) as bar:
         dist.on_all_ranks(lambda: _fill(extraction, partial, rank_chunks, world.rank, bar.update))
+    journals = [_journal(partial, rank) for rank in range(world.size)]
+    dist.on_rank0(lambda: wait_until_visible(journals))
     return dist.on_rank0(lambda: _publish(extraction, partial, out, plan))
 
 
@@ -225,6 +229,10 @@ def _read_plan(path: Path) -> object:
     return None
 
 
+def _journal(partial: Path, rank: int) -> Path:
+    return partial / f"done-{rank}.jsonl"
+
+
 def _read_journals(partial: Path) -> set[Chunk]:
     """The chunks whose rows are on disk."""
     files = partial.glob("done-*.jsonl")
@@ -239,7 +247,7 @@ def _fill(
     tell: Progress,
 ) -> None:
     """Compute the rows of some chunks; a chunk is journalled when its rows are on disk."""
-    with open(partial / f"done-{rank}.jsonl", "a") as journal:
+    with open(_journal(partial, rank), "a") as journal:
         for chunk in chunks:
             _fill_chunk(extraction, partial, chunk, tell)
             journal.write(json.dumps(asdict(chunk)) + "\n")

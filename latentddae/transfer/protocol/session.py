@@ -24,7 +24,7 @@ from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
 from latentddae.transfer.extraction.store import FeatureStore
-from latentddae.transfer.grids import read_grid
+from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import few_shot, knn, logistic
 from latentddae.transfer.probes.data import ProbeData, ProbeResult
 from latentddae.transfer.probes.metrics import METRICS, confusion
@@ -129,10 +129,17 @@ class ProbeSession:
 
 
 def open_session(options: ProbeOptions) -> ProbeSession:
-    """Open everything the options name. Raises if the parts do not fit each other."""
+    """Open everything the options name. Raises if the parts do not fit each other. A collective."""
     if dist.world_from_environment().size > 1:
         dist.start()
-    grid = read_grid(options.cell) if options.cell else None
+    # Rank 0 reads what another command, or rank 0 itself, has just written: a rank on another node
+    # may not see the file yet.
+    cell = options.cell
+    grid = None if cell is None else dist.on_rank0(lambda: read_grid(cell))
+    return dist.on_all_ranks(lambda: _open(options, grid))
+
+
+def _open(options: ProbeOptions, grid: Grid | None) -> ProbeSession:
     checkpoint = options.open_checkpoint()
     train = open_train(options.data, options.train_splits, checkpoint)
     test = open_test(
