@@ -12,8 +12,8 @@ from latentddae.planning.flops import PEAK_FLOPS, peak_flops
 
 UTILISATION = 0.3
 """Share of a GPU's dense bf16 peak that a step is assumed to reach."""
-CPU_UTILISATION = 0.5
-"""Share of a CPU's speed in large matrix products that a step is assumed to reach."""
+MEASURED_UTILISATION = 0.5
+"""Share of the measured speed of large matrix products that other work is assumed to reach."""
 REFERENCE = ("H100", 8, 80e9)
 """GPUs for which a plan made without any is also given: name, number, bytes each."""
 
@@ -30,16 +30,23 @@ def device_flops(device: torch.device, precision: str) -> float | None:
 
     A CPU is measured by a matrix product.
     """
-    if device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(device)) if precision == "bf16" else None
-        return None if peak is None else UTILISATION * peak
-    side = 512
-    a = torch.ones(side, side, dtype=DTYPES[precision])
+    if device.type != "cuda":
+        return measured_flops(device, precision)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if precision == "bf16" else None
+    return None if peak is None else UTILISATION * peak
+
+
+def measured_flops(device: torch.device, precision: str) -> float:
+    """Half of the operations per second of a large matrix product, measured for a tenth of a
+    second."""
+    side = 512 if device.type == "cpu" else 4096
+    a = torch.ones(side, side, dtype=DTYPES[precision], device=device)
+    (a @ a)[0, 0].item()  # the first product also starts the library
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
-        a @ a
+        (a @ a)[0, 0].item()  # waits for the device
         products += 1
-    return CPU_UTILISATION * 2 * side**3 * products / (time.perf_counter() - started)
+    return MEASURED_UTILISATION * 2 * side**3 * products / (time.perf_counter() - started)
 
 
 def outlook(step: Step, total_images: int, device: torch.device) -> list[str]:
@@ -57,7 +64,7 @@ def outlook(step: Step, total_images: int, device: torch.device) -> list[str]:
 def _assumed(on_gpu: bool) -> str:
     if on_gpu:
         return f"at {UTILISATION:.0%} of the bf16 peak"
-    return f"at {CPU_UTILISATION:.0%} of a matrix product's speed, measured now"
+    return f"at {MEASURED_UTILISATION:.0%} of a matrix product's speed, measured now"
 
 
 def _memory(step: Step, memory: float, name: str) -> list[str]:

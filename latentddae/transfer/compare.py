@@ -40,9 +40,11 @@ from latentddae.transfer.extraction.trunk import BATCH, device_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import knn, logistic
+from latentddae.transfer.probes.cost import ProbeSize, knn_cost, linear_cost
 from latentddae.transfer.probes.data import ProbeData
 from latentddae.transfer.protocol.cells import check_grid, chosen_cell, probe_data
 from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
+from latentddae.transfer.protocol.probe_cost import announce, probe_device
 from latentddae.transfer.protocol.splits import Split, split_train
 from latentddae.transfer.results import CheckpointInfo, DataInfo, Result, Values
 
@@ -258,7 +260,7 @@ def untrained(checkpoint: Checkpoint, seed: int, random_gates: bool) -> Checkpoi
 def measure(run: Comparison, entry: Entry) -> Result:
     """The result of an entry: read if it is finished, else features, both probes, a new line. A
     collective."""
-    draft = describe_result(run, entry)
+    draft, subject = describe_result(run, entry), run.subject
     finished = dist.on_rank0(lambda: results.find(run.out, draft.key))
     if finished is not None:
         return finished
@@ -266,7 +268,11 @@ def measure(run: Comparison, entry: Entry) -> Result:
 
     def record() -> Result:
         data = entry_data(run, entry, features)
-        linear, neighbours = logistic.probe(data), knn.probe(data)
+        size = ProbeSize(**data.n_seen, width=data.width, classes=data.classes)
+        name, home = f"linear probe of {entry.group}", device_of(subject.checkpoint)
+        device = announce(name, linear_cost(size), home)
+        linear = logistic.probe(data, device=device)
+        neighbours = knn.probe(data, device=probe_device(home, knn_cost(size)))
         result = replace(
             draft,
             n_seen=data.n_seen,
@@ -428,12 +434,12 @@ class CompareConfig(CompareSettings, OverlapOption, TransferOptions):
 
 def open_comparison(config: CompareConfig) -> Comparison:
     """Everything that a command names, checked against each other. A collective."""
+    checkpoint = dist.on_all_ranks(config.open_checkpoint)
     grid = dist.on_rank0(lambda: read_grid(config.grid))
-    return dist.on_all_ranks(lambda: _open(config, grid))
+    return dist.on_all_ranks(lambda: _open(config, checkpoint, grid))
 
 
-def _open(config: CompareConfig, grid: Grid) -> Comparison:
-    checkpoint = config.open_checkpoint()
+def _open(config: CompareConfig, checkpoint: Checkpoint, grid: Grid) -> Comparison:
     train = open_train(config.data, ("train",), checkpoint)
     test = open_test(config.data, config.test_split, checkpoint, allow_overlap=config.allow_overlap)
     pixels = None

@@ -27,7 +27,8 @@ def run(config: KnnConfig) -> None:
 
 def plan(config: KnnConfig) -> str:
     """What the command would do."""
-    return session.describe(session.open_session(config), "k-NN probe")
+    probes = session.open_session(config)
+    return f"{session.describe(probes, 'k-NN probe')}\n{session.describe_cost(probes, 'knn')}"
 
 
 COMMAND = Command("knn", KnnConfig, run=run, plan=plan, outputs=KnnConfig.outputs, on_ranks=True)

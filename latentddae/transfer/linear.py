@@ -97,7 +97,9 @@ def run(config: LinearConfig) -> None:
 
 def plan(config: LinearConfig) -> str:
     """What the command would do."""
-    return session.describe(session.open_session(config), f"linear probe ({config.recipe})")
+    probes = session.open_session(config)
+    text = session.describe(probes, f"linear probe ({config.recipe})")
+    return text if config.recipe != LBFGS else f"{text}\n{session.describe_cost(probes, 'linear')}"
 
 
 COMMAND = Command(

@@ -80,6 +80,12 @@ def pool_of(name: str) -> Pool:
     raise UsageError(f"unknown pool {name!r}; known: {KNOWN_POOLS}")
 
 
+def pool_width(name: str, channels: int) -> int:
+    """Numbers per image that the pool of that name makes of tokens with so many channels."""
+    grid = re.search(r"grid(\d+)$", name)
+    return channels * (int(grid[1]) ** 2 if grid else 1)
+
+
 def check_pools(pools: Sequence[str]) -> None:
     """Raise UsageError for a pool that `pool_of` does not know."""
     for pool in pools:

@@ -9,6 +9,9 @@ import torch
 from latentddae.core.errors import DataError, UsageError
 from latentddae.core.rng import uniform
 
+Device = torch.device | str
+"""Where a probe computes; features come from and predictions go to the CPU."""
+
 
 @dataclass(frozen=True)
 class ProbeData:

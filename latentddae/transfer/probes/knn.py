@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.transfer.probes.data import ProbeData, ProbeResult
+from latentddae.transfer.probes.data import Device, ProbeData, ProbeResult
 
 PROTOCOL = "knn/1"
 K_GRID = (5, 10, 20, 50, 100, 200)
@@ -36,19 +36,23 @@ class KnnResult(ProbeResult):
 
 
 def probe(
-    data: ProbeData, *, k_grid: Sequence[int] = K_GRID, temperature: float = TEMPERATURE
+    data: ProbeData,
+    *,
+    k_grid: Sequence[int] = K_GRID,
+    temperature: float = TEMPERATURE,
+    device: Device = "cpu",
 ) -> KnnResult:
     """Choose k on held-out train, score test once.
 
-    With a single k there may be no held-out sample.
+    With a single k there may be no held-out sample. `device` finds the neighbours.
     """
     if len(k_grid) > 1:
         data.require_heldout()
     train_x, labels = data.train_x, torch.from_numpy(data.train_y.astype(np.int64))
     allowed = sorted({min(k, len(train_x) - int(data.heldout.sum())) for k in k_grid})
-    scores = heldout_scores(data, allowed, temperature) if data.heldout.any() else []
+    scores = heldout_scores(data, allowed, temperature, device) if data.heldout.any() else []
     best = scores.index(max(scores)) if scores else 0  # ties go to the smallest k
-    similarity, neighbours = nearest(data.test_x, train_x, allowed[best])
+    similarity, neighbours = nearest(data.test_x, train_x, allowed[best], device=device)
     predictions = vote(similarity, labels[neighbours], data.classes, temperature).numpy()
     return KnnResult(
         **data.scored(predictions),
@@ -60,12 +64,14 @@ def probe(
     )
 
 
-def heldout_scores(data: ProbeData, k_grid: Sequence[int], temperature: float) -> list[float]:
+def heldout_scores(
+    data: ProbeData, k_grid: Sequence[int], temperature: float, device: Device = "cpu"
+) -> list[float]:
     """Accuracy on the held-out samples, with the rest of train as the bank, for each k."""
     labels = torch.from_numpy(data.train_y.astype(np.int64))
     bank = np.flatnonzero(~data.heldout)
     similarity, neighbours = nearest(
-        data.train_x[data.heldout], data.train_x, max(k_grid), rows=bank
+        data.train_x[data.heldout], data.train_x, max(k_grid), rows=bank, device=device
     )
     truth = labels[torch.from_numpy(data.heldout)]
     scores = []
@@ -87,31 +93,35 @@ def nearest(
     rows: np.ndarray | None = None,
     query_chunk: int = QUERIES,
     bank_chunk: int = BANK,
+    device: Device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of each query by cosine, most similar first.
 
     queries (Q, D) and bank (B, D) may be float16 and memory-mapped: a chunk at a time is normalised
-    in float32. Returns similarities (Q, k) float32 and indices into the bank (Q, k) int64. `rows`
-    (R,) restricts the search to these rows of the bank.
+    in float32 on `device`. Returns similarities (Q, k) float32 and indices into the bank (Q, k)
+    int64 on the CPU. `rows` (R,) restricts the search to these rows of the bank.
     """
     rows = np.arange(len(bank)) if rows is None else rows
     best = [
-        (torch.empty(len(chunk), 0), torch.empty(len(chunk), 0, dtype=torch.int64))
+        (
+            torch.empty(len(chunk), 0, device=device),
+            torch.empty(len(chunk), 0, dtype=torch.int64, device=device),
+        )
         for chunk in chunks(queries, query_chunk)
     ]
     for start in range(0, len(rows), bank_chunk):
         bank_rows = rows[start : start + bank_chunk]
-        keys = normalised(bank[bank_rows])
+        keys = normalised(bank[bank_rows], device)
         forget_pages(bank)
-        index_of = torch.from_numpy(bank_rows.astype(np.int64))
+        index_of = torch.from_numpy(bank_rows.astype(np.int64)).to(device)
         for number, chunk in enumerate(chunks(queries, query_chunk)):
-            tile = normalised(chunk) @ keys.T
+            tile = normalised(chunk, device) @ keys.T
             top, column = tile.topk(min(k, len(bank_rows)), dim=1)
             similarity = torch.cat([best[number][0], top], dim=1)
             index = torch.cat([best[number][1], index_of[column]], dim=1)
             top, column = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best[number] = (top, index.gather(1, column))
-    return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
+    return torch.cat([b[0] for b in best]).cpu(), torch.cat([b[1] for b in best]).cpu()
 
 
 def forget_pages(array: np.ndarray) -> None:
@@ -134,9 +144,10 @@ def chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (x[start : start + size] for start in range(0, len(x), size))
 
 
-def normalised(x: np.ndarray) -> Tensor:
-    """Rows at unit length: (N, D) -> (N, D) float32; a zero row stays zero."""
-    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(x, dtype=np.float32)), dim=1)
+def normalised(x: np.ndarray, device: Device = "cpu") -> Tensor:
+    """Rows at unit length: (N, D) -> (N, D) float32 on `device`; a zero row stays zero."""
+    rows = torch.from_numpy(np.asarray(x, dtype=np.float32)).to(device)
+    return torch.nn.functional.normalize(rows, dim=1)
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:

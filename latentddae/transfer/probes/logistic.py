@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentddae.transfer.probes.data import ProbeData, ProbeResult, check_features
+from latentddae.transfer.probes.data import Device, ProbeData, ProbeResult, check_features
 from latentddae.transfer.probes.few_shot import MIN_FOR_HELDOUT
 from latentddae.transfer.probes.standardise import standard_scale, standardise
 
@@ -30,6 +30,7 @@ FEW_SHOT_L2 = 0.1
 """The penalty where there are too few samples to hold one of each class out."""
 MAX_ITERATIONS = 200
 CHUNK = 1024  # rows per product: a chunk and its logits fit a cache
+GPU_CHUNK = 65536  # on other devices than a CPU: enough work for one kernel
 TOLERANCE = 1e-4
 """Largest gradient entry at which a fit ends, in coordinates where the curvature is about one."""
 
@@ -58,24 +59,28 @@ class Choice:
     """Fitted without the held-out part; zero where there is none."""
 
 
-def probe(data: ProbeData, *, l2_grid: Sequence[float] = L2_GRID) -> LinearResult:
+def probe(
+    data: ProbeData, *, l2_grid: Sequence[float] = L2_GRID, device: Device = "cpu"
+) -> LinearResult:
     """Choose the L2 penalty on held-out train, fit all of train, score test once.
 
-    With a single penalty there may be no held-out sample.
+    With a single penalty there may be no held-out sample. `device` holds a float32 copy of the
+    training features and computes; see cost.linear_cost.
     """
     if len(l2_grid) > 1:
         data.require_heldout()
     mean, scale = standard_scale(data.train_x)
     x, y, n_fit = fit_rows_first(data.train_x, data.train_y, data.heldout, mean, scale)
+    x, y = x.to(device), y.to(device)
     curvature = second_moment(x)
-    start = Softmax.zero(x.shape[1], data.classes)
+    start = Softmax.zero(x.shape[1], data.classes, device)
     choice = (
         choose(x, y, n_fit, data.classes, l2_grid, curvature)
         if data.heldout.any()
         else Choice(l2_grid[0], None, tuple(l2_grid), (), start)
     )
     model = fit(x, y, choice.l2, start=choice.model, curvature=curvature)
-    predictions = predict(model, standardise(data.test_x, mean, scale)).numpy()
+    predictions = predict(model, standardise(data.test_x, mean, scale).to(device)).cpu().numpy()
     return LinearResult(
         **data.scored(predictions),
         heldout_accuracy=choice.heldout_accuracy,
@@ -91,6 +96,8 @@ def score_heldout(
     heldout: np.ndarray,
     classes: int,
     l2_grid: Sequence[float] = L2_GRID,
+    *,
+    device: Device = "cpu",
 ) -> Choice:
     """The part of `probe` before test: how well features score on held-out train.
 
@@ -98,6 +105,7 @@ def score_heldout(
     """
     check_features(x, y, heldout, classes)
     x_first, y_first, n_fit = fit_rows_first(x, y, heldout, *standard_scale(x))
+    x_first, y_first = x_first.to(device), y_first.to(device)
     return choose(x_first, y_first, n_fit, classes, l2_grid, second_moment(x_first))
 
 
@@ -137,7 +145,7 @@ def choose(
     fitted: list[Softmax] = []
     scores: list[float] = []
     best = 0
-    model = Softmax.zero(x.shape[1], classes)
+    model = Softmax.zero(x.shape[1], classes, x.device)
     for number, l2 in enumerate(path):
         model = fit(x[:n_fit], y[:n_fit], l2, start=model, curvature=curvature)
         fitted.append(model)
@@ -162,9 +170,9 @@ class Softmax:
     bias: Tensor
 
     @classmethod
-    def zero(cls, width: int, classes: int) -> "Softmax":
+    def zero(cls, width: int, classes: int, device: Device = "cpu") -> "Softmax":
         """All weights (width, classes) and biases (classes,) zero."""
-        return cls(torch.zeros(width, classes), torch.zeros(classes))
+        return cls(torch.zeros(width, classes, device=device), torch.zeros(classes, device=device))
 
 
 def predict(model: Softmax, x: Tensor) -> Tensor:
@@ -230,7 +238,7 @@ def _factor(curvature: Tensor, l2: float) -> Tensor:
     raised = max(l2, 1e-6 * mean)
     while True:
         factor, failed = torch.linalg.cholesky_ex(
-            system + raised * torch.eye(len(system), dtype=torch.float64)
+            system + raised * torch.eye(len(system), dtype=torch.float64, device=system.device)
         )
         if not failed.item():
             return factor.float()
@@ -244,11 +252,12 @@ def objective(
 
     x (N, D) float32, y (N,) int64; rows are taken in chunks that fit a cache.
     """
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    chunk = CHUNK if x.device.type == "cpu" else GPU_CHUNK
     weight_gradient = l2 * weight
     bias_gradient = torch.zeros_like(bias)
-    for start in range(0, len(x), CHUNK):
-        rows, labels = x[start : start + CHUNK], y[start : start + CHUNK, None]
+    for start in range(0, len(x), chunk):
+        rows, labels = x[start : start + chunk], y[start : start + chunk, None]
         log_p = (torch.addmm(bias, rows, weight)).log_softmax(dim=1)
         loss -= log_p.gather(1, labels).sum(dtype=torch.float64)
         residual = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(log_p[:, :1])).div_(len(x))

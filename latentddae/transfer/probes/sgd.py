@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentddae.core.errors import DataError
 from latentddae.core.rng import normal, uniform
-from latentddae.transfer.probes.data import ProbeData, ProbeResult
+from latentddae.transfer.probes.data import Device, ProbeData, ProbeResult
 from latentddae.transfer.probes.recipes import Recipe
 
 INITIAL_STD = 0.01
@@ -66,7 +66,7 @@ class EpochData:
     classes: int
 
 
-def probe(data: ProbeData, recipe: Recipe, *, seed: int = 0) -> SgdResult:
+def probe(data: ProbeData, recipe: Recipe, *, seed: int = 0, device: Device = "cpu") -> SgdResult:
     """Train the heads of a recipe on the same features in every epoch, and score the best one."""
     choosing = len(recipe.learning_rates) * len(recipe.weight_decays) > 1
     if choosing:
@@ -80,24 +80,31 @@ def probe(data: ProbeData, recipe: Recipe, *, seed: int = 0) -> SgdResult:
         test_y=data.test_y,
         classes=data.classes,
     )
-    return probe_epochs(epochs, recipe, seed=seed)
+    return probe_epochs(epochs, recipe, seed=seed, device=device)
 
 
-def probe_epochs(data: EpochData, recipe: Recipe, *, seed: int = 0) -> SgdResult:
+def probe_epochs(
+    data: EpochData, recipe: Recipe, *, seed: int = 0, device: Device = "cpu"
+) -> SgdResult:
     """Train the heads of a recipe on features of their own for each epoch, and score the best one.
 
-    Raises DataError if no head ends with finite weights.
+    `device` holds one epoch's features at a time and computes. Raises DataError if no head ends
+    with finite weights.
     """
-    y, fit = torch.from_numpy(data.train_y), torch.from_numpy(~data.heldout)
-    width, classes = data.test_x.shape[1], data.classes
+    y, fit = (torch.from_numpy(x).to(device) for x in (data.train_y, ~data.heldout))
+    shape: HeadShape = {
+        "width": data.test_x.shape[1],
+        "classes": data.classes,
+        "like": torch.zeros((), device=device),
+    }
     rates = recipe.scaled(len(y))
-    reported = HeadTrainer(recipe, rates, width=width, classes=classes, seed=seed)
+    reported = HeadTrainer(recipe, rates, **shape, seed=seed)
     choosing = None
     if data.heldout_x is not None:
         fit_rates = recipe.scaled(int(fit.sum()))
-        choosing = HeadTrainer(recipe, fit_rates, width=width, classes=classes, seed=seed)
+        choosing = HeadTrainer(recipe, fit_rates, **shape, seed=seed)
     for features in data.epochs:
-        x = torch.from_numpy(features)
+        x = torch.from_numpy(features).to(device)
         reported.train_epoch(x, y)
         if choosing:
             choosing.train_epoch(x[fit], y[fit])
@@ -105,10 +112,10 @@ def probe_epochs(data: EpochData, recipe: Recipe, *, seed: int = 0) -> SgdResult
     scores: list[float] = []
     if choosing and data.heldout_x is not None:
         choosing.check()
-        scores = choosing.heads.accuracies(torch.from_numpy(data.heldout_x), y[~fit])
+        scores = choosing.heads.accuracies(torch.from_numpy(data.heldout_x).to(device), y[~fit])
     best = scores.index(max(scores)) if scores else 0  # ties go to the smallest rate
     head = reported.heads.select(best)
-    predictions = head.predict(torch.from_numpy(data.test_x))[0].numpy()
+    predictions = head.predict(torch.from_numpy(data.test_x).to(device))[0].cpu().numpy()
     return SgdResult(
         accuracy=float((predictions == data.test_y).mean()),
         heldout_accuracy=scores[best] if scores else None,
@@ -117,10 +124,18 @@ def probe_epochs(data: EpochData, recipe: Recipe, *, seed: int = 0) -> SgdResult
         weight_decay=rates[best][1],
         rates_tried=tuple(rates),
         batch=min(recipe.batch, len(y)),
-        width=width,
+        width=data.test_x.shape[1],
         n_seen={"train": len(y), "heldout": int(data.heldout.sum()), "test": len(data.test_y)},
         predictions=predictions,
     )
+
+
+class HeadShape(TypedDict):
+    """What heads of one probe have in common."""
+
+    width: int
+    classes: int
+    like: Tensor
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,8 @@ class HeadTrainer:
     """Trains heads: `train_epoch` is called `recipe.epochs` times.
 
     `rates` holds the learning rate and weight decay of each head, as applied. `separate_inputs`
-    says that each head reads features of its own.
+    says that each head reads features of its own; `like` is a tensor (any shape) of the device and
+    dtype of the heads, by default float32 on the CPU.
     """
 
     def __init__(
@@ -195,18 +211,19 @@ class HeadTrainer:
         classes: int,
         separate_inputs: bool = False,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        like: Tensor | None = None,
     ) -> None:
         self.recipe, self.seed, self.done = recipe, seed, 0
         heads = len(rates)
-        first = normal(seed, "probe/initial", torch.arange(classes), (width,)).to(dtype)
+        like = torch.zeros(()) if like is None else like
+        first = normal(seed, "probe/initial", torch.arange(classes), (width,)).to(like)
         self.weight = (INITIAL_STD * first).repeat(heads, 1, 1)
-        self.bias = torch.zeros(heads, classes, dtype=dtype)
+        self.bias = like.new_zeros(heads, classes)
         self.mean: Tensor | None = None
         self.variance: Tensor | None = None
         if recipe.norm:
             shape = (heads if separate_inputs else 1, width)
-            self.mean, self.variance = (f(shape, dtype=dtype) for f in (torch.zeros, torch.ones))
+            self.mean, self.variance = like.new_zeros(shape), like.new_ones(shape)
         # Heads with features of their own take turns, so that a few at a time stay in the cache.
         size = min(heads, HEADS_PER_GROUP) if separate_inputs else heads
         self._groups = [
@@ -220,7 +237,8 @@ class HeadTrainer:
         return Heads(self.weight, self.bias, self.mean, self.variance)
 
     def train_epoch(self, x: Tensor, y: Tensor) -> None:
-        """One pass in an order keyed by (seed, epoch): x (N, D), or (H, N, D); y (N,) int64.
+        """One pass in an order keyed by (seed, epoch): x (N, D), or (H, N, D); y (N,) int64, both
+        on the trainer's device.
 
         The batch is the recipe's, or all samples if they are fewer. Samples left over at the end of
         an epoch are dropped, others in every epoch.
@@ -228,7 +246,7 @@ class HeadTrainer:
         count = x.shape[-2]
         batch = min(self.recipe.batch, count)
         steps = count // batch
-        order = epoch_order(self.seed, self.done, count)[: steps * batch].split(batch)
+        order = epoch_order(self.seed, self.done, count)[: steps * batch].to(x.device).split(batch)
         start = 0
         for group in self._groups:
             end = start + len(group.heads.weight)

@@ -20,8 +20,11 @@ from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, collect
 from latentddae.transfer.extraction.spec import FeatureSpec
+from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.grids import GridCell
 from latentddae.transfer.probes import logistic
+from latentddae.transfer.probes.cost import ProbeSize, linear_cost
+from latentddae.transfer.protocol.probe_cost import probe_device
 from latentddae.transfer.protocol.splits import Split, labels_of, subset
 
 SAMPLES = 10_000
@@ -97,9 +100,23 @@ def score_cells(
     labels = labels_of(run.train, run.split.train)
     judged = []
     for cell in cells:
+        size = ProbeSize(
+            train=len(labels),
+            heldout=int(run.split.heldout.sum()),
+            test=0,
+            width=cell.width,
+            classes=len(run.train.classes),
+        )
+        device = probe_device(device_of(run.checkpoint), linear_cost(size, L2_GRID))
         x = dist.all_gather_rows(features[cell.block, cell.pool])
         score = functools.partial(
-            logistic.score_heldout, x, labels, run.split.heldout, len(run.train.classes), L2_GRID
+            logistic.score_heldout,
+            x,
+            labels,
+            run.split.heldout,
+            len(run.train.classes),
+            L2_GRID,
+            device=device,
         )
         choice = dist.on_rank0(score)
         judged.append(replace(cell, probe_accuracy=choice.heldout_accuracy, probe_l2=choice.l2))

@@ -15,7 +15,10 @@ from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import BATCH, Progress, extract
 from latentddae.transfer.extraction.spec import Cell, FeatureSpec
+from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.probes import ridge
+from latentddae.transfer.probes.cost import ridge_cost
+from latentddae.transfer.protocol.probe_cost import announce, width_of
 from latentddae.transfer.protocol.splits import Split, labels_of
 
 
@@ -58,6 +61,9 @@ def ridge_scores(
     labels = torch.from_numpy(labels_of(train, split.train))
     heldout = torch.from_numpy(split.heldout)
     rank_rows = dist.rank_slice(len(labels))
+    widths = [width_of(checkpoint, (b, p)) for b in spec.blocks for p in spec.pools]
+    cost = ridge_cost(len(labels), widths, len(ridge.L2_GRID))
+    device = announce(f"ridge probes at s={spec.level:g}", cost, device_of(checkpoint))
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
     seen = rank_rows.start
@@ -68,9 +74,9 @@ def ridge_scores(
         aside = heldout[rows]
         for cell, value in part.values.items():
             if cell not in statistics:
-                statistics[cell] = ridge.Statistics.start(value, len(train.classes))
+                statistics[cell] = ridge.Statistics.start(value.to(device), len(train.classes))
                 kept[cell] = []
-            statistics[cell].add(value[~aside], labels[rows][~aside])
+            statistics[cell].add(value[~aside].to(device), labels[rows][~aside].to(device))
             kept[cell].append(value[aside])
         seen = rows.stop
     scores = {}
@@ -86,9 +92,10 @@ def reduce_over_ranks(statistics: ridge.Statistics) -> None:
     """Add the samples of all ranks (a collective)."""
     world = dist.world_from_environment()
     if world.size > 1:
-        device = dist.device_for(world)
+        group, own = dist.device_for(world), statistics.shift.device
         statistics.reduce(
-            dist.broadcast_object, lambda sums: dist.sum_tensor(sums.to(device)).cpu()
+            lambda shift: dist.broadcast_object(shift.cpu()).to(own),
+            lambda sums: dist.sum_tensor(sums.to(group)).to(own),
         )
 
 

@@ -24,11 +24,13 @@ from latentddae.transfer import results
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
 from latentddae.transfer.extraction.store import FeatureStore
+from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.probes import few_shot, knn, logistic
-from latentddae.transfer.probes.data import ProbeData, ProbeResult
+from latentddae.transfer.probes.cost import ProbeCost, ProbeSize, knn_cost, linear_cost
+from latentddae.transfer.probes.data import Device, ProbeData, ProbeResult
 from latentddae.transfer.probes.metrics import METRICS, confusion
-from latentddae.transfer.protocol import cells
+from latentddae.transfer.protocol import cells, probe_cost
 from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
 from latentddae.transfer.results import CellInfo, CheckpointInfo, Json, Result
@@ -43,24 +45,28 @@ class StandardProbe:
     name: str
     protocol: Mapping[str, Json]
     """Name, version and constants, as results record them."""
-    full: Callable[[ProbeData], ProbeResult]
+    full: Callable[[ProbeData, Device], ProbeResult]
     """Fitted on all of train."""
     few_shot: Callable[[ProbeData, int], ProbeResult]
     """Fitted on few samples; told how many the smallest class has."""
+    cost: Callable[[ProbeSize], ProbeCost]
+    """Of `full`."""
 
 
 PROBES: dict[Kind, StandardProbe] = {
     "linear": StandardProbe(
         name="linear probe",
         protocol={"name": logistic.PROTOCOL},
-        full=logistic.probe,
+        full=lambda data, device: logistic.probe(data, device=device),
         few_shot=lambda data, n: logistic.probe(data, l2_grid=logistic.few_shot_grid(n)),
+        cost=linear_cost,
     ),
     "knn": StandardProbe(
         name="k-NN probe",
         protocol={"name": knn.PROTOCOL, "temperature": knn.TEMPERATURE},
-        full=knn.probe,
+        full=lambda data, device: knn.probe(data, device=device),
         few_shot=lambda data, n: knn.probe(data, k_grid=knn.few_shot_grid(n)),
+        cost=knn_cost,
     ),
 }
 
@@ -90,6 +96,17 @@ class ProbeSession:
     def noise_seeds(self) -> tuple[int, ...]:
         """One run for each."""
         return tuple(range(self.seed, self.seed + self.options.noise_seeds))
+
+    @property
+    def size(self) -> ProbeSize:
+        """How large its probes are."""
+        return ProbeSize(
+            train=len(self.split.train),
+            heldout=int(self.split.heldout.sum()),
+            test=len(self.test),
+            width=probe_cost.width_of(self.checkpoint, self.spec.cell),
+            classes=len(self.train.classes),
+        )
 
     @property
     def test_labels(self) -> np.ndarray:
@@ -257,8 +274,12 @@ def run_probes(session: ProbeSession, kind: Kind) -> list[Result]:
         return run_few_shot(session, kind)
 
     def measure(noise_seed: int) -> list[ProbeResult]:
+        standard = PROBES[kind]
+        device = probe_cost.announce(
+            standard.name, standard.cost(session.size), device_of(session.checkpoint)
+        )
         data = session.probe_data(noise_seed)
-        return dist.on_rank0(lambda: [PROBES[kind].full(data)])
+        return dist.on_rank0(lambda: [standard.full(data, device)])
 
     return [run_once(session, kind, PROBES[kind].protocol, measure)]
 
@@ -294,6 +315,12 @@ def describe(session: ProbeSession, what: str) -> str:
         f"({int(split.heldout.sum())} held out), {len(session.test)} test samples of "
         f"{session.test.split}; results go to {session.options.out / results.RESULTS}"
     )
+
+
+def describe_cost(session: ProbeSession, kind: Kind) -> str:
+    """What a standard probe of a session would cost, for --dry-run."""
+    network, cost = device_of(session.checkpoint), PROBES[kind].cost(session.size)
+    return probe_cost.describe(PROBES[kind].name, cost, network)
 
 
 def format_result(result: Result) -> str:

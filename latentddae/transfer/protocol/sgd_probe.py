@@ -18,8 +18,11 @@ from latentddae.core.errors import DataError
 from latentddae.core.rng import key_positions, purpose_key, uniform
 from latentddae.data.crops import CropFlip
 from latentddae.data.subsets import SampleSet, SingleView
+from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.probes import sgd
+from latentddae.transfer.probes.cost import heads_cost
 from latentddae.transfer.probes.recipes import Recipe
+from latentddae.transfer.protocol.probe_cost import announce
 from latentddae.transfer.protocol.session import ProbeSession, run_once
 from latentddae.transfer.protocol.splits import labels_of
 from latentddae.transfer.results import Result
@@ -65,9 +68,12 @@ def _measure(
 ) -> list[sgd.SgdResult]:
     """Heads trained with one seed of the noise: a result on rank 0, an empty list elsewhere."""
     split, train, test = session.split, session.train, session.test
+    heads = len(recipe.learning_rates) * len(recipe.weight_decays)
+    cost = heads_cost(session.size, recipe.epochs, heads)
+    device = announce(f"{heads} linear heads", cost, device_of(session.checkpoint))
     test_x = session.features(test, np.arange(len(test)), noise_seed, "test")
     heldout_x = None
-    if len(recipe.learning_rates) * len(recipe.weight_decays) > 1:
+    if heads > 1:
         rows = split.train[split.heldout]
         heldout_x = session.features(train, rows, noise_seed, "held out")
     epochs = (features(epoch) for epoch in range(recipe.epochs))
@@ -84,7 +90,7 @@ def _measure(
         test_y=session.test_labels,
         classes=len(train.classes),
     )
-    return [sgd.probe_epochs(data, recipe, seed=session.seed)]
+    return [sgd.probe_epochs(data, recipe, seed=session.seed, device=device)]
 
 
 def format_rates(recipe: Recipe, samples: int) -> str:

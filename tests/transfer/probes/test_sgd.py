@@ -35,7 +35,7 @@ def trained(recipe, rates, epochs, y, own=False, seed=0):
         classes=CLASSES,
         separate_inputs=own,
         seed=seed,
-        dtype=epochs[0].dtype,
+        like=epochs[0],
     )
     for x in epochs:
         training.train_epoch(x, y)

@@ -1,0 +1,50 @@
+"""micro_batch null: on GPUs what fits into the smallest of them, elsewhere the whole share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentddae.core.config import load
+from latentddae.data.shards import ShardSet
+from latentddae.planning.memory import state_bytes
+from latentddae.training import step_plan
+from latentddae.training.config import TrainConfig, resolve
+
+CONFIG = Path(__file__).parent / "tiny.yaml"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def config(tiny_shards) -> TrainConfig:
+    given = [f"data.path={tiny_shards}", "run=run", "global_batch=48", "engine.precision=fp32"]
+    return resolve(load(TrainConfig, CONFIG, given), ShardSet(tiny_shards, "train").info)
+
+
+def test_the_step_is_that_of_the_configuration(config) -> None:
+    changed = replace(config, engine=replace(config.engine, micro_batch=6, checkpoint_blocks=1))
+    step = step_plan.step_of(changed, 2, CPU)
+    assert (step.ranks, step.micro, step.share) == (2, 6, 24)
+    assert step.parts["weights"] == state_bytes(step.parameters, 2, 1, "fp32").weights
+    assert step.checkpoint_blocks == 1 and not step.on_gpu
+    assert step_plan.step_of(config, 2, CPU).micro == 24
+
+
+def test_a_gpu_takes_what_fits_and_a_cpu_its_share(config, monkeypatch) -> None:
+    step = replace(step_plan.step_of(config, 1, CPU), on_gpu=True)
+    memory = replace(step, micro=20).bytes / step_plan.fit.USABLE  # 16 divides the share of 48
+    monkeypatch.setattr(step_plan, "device_memory", lambda device: memory)
+    assert step_plan.with_micro_batch(config, CPU) is config
+    assert step_plan.with_micro_batch(config, CUDA).engine.micro_batch == 16
+    given = replace(config, engine=replace(config.engine, micro_batch=3))
+    assert step_plan.with_micro_batch(given, CUDA) is given
+
+
+def test_all_ranks_take_what_the_smallest_gpu_holds(config, capsys) -> None:
+    step = replace(step_plan.step_of(config, 1, CPU), on_gpu=True)
+    small, large = (replace(step, micro=n).bytes / step_plan.fit.USABLE for n in (8, 48))
+    assert step_plan.chosen_micro(step, [large, small]) == 8
+    assert step_plan.chosen_micro(step, [1e6]) == 1
+    said = capsys.readouterr().err
+    assert "a GPU has 1 MB" in said and "more ranks, or a smaller network" in said
