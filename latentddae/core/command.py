@@ -245,6 +245,8 @@ def parse(cls: type, argv: Sequence[str]) -> Arguments:
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
+        if word == "--":  # between a launcher's options and ours
+            continue
         if word in ("-h", "--help"):
             out.help = True
         elif word in ("--print-config", "--dry-run"):

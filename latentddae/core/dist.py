@@ -18,6 +18,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
+from latentddae.core.ports import holder_of
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -141,10 +142,26 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         if world.launcher == "slurm":
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
             os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
-        torch_dist.init_process_group(
-            backend, rank=world.rank, world_size=world.size, timeout=timeout
-        )
+        with _naming_the_holder():
+            torch_dist.init_process_group(
+                backend, rank=world.rank, world_size=world.size, timeout=timeout
+            )
     return world
+
+
+@contextlib.contextmanager
+def _naming_the_holder() -> Iterator[None]:
+    """A meeting point that somebody else has taken is a ConfigError which names that process."""
+    try:
+        yield
+    except torch_dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise ConfigError(
+            f"port {port}, where the ranks meet, is in use by {holder_of(port)} on this node: wait "
+            "for it, end it, or choose another port (--master_port, --master-port)"
+        ) from error
 
 
 def slurm_port(env: Mapping[str, str]) -> int:

@@ -1,0 +1,119 @@
+"""Launchers: every documented line is one that they accept, and what they do to a training when
+they are told to stop, or die."""
+
+import importlib
+import os
+import re
+import shlex
+import socket
+import subprocess
+
+import pytest
+import torch.distributed.run as torchrun
+from deepspeed.launcher import runner as deepspeed
+
+from latentddae import cli
+from latentddae.core import command, dist
+from latentddae.core.errors import ConfigError
+from latentddae.core.ports import holder_of
+
+from .test_docs import CONFIGS, PAGES, command_lines, config_commands
+from .training.launchers import BIN, ROOT, free_port
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+
+def documented() -> list[list[str]]:
+    """Every line of docs, README and comments of configurations that starts ranks, as words."""
+    lines = [words for page in PAGES for words in command_lines(page)]
+    lines += [words for config in CONFIGS for words in config_commands(config)]
+    for page in PAGES:
+        for text in re.findall(r"`((?:torchrun|deepspeed|srun) [^`]*)`", page.read_text()):
+            lines.append(shlex.split(text.replace("...", "").replace("…", "")))
+    for script in SCRIPTS:
+        for line in script.read_text().splitlines():
+            if line.startswith("torchrun ") or line.startswith("deepspeed "):
+                lines.append(shlex.split(line))
+    starts = [w for w in lines if w[0] in ("torchrun", "deepspeed", "srun") and len(w) > 3]
+    return [list(words) for words in dict.fromkeys(map(tuple, starts)) if "--pty" not in words]
+
+
+def test_documented_lines_are_what_their_launchers_accept() -> None:
+    """Each is read by the launcher's own parser, which leaves to us what we can read."""
+    read = {"torchrun": 0, "deepspeed": 0, "srun": 0}
+    for words in documented():
+        read[words[0]] += 1
+        program, arguments = split_by_launcher(words)
+        command.parse(program.config, arguments)
+    assert all(count >= 2 for count in read.values()), read
+
+
+def split_by_launcher(words: list[str]) -> tuple[command.Command, list[str]]:
+    """Our command, and the arguments that a launcher hands to it."""
+    if words[0] == "torchrun":
+        parsed = torchrun.parse_args(words[1:])
+        assert parsed.module, words
+        return command_at(parsed.training_script, parsed.training_script_args)
+    if words[0] == "deepspeed":
+        parsed = deepspeed.parse_args(words[1:])
+        module = parsed.user_script.removesuffix(".py").replace("/", ".")
+        return command_at(module, parsed.user_args)
+    rest = words[next(i for i, word in enumerate(words[1:], 1) if not word.startswith("--")) :]
+    if rest[0] == "latentddae":
+        return command_at("latentddae", rest[1:])
+    assert rest[:2] == ["python", "-m"], words
+    return command_at(rest[2], rest[3:])
+
+
+def command_at(module: str, arguments: list[str]) -> tuple[command.Command, list[str]]:
+    if module == "latentddae":
+        module, arguments = cli.COMMANDS[arguments[0]][0], arguments[1:]
+    return importlib.import_module(module).COMMAND, arguments
+
+
+def test_a_flag_that_torchrun_would_take_for_its_own(capsys) -> None:
+    """Why `sample` is documented with num=N: a new torchrun that reads --num differently should
+    change the guide."""
+    words = ["--nproc-per-node", "8", "-m", "latentddae.generation.sample", "--num", "5"]
+    with pytest.raises(SystemExit):
+        torchrun.parse_args(words)
+    assert "ambiguous option: --num" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_documented_line_starts() -> None:
+    """Really started, on two ranks instead of eight, with --help."""
+    for words in documented():
+        if words[0] == "srun":
+            continue  # tests/slurm has a Slurm
+        line = [re.sub(r"^8$", "2", word) for word in words]
+        if line[0] == "deepspeed":
+            line[1:1] = [f"--master_port={free_port()}", "--num_gpus=2"]
+        done = subprocess.run(
+            [str(BIN / line[0]), *line[1:], "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=100,
+            env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"},
+        )
+        assert done.returncode == 0, (words, done.stderr)
+        assert "usage: latentddae" in done.stdout, (words, done.stdout)
+
+
+def test_the_holder_of_a_port_is_named(ranks, capfd) -> None:
+    """A second meeting at a port that is taken ends with 78 and says by whom."""
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"process {os.getpid()} (" in holder_of(port)
+
+        def meet() -> None:
+            os.environ["MASTER_PORT"] = str(port)
+            with pytest.raises(ConfigError, match=f"port {port}.*in use by process {os.getppid()}"):
+                dist.start(timeout_s=20)
+
+        assert ranks(meet, 1) == [0]
+    assert holder_of(port) == "another process"
