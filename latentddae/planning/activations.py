@@ -26,7 +26,9 @@ class Kept:
     """Bytes that autograd keeps of a forward pass."""
 
     by_blocks: float
+    """What computing all blocks again would save."""
     elsewhere: float
+    """The rest, with the inputs of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,20 @@ class Activations:
     per_image: Kept
     once: Kept
     """However many images there are: fp32 copies of some weights."""
-    block_input: float
-    """Bytes per image that a block keeps instead if it is computed again."""
     depth: int
 
     def at_most(self, images: int, checkpoint_blocks: int) -> float:
         """The most bytes alive at once if every n-th block is computed again (0: none).
 
         The backward pass frees as it goes; beside what is kept, a quarter of a block's size are
-        gradients, or one whole block is computed again (tests/planning/test_activations.py).
+        gradients, and one block that is computed again is whole
+        (tests/planning/test_activations.py).
         """
         recomputed = self.depth // checkpoint_blocks if checkpoint_blocks else 0
         block = (images * self.per_image.by_blocks + self.once.by_blocks) / self.depth
         kept = images * self.per_image.elsewhere + self.once.elsewhere
-        kept += (self.depth - recomputed) * block + recomputed * images * self.block_input
-        return kept + (block if recomputed else block / 4)
+        kept += (self.depth - recomputed) * block
+        return kept + (1.25 if recomputed else 0.25) * block
 
 
 def count_activations(
@@ -61,11 +62,9 @@ def count_activations(
     shape = (config.in_channels, config.input_size, config.input_size)
     one, two = _kept(network, shape, 1), _kept(network, shape, 2)
     outside = LOSS_COPIES * FP32 * torch.Size(shape).numel()
-    tokens, width = max(network.tap_shapes().values(), key=lambda tap: tap[0] * tap[1])
     return Activations(
         per_image=Kept(two.by_blocks - one.by_blocks, two.elsewhere - one.elsewhere + outside),
         once=Kept(2 * one.by_blocks - two.by_blocks, 2 * one.elsewhere - two.elsewhere),
-        block_input=FP32 * tokens * width,
         depth=config.depth,
     )
 
