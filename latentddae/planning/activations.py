@@ -51,7 +51,7 @@ class Activations:
         block = (images * self.per_image.by_blocks + self.once.by_blocks) / self.depth
         kept = images * self.per_image.elsewhere + self.once.elsewhere
         kept += (self.depth - recomputed) * block
-        return kept + (1.25 if recomputed else 0.25) * block
+        return kept + (1.1 if recomputed else 0.25) * block
 
 
 def count_activations(

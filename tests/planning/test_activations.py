@@ -70,10 +70,10 @@ def highest(config, precision: str, every: int) -> float:
     ids=["dit", "modern", "unet"],
 )
 def test_what_a_real_step_has_alive(config, precision) -> None:
-    """To five percent, with all, half or none of the blocks computed again."""
+    """To six percent, with all, half or none of the blocks computed again."""
     counted = count_activations(config, precision)
     loss = IMAGES * LOSS_COPIES * 4 * config.in_channels * config.input_size**2
     for every in (0, 1, 2):
         real = highest(config, precision, every)
         formula = counted.at_most(IMAGES, every) - loss
-        assert 0.95 < formula / real < 1.05, (every, real, formula)
+        assert 0.94 < formula / real < 1.06, (every, real, formula)
