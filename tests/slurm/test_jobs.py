@@ -112,12 +112,21 @@ def test_warned_requeued_and_finished(slurm, submit, tiny_shards, tmp_path) -> N
     encoder = ["--autoencoder", "none", "--resolution", 16]
     encoding = submit("encode_imagenet.sh", tmp_path / "photos", tmp_path / "data", *encoder)
     probing = submit("transfer.sh", whole, tmp_path / "results", tiny_shards)
+    both = ("--nodes=2",)
+    shared = submit("transfer.sh", whole, tmp_path / "shared", tiny_shards, options=both)
     slurm.wait(encoding, "COMPLETED")
     assert [len(ShardSet(tmp_path / "data", split)) for split in ("train", "val")] == [6, 6]
     slurm.wait(probing, "COMPLETED")
     for probe in ("linear", "knn"):
         results = tmp_path / "results" / tiny_shards.name / probe / "results.jsonl"
         assert len(files.read_json_lines(results)) == 1
+    slurm.wait(shared, "COMPLETED")
+    one, two = (suite_rows(tmp_path / name) for name in ("results", "shared"))
+    assert one == two and one[0]["n_test"] == 32
+
+
+def suite_rows(out: Path) -> list[dict[str, object]]:
+    return files.read_checked_json(out / "suite.json", "results")["rows"]
 
 
 @pytest.fixture(scope="module")
