@@ -5,20 +5,23 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch.distributed.run as torchrun
 from deepspeed.launcher import runner as deepspeed
 
 from latentddae import cli
-from latentddae.core import command, dist
+from latentddae.core import command, dist, files
 from latentddae.core.errors import ConfigError
 from latentddae.core.ports import holder_of
+from latentddae.training import states
 
 from .test_docs import CONFIGS, PAGES, command_lines, config_commands
-from .training.launchers import BIN, ROOT, free_port
+from .training.launchers import BIN, ROOT, Launch, free_port, trains
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 
@@ -117,3 +120,92 @@ def test_the_holder_of_a_port_is_named(ranks, capfd) -> None:
 
         assert ranks(meet, 1) == [0]
     assert holder_of(port) == "another process"
+
+
+# Launcher and signal -> the launcher's exit status (a negative one: it died of the signal). In all
+# cases the ranks write one state and leave; docs/training.md has the table.
+SIGNALS = {
+    ("torchrun", "TERM"): 1,
+    ("torchrun", "USR1"): -signal.SIGUSR1,
+    ("torchrun", "KILL"): -signal.SIGKILL,
+    ("torchrun, signals", "TERM"): 1,
+    ("torchrun, signals", "USR1"): 1,
+    ("torchrun, signals", "KILL"): -signal.SIGKILL,
+    ("deepspeed", "TERM"): -signal.SIGTERM,
+    ("deepspeed", "USR1"): -signal.SIGUSR1,
+    ("deepspeed", "KILL"): -signal.SIGKILL,
+}
+ENDLESS = ("total_images=16000000", "save.every_images=1600000", "log_every_images=160")
+
+
+def begin(launcher: str, run: Path, data: Path, log: str, **options: int) -> Launch:
+    """A run of two ranks that trains until it is told to stop."""
+    config = "tests/training/tiny.yaml"
+    arguments = ["--config", config, f"run={run}", f"data.path={data}", *ENDLESS]
+    return Launch.start(launcher, run.parent / log, arguments, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "name"), SIGNALS)
+def test_a_signal_to_the_launcher_leaves_no_rank_behind(
+    launcher: str, name: str, tiny_shards, tmp_path
+) -> None:
+    """Ranks are told by the launcher, or see that it has gone: they save once and leave within 30
+    seconds, and the next start goes on from there."""
+    run = tmp_path / "run"
+    launch = begin(launcher, run, tiny_shards, "first.log")
+    try:
+        trains(launch, run, 320)
+        assert len(launch.ranks()) == 2
+        launch.process.send_signal(getattr(signal, f"SIG{name}"))
+        assert launch.wait(40) == SIGNALS[launcher, name], launch.log.read_text()
+        assert launch.gone_within(30) is not None, launch.log.read_text()
+    finally:
+        launch.kill()
+    state, faults = states.newest_intact(run / "state")
+    assert state is not None and not faults
+    last = max(row["images"] for row in files.read_json_lines(run / "metrics.jsonl"))
+    assert state.images >= last >= 320
+    again = begin("torchrun", run, tiny_shards, "again.log")
+    try:
+        trains(again, run, state.images)
+    finally:
+        again.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "status"), [("torchrun", 1), ("deepspeed", 75)])
+def test_the_status_that_a_launcher_passes_on(launcher, status, tiny_shards, tmp_path) -> None:
+    """Ranks that stop in good order end with 75: deepspeed says so, torchrun says 1."""
+    run = tmp_path / "run"
+    launch = begin(launcher, run, tiny_shards, "log")
+    try:
+        trains(launch, run, 320)
+        (run / "STOP").touch()
+        assert launch.wait(40) == status, launch.log.read_text()
+        assert launch.gone_within(30) is not None
+    finally:
+        launch.kill()
+    assert "stopped by file STOP" in launch.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_second_start_names_who_holds_folder_and_port(tiny_shards, tmp_path) -> None:
+    """The first run goes on undisturbed."""
+    run, port = tmp_path / "run", free_port()
+    first = begin("deepspeed", run, tiny_shards, "first.log", port=port)
+    rivals: list[Launch] = []
+    try:
+        trains(first, run, 320)
+        for number, place in enumerate((run, tmp_path / "other")):
+            options = {"port": port} if place != run else {}
+            rivals.append(begin("deepspeed", place, tiny_shards, f"{number}.log", **options))
+            assert rivals[-1].wait(60) == 78, rivals[-1].log.read_text()
+        folder, meeting = (rival.log.read_text() for rival in rivals)
+        assert re.search(rf"{run} is in use by process (\d+) on \S+ \(train\)", folder)
+        assert f"port {port}, where the ranks meet, is in use by process" in meeting
+        seen = max(row["images"] for row in files.read_json_lines(run / "metrics.jsonl"))
+        trains(first, run, seen)
+    finally:
+        for launch in (first, *rivals):
+            launch.kill()

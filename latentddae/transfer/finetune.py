@@ -64,7 +64,7 @@ def score(task: Task, state: State) -> Result:
     heldout = task.heldout_accuracies(state)
     chosen = max(STATE_KINDS, key=lambda name: heldout[f"heldout_accuracy_{name}"])
     accuracy = task.accuracy(state, chosen, task.test, np.arange(len(task.test)))
-    settings = to_dict(config)
+    settings, speed = to_dict(config), dist.on_rank0(lambda: images_per_s(run))
     units = describe_level(task.checkpoint.objective, config.level)
     result = Result(
         kind="finetune",
@@ -88,7 +88,7 @@ def score(task: Task, state: State) -> Result:
         accuracy=accuracy,
         top1=accuracy,
         heldout_accuracy=heldout[f"heldout_accuracy_{chosen}"],
-        values={**heldout, "chosen": chosen, "images_per_s": images_per_s(run)},
+        values={**heldout, "chosen": chosen, "images_per_s": speed},
     )
     return dist.on_rank0(lambda: results.append_once(run, result))
 
