@@ -68,7 +68,7 @@ def _assumed(on_gpu: bool) -> str:
 
 
 def _memory(step: Step, memory: float, name: str) -> list[str]:
-    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in step.parts.items())
+    parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in step.parts.items())
     needed = f"{gigabytes(step.bytes)} of {gigabytes(memory)} ({name})"
     lines = [f"memory per rank, by formula: {needed}: {parts}"]
     if step.fits(memory):
