@@ -4,6 +4,7 @@ that leave nothing behind."""
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -343,7 +344,11 @@ def test_print_config_and_dry_run_write_nothing(tiny_shards, tmp_path, capsys) -
     printed = capsys.readouterr().out
     assert "lr: 0.0005" in printed and "halflife_images: 100" in printed
     train.main(["--dry-run", *command(run, tiny_shards)])
-    assert "96 samples" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "96 samples" in said and "engine.micro_batch=null: what fits on a GPU" in said
+    assert re.search(r"memory per rank, by formula: [\d.]+ MB of [\d.]+ GB .*activations", said)
+    assert re.search(r"a step: .* Tflop of 16 images: [\d.e-]+ s by formula", said)
+    assert re.search(r"on 8 x H100, bf16: .* engine.micro_batch=2; a step", said)
     assert not run.exists()
 
 
