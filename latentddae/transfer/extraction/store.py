@@ -2,8 +2,8 @@
 
 The folder holds SPLIT-labels.npy, one float16 .npy (samples, width) for each split, noise level,
 block and pool, and meta.json; row i belongs to sample i of the split. The work is cut into chunks
-of samples. A rank writes the rows of its chunks through a memory map and then journals the chunk,
-so memory stays small and a killed run resumes where it stopped, on any number of ranks. The folder
+of samples. A rank writes the rows of its chunks in place and then journals the chunk, so memory
+stays small and a killed run resumes where it stopped, on any number of ranks. The folder
 is written under a temporary name and renamed once every row has been written.
 """
 
@@ -256,22 +256,53 @@ def _fill(
 
 
 def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, tell: Progress) -> None:
-    files: dict[Cell, np.memmap] = {}
-    for part in extract(
-        extraction.checkpoint,
-        extraction.samples[chunk.split],
-        np.arange(chunk.start, chunk.stop),
-        extraction.spec_at(chunk.level),
-        batch=extraction.batch,
-        progress=tell,
-    ):
-        for cell, value in part.values.items():
-            if cell not in files:
-                path = partial / file_name(chunk.split, chunk.level, cell)
-                files[cell] = np.lib.format.open_memmap(path, "r+")
-            files[cell][part.index] = _as_float16(value, cell)
-    for file in files.values():
-        file.flush()
+    with contextlib.ExitStack() as stack:
+        files: dict[Cell, _RowFile] = {}
+        for part in extract(
+            extraction.checkpoint,
+            extraction.samples[chunk.split],
+            np.arange(chunk.start, chunk.stop),
+            extraction.spec_at(chunk.level),
+            batch=extraction.batch,
+            progress=tell,
+        ):
+            for cell, value in part.values.items():
+                if cell not in files:
+                    path = partial / file_name(chunk.split, chunk.level, cell)
+                    files[cell] = stack.enter_context(_RowFile(path))
+                files[cell].write(int(part.index[0]), _as_float16(value, cell))
+        for file in files.values():
+            file.sync()
+
+
+class _RowFile:
+    """An array file whose rows several ranks write, each its own.
+
+    Not through a memory map: over NFS the nodes would write whole pages back, and rows of another
+    node that lie in the same page would be lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        array = np.load(path, mmap_mode="r")
+        self._start, self._row = array.offset, array.itemsize * array.shape[1]
+        self._file = os.open(path, os.O_WRONLY)
+
+    def __enter__(self) -> "_RowFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Put rows (n, width) float16 at row `first`."""
+        data, place = memoryview(rows.tobytes()), self._start + first * self._row
+        while data:
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
+
+    def sync(self) -> None:
+        """Wait until they are on disk."""
+        os.fsync(self._file)
 
 
 def _as_float16(value: torch.Tensor, cell: Cell) -> np.ndarray:
