@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,13 @@ def documented() -> list[list[str]]:
         for line in script.read_text().splitlines():
             if line.startswith("torchrun ") or line.startswith("deepspeed "):
                 lines.append(shlex.split(line))
-    starts = [w for w in lines if w[0] in ("torchrun", "deepspeed", "srun") and len(w) > 3]
-    return [list(words) for words in dict.fromkeys(map(tuple, starts)) if "--pty" not in words]
+    return [list(words) for words in dict.fromkeys(map(tuple, lines)) if starts_ranks(words)]
+
+
+def starts_ranks(words: Sequence[str]) -> bool:
+    """Whether a line starts a program of ours, and is not a launcher's options alone."""
+    ours = "-m" in words or any(re.search(r"latentddae(/.*\.py)?$", word) for word in words)
+    return words[0] in ("torchrun", "deepspeed", "srun") and ours
 
 
 def test_documented_lines_are_what_their_launchers_accept() -> None:
