@@ -98,7 +98,7 @@ def _planned_origin(config: TrainConfig) -> str:
     if not origins.is_new(Path(config.run)):
         return ""
     if config.branch:
-        branch = origins.open_branch(config.branch, config.model)
+        branch = origins.open_branch(config.branch, config.model, config.optim.name)
         return f"a branch of {branch.state.path}\n"
     if config.init.checkpoint:
         model = zoo.build(config.model)
@@ -132,7 +132,9 @@ class Pretraining:
         if not dist.on_rank0(lambda: origins.is_new(run)):
             return None, dist.on_rank0(lambda: origins.recorded(run))
         if config.branch:
-            return dist.on_all_ranks(lambda: origins.open_branch(config.branch, config.model))
+            return dist.on_all_ranks(
+                lambda: origins.open_branch(config.branch, config.model, config.optim.name)
+            )
         if config.init.checkpoint:
             initialize = partial(origins.initialize, model, config.model, config.init)
             return None, dist.on_all_ranks(initialize)

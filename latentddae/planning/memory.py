@@ -20,7 +20,7 @@ class StateBytes:
     weights: float
     gradients: float
     optimizer: float
-    """Both moments, and the fp32 masters where they are not the weights themselves."""
+    """The optimizer's moments, and the fp32 masters where they are not the weights themselves."""
     averages: float
 
     @property
@@ -35,12 +35,17 @@ def state_bytes(
     zero_stage: Literal[0, 1, 2, 3],
     precision: Literal["bf16", "fp32"],
     averages: int = 1,
+    muon_parameters: int = 0,
 ) -> StateBytes:
     """Bytes per rank for `parameters` trained weights, at the end of a backward pass.
 
+    AdamW keeps two moments of a weight; `muon_parameters` of the weights are Muon's, which keeps
+    one.
+
     Not included: activations, DeepSpeed's communication buffers (`reduce_bucket_size` elements of
     4 bytes from stage 2 on), the blocks that stage 3 has fetched, padding to a multiple of the
-    ranks, and under stage 2 in fp32 the gradient that spans two ranks' partitions.
+    ranks, under stage 2 in fp32 the gradient that spans two ranks' partitions, and what Muon needs
+    during its step (the direction, of the size of its momentum).
     """
     share = parameters / ranks
     weights = BYTES[precision] * (share if zero_stage == 3 else parameters)
@@ -48,5 +53,6 @@ def state_bytes(
         gradients = FP32 * share
     else:  # summed in fp32 over micro-batches; a backward pass leaves bf16 ones beside these
         gradients = (FP32 + (BYTES["bf16"] if precision == "bf16" else 0)) * parameters
-    optimizer = 2 * FP32 * parameters if zero_stage == 0 else 3 * FP32 * share
+    moments = FP32 * (2 * parameters - muon_parameters)
+    optimizer = moments if zero_stage == 0 else moments / ranks + FP32 * share
     return StateBytes(weights, gradients, optimizer, averages * FP32 * share)

@@ -33,12 +33,12 @@ def checksums(
 ) -> Tensor:
     """Checksums of one rank's pieces: (kinds, names) int64.
 
-    `values` maps each kind to flat (n,) partitions.
+    `values` maps each kind to flat (n,) partitions; of what is in none of them the checksum is 0.
     """
     column = {name: i for i, name in enumerate(names)}
     table = torch.zeros(len(values), len(names), dtype=torch.int64)
     for row, flat in zip(table, values.values(), strict=True):
-        for fragment in fragments:
+        for fragment in (f for f in fragments if f.is_in(flat)):
             row[column[fragment.name]] += checksum(fragment.of(flat), fragment.start).cpu()
     return table
 

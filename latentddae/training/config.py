@@ -25,7 +25,7 @@ from latentddae.training.augmentation import (
 )
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import EmaConfig
-from latentddae.training.optimizers import OptimConfig
+from latentddae.training.optimizers import OptimConfig, check_stage
 from latentddae.training.saver import SaveConfig
 from latentddae.training.step_hooks import ProfileConfig
 
@@ -153,6 +153,7 @@ class RunConfig:
         )
         if not self.run:
             raise ValueError("run must name a folder")
+        check_stage(self.optim, self.engine.zero_stage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ DERIVED_KEYS = {
     "fp16": "set engine.precision=bf16 or fp32",
     "amp": "set engine.precision=bf16 or fp32",
     "torch_autocast": "set engine.precision=bf16 or fp32",
-    "optimizer": "set optim.lr, optim.betas and optim.weight_decay (AdamW)",
+    "optimizer": "set optim.name, optim.lr, optim.betas and optim.weight_decay",
     "scheduler": "set optim.schedule and optim.warmup_images",
     "communication_data_type": "drop it: sums over ranks are always fp32",
     "data_types": "drop it: gradients are always accumulated in fp32",
@@ -161,6 +161,7 @@ def deepspeed_config(
             "reduce_bucket_size": 10_000_000,
         },
         "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,  # it knows torch's by their types
         # bf16 gradients would otherwise also be summed over micro-batches and ranks in bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

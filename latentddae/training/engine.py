@@ -28,7 +28,14 @@ from latentddae.core.errors import ConfigError
 from latentddae.core.precision import DTYPES
 from latentddae.models import attention
 from latentddae.training.deepspeed_config import BatchPlan, EngineConfig, derive
-from latentddae.training.optimizers import OPTIMIZERS, OptimConfig, parameter_groups
+from latentddae.training.muon import Muon
+from latentddae.training.optimizers import (
+    OPTIMIZERS,
+    OptimConfig,
+    check_stage,
+    parameter_groups,
+    states_of,
+)
 from latentddae.training.partitions import Fragment, layout_of
 
 
@@ -54,11 +61,12 @@ class Engine:
     shapes: dict[str, list[int]] = field(init=False)
     """Of the trainable parameters, in the model's order; ZeRO-3 leaves the parameters empty."""
     state_names: tuple[str, ...] = field(init=False)
-    """The optimizer's states that are shaped like the parameters."""
+    """The optimizer's states that are shaped like the parameters, or like some of them."""
     masters: list[Tensor] = field(init=False)
     """This rank's fp32 master weights, flat (n,); in fp32 training the weights themselves."""
 
     def __post_init__(self) -> None:
+        check_stage(self.optim, self.config.zero_stage)
         self.precision, self.plan, settings = derive(
             self.config, self.global_batch, self.world.size, self.device
         )
@@ -89,10 +97,11 @@ class Engine:
             self.config.zero_stage,
             self._engine.optimizer,
             self._optimizer,
-            self.state_names,
             names,
             self.world,
         )
+        if isinstance(self._optimizer, Muon) and self.config.zero_stage:
+            self._optimizer.use_layout(self._layout, self.shapes)
         self.masters = [part.of(part.owner) for part in self._layout.partitions]
         self._start_optimizer_state(list(trainable.values()))
         self._finite, self._zero_applied = dist.AsyncHostScalar(self.device), False
@@ -155,10 +164,11 @@ class Engine:
         """Make the optimizer's state now: torch makes it at the first step,
         too late to load into."""
         owners = [part.owner for part in self._layout.partitions]
+        names = states_of(self._optimizer, self.state_names)
         for owner in owners if self.config.zero_stage else trainable:
             self._optimizer.state[owner] = {
                 "step": torch.zeros((), dtype=torch.float32, device=owner.device),
-                **{name: torch.zeros_like(owner.detach()) for name in self.state_names},
+                **{name: torch.zeros_like(owner.detach()) for name in names(owner)},
             }
 
     @property
@@ -168,9 +178,13 @@ class Engine:
         return self._layout.fragments
 
     def optimizer_state(self, name: str) -> list[Tensor]:
-        """One of `state_names`, laid out like the masters: flat (n,) float32."""
-        state = self._optimizer.state
-        return [part.of(state[part.owner][name]) for part in self._layout.partitions]
+        """One of `state_names`, laid out like the masters: flat (n,) float32; (0,) where the
+        optimizer keeps none."""
+        states = ((part, self._optimizer.state[part.owner]) for part in self._layout.partitions)
+        return [
+            part.of(state[name]) if name in state else part.owner.new_empty(0)
+            for part, state in states
+        ]
 
     @property
     def optimizer_steps(self) -> int:

@@ -37,10 +37,11 @@ def is_new(run: Path) -> bool:
     return not states.complete_states(run / "state")
 
 
-def open_branch(text: str, model: NetworkConfig) -> Branch:
+def open_branch(text: str, model: NetworkConfig, optimizer: str) -> Branch:
     """The state that "RUN@IMAGES" names.
 
-    Raises UsageError for another text, ConfigError for no such state or one of another network.
+    Raises UsageError for another text, ConfigError for no such state or one of another network or
+    `optimizer` (a name).
     """
     name, at, images = text.rpartition("@")
     run = Path(name if at else text)
@@ -53,6 +54,12 @@ def open_branch(text: str, model: NetworkConfig) -> Branch:
         raise ConfigError(
             f"branch: {run} trains a network with {key}={old!r}, this run one with {new!r}; "
             "init.checkpoint takes weights into another shape"
+        )
+    trained_with = state.info["contract"]["optim"]["name"]
+    if trained_with != optimizer:
+        raise ConfigError(
+            f"branch: {run} trains with optim.name={trained_with}, this run with {optimizer}, "
+            "whose moments the state does not have; init.checkpoint takes the weights alone"
         )
     origin = {"branch": str(run), "images_seen": state.images}
     earlier = state.info.get("origin")

@@ -6,7 +6,7 @@ gathers a parameter and neither depends on the stage. Only this file knows how D
 names its own tensors.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,16 @@ class Fragment:
 
     def of(self, partitions: list[Tensor]) -> Tensor:
         """This fragment's view into tensors laid out like the partitions: (numel,)."""
-        return partitions[self.partition].narrow(0, self.partition_start, self.numel)
+        return self.of_flat(partitions[self.partition])
+
+    def of_flat(self, partition: Tensor) -> Tensor:
+        """This fragment's view into a tensor (n,) laid out like its partition: (numel,)."""
+        return partition.narrow(0, self.partition_start, self.numel)
+
+    def is_in(self, partitions: list[Tensor]) -> bool:
+        """Whether tensors laid out like the partitions hold this fragment: where an optimizer
+        keeps no such state, they are empty."""
+        return partitions[self.partition].numel() > 0
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,13 @@ def layout_of(
     zero_stage: int,
     zero: ZeroOptimizer,
     optimizer: torch.optim.Optimizer,
-    state_names: Sequence[str],
     names: Mapping[nn.Parameter, str],
     world: World,
 ) -> Layout:
     """The layout of a started engine. `zero` is DeepSpeed's optimizer, `optimizer` the one inside
-    it (the same at stage 0), `state_names` what that one keeps."""
+    it (the same at stage 0)."""
     if zero_stage == 0:
-        return _replicated(optimizer, state_names, names, world)
+        return _replicated(optimizer, names, world)
     if zero_stage == 3:
         return _weights_cut(zero, names, world)
     return _masters_cut(zero, names)
@@ -79,7 +87,6 @@ def layout_of(
 
 def _replicated(
     optimizer: torch.optim.Optimizer,
-    state_names: Sequence[str],
     names: Mapping[nn.Parameter, str],
     world: World,
 ) -> Layout:
@@ -103,7 +110,8 @@ def _replicated(
         partition_of = {id(part.owner): part for part in partitions}
         for parameter in parameters:
             state = optimizer.state[parameter]
-            for tensor in (parameter.data, *(state[name] for name in state_names)):
+            moments = [value for name, value in state.items() if name != "step"]
+            for tensor in (parameter.data, *moments):
                 box = torch.zeros_like(tensor)
                 if part := partition_of.get(id(parameter)):
                     part.of(box).copy_(part.of(tensor))

@@ -83,7 +83,7 @@ def load(state: State, engine: Engine, ema: Ema) -> None:
     """
     reader, values = StateReader(state), partitions(engine, ema)
     for kind, flat in values.items():
-        for fragment in engine.fragments:
+        for fragment in (f for f in engine.fragments if f.is_in(flat)):
             piece = reader.read(kind, fragment.name, fragment.start, fragment.numel)
             fragment.of(flat).copy_(piece)
     engine.optimizer_steps = int(state.info["optimizer_steps"])

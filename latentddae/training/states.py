@@ -45,7 +45,8 @@ MANIFEST = "state.json"
 Info = dict[str, Any]
 """What state.json says: JSON of many types, see `_publish`."""
 Partitions = dict[str, list[Tensor]]
-"""Kind ("master", "exp_avg", "ema", ...) -> flat (n,) tensors in the masters' layout."""
+"""Kind ("master", "exp_avg", "ema", ...) -> flat (n,) tensors in the masters' layout; empty where
+an optimizer keeps no such state."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def write_rank_file(hidden: Path, images: int, content: RankState) -> RankFile:
         f"{kind}/{f.start}/{f.name}": safetensors_stream.entry(f.of(flat))
         for kind, flat in content.values.items()
         for f in content.fragments
+        if f.is_in(flat)
     }
     entries |= {
         f"{NON_TRAINABLE}/0/{name}": safetensors_stream.entry(value)

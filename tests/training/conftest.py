@@ -2,7 +2,7 @@
 of images seen, and as the command `train`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ NETWORKS: dict[str, NetworkConfig] = {
         head_width=32,
         head_heads=2,
     ),
+    "three-blocks": replace(MODEL, depth=3),  # two ranks' halves meet inside a matrix
     "unet": UNET,
     "unet-without-dropout": replace(UNET, dropout=0.0),
 }
 BATCH = 12
 TOTAL = 100 * BATCH
 OPTIM = OptimConfig(lr=2e-3, schedule="cosine", warmup_images=5 * BATCH, weight_decay=0.01)
+OPTIMIZERS = {"adamw": OPTIM, "muon": replace(OPTIM, name="muon", momentum=0.9)}
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Toy:
         precision: str = "fp32",
         model: nn.Module | None = None,
         network: NetworkConfig = MODEL,
+        optimizer: str = "adamw",
         **settings: Any,
     ) -> "Toy":
         world = dist.start()
@@ -81,7 +84,8 @@ class Toy:
         config = EngineConfig(  # type: ignore[arg-type]
             zero_stage=stage, precision=precision, **settings
         )
-        engine = Engine(model, config, OPTIM, world, torch.device("cpu"), BATCH)
+        optim = OPTIMIZERS[optimizer]
+        engine = Engine(model, config, optim, world, torch.device("cpu"), BATCH)
         ema = EmaConfig(halflife_images=10 * BATCH, extra_halflives_images=(40 * BATCH,))
         return cls(engine, Ema(ema, engine.masters))
 
@@ -137,7 +141,7 @@ class Toy:
             for name, shape in self.engine.shapes.items():
                 box = torch.zeros(shape)
                 for f in self.engine.fragments:
-                    if f.name == name:
+                    if f.name == name and f.is_in(flat):
                         box.view(-1)[f.start :][: f.numel] = f.of(flat)
                 dist.sum_tensor(box.view(torch.int32))
                 out[f"{kind} {name}"] = box
@@ -187,6 +191,13 @@ def start(tiny_shards: Path, pixel_shards: Path) -> Callable[..., int]:
     return begin
 
 
+def stored(reader: state_reader.StateReader, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter of which a state holds this kind, whole."""
+    for name in reader.shapes:
+        if (kind, name) in reader._pieces:
+            yield name, reader.whole(kind, name)
+
+
 @pytest.fixture(scope="session")
 def content() -> Callable[[Path], dict[str, torch.Tensor]]:
     """Everything a run has come to: each parameter, moment and average of its
@@ -198,7 +209,7 @@ def content() -> Callable[[Path], dict[str, torch.Tensor]]:
         out = {
             f"{kind} {name}": value
             for kind in sorted(reader.kinds)
-            for name, value in reader.tensors(kind)
+            for name, value in stored(reader, kind)
         }
         return out | {
             "images": torch.tensor(state.images),

@@ -23,6 +23,7 @@ EVERY_OPTION = replace(
     head_width=192,
     head_heads=2,
 )
+SLOW = pytest.mark.slow
 NO_BUFFERS = {  # of DeepSpeed's own, which depend on no parameter
     "reduce_bucket_size": 1000,
     "stage3_prefetch_bucket_size": 1000,
@@ -49,12 +50,13 @@ def alive() -> dict[int, int]:
     return storages([*found, *(t.grad for t in found if t.is_leaf and t.grad is not None)])
 
 
-def count(toy, config: DiTConfig, stage: int, precision: str) -> dict[str, int]:
+def count(toy, config: DiTConfig, stage: int, precision: str, optimizer: str) -> dict[str, int]:
     """Bytes by what they hold, at their highest: after a backward pass of an accumulated step."""
     before = alive()
     model = zoo.build(config, seed=1)
     overlay = {"zero_optimization": NO_BUFFERS}
-    run = toy.start(stage, precision, model, micro_batch=3, deepspeed=overlay).train(2)
+    settings = {"optimizer": optimizer, "micro_batch": 3, "deepspeed": overlay}
+    run = toy.start(stage, precision, model, **settings).train(2)
     engine = run.engine
     x = torch.zeros(6, 4, 8, 8)
     now: dict[int, int] = {}
@@ -66,7 +68,7 @@ def count(toy, config: DiTConfig, stage: int, precision: str) -> dict[str, int]:
     cut = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     averages = storages(t for average in run.ema.averages.values() for t in average)
     weights = storages([*model.parameters(), *cut])
-    moments = (engine.optimizer_state(kind) for kind in ("exp_avg", "exp_avg_sq"))
+    moments = (engine.optimizer_state(kind) for kind in engine.state_names)
     optimizer = storages([*engine.masters, *(t for flat in moments for t in flat)])
     if stage == 0:  # a rank also holds the moments of others' shares
         optimizer = storages(
@@ -79,24 +81,35 @@ def count(toy, config: DiTConfig, stage: int, precision: str) -> dict[str, int]:
         "averages": sum(averages.values()),
         "gradients": sum(now[a] for a in rest) - sum(b.nbytes for b in model.buffers()),
         "parameters": sum(torch.Size(shape).numel() for shape in engine.shapes.values()),
+        "muon_parameters": sum(
+            torch.Size(shape).numel()
+            for name, shape in engine.shapes.items()
+            if optimizer == "muon" and "blocks." in name and len(shape) == 2
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    ("config", "stage", "precision"),
+    ("config", "stage", "precision", "optimizer"),
     [
-        (MODEL, 0, "fp32"),
-        (MODEL, 1, "bf16"),
-        (MODEL, 2, "bf16"),
-        (MODEL, 3, "bf16"),
-        *(pytest.param(MODEL, stage, "fp32", marks=pytest.mark.slow) for stage in (1, 2, 3)),
-        *(pytest.param(EVERY_OPTION, stage, "bf16", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+        (MODEL, 0, "fp32", "adamw"),
+        (MODEL, 1, "bf16", "adamw"),
+        (MODEL, 2, "bf16", "adamw"),
+        (MODEL, 3, "bf16", "adamw"),
+        (MODEL, 1, "bf16", "muon"),
+        *(pytest.param(MODEL, stage, "fp32", "adamw", marks=SLOW) for stage in (1, 2, 3)),
+        *(pytest.param(MODEL, stage, "fp32", "muon", marks=SLOW) for stage in (0, 1, 2)),
+        *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", marks=SLOW) for stage in (1, 2, 3)),
     ],
 )
-def test_bytes_per_rank_follow_the_formula(config, stage, precision, in_ranks, toy) -> None:
+def test_bytes_per_rank_follow_the_formula(
+    config, stage, precision, optimizer, in_ranks, toy
+) -> None:
     largest = 6 * config.hidden_size**2  # see state_bytes
-    for found in in_ranks(2, lambda: count(toy, config, stage, precision)):
-        expected = state_bytes(found.pop("parameters"), 2, stage, precision, averages=2)
+    for found in in_ranks(2, lambda: count(toy, config, stage, precision, optimizer)):
+        parameters, muons = found.pop("parameters"), found.pop("muon_parameters")
+        assert (muons > parameters / 2) == (optimizer == "muon")
+        expected = state_bytes(parameters, 2, stage, precision, 2, muons)
         print(stage, precision, {k: round(n / getattr(expected, k), 4) for k, n in found.items()})
         assert sum(found.values()) == pytest.approx(expected.total, rel=0.03)
         cut = 4 * largest if (stage, precision) == (2, "fp32") else 0

@@ -138,11 +138,13 @@ def test_branches_that_cannot_be_are_refused(
 ) -> None:
     state = states.complete_states(first_run / "state")[-1]
     model = DiTConfig(hidden_size=32, depth=2, num_heads=2, input_size=8, num_classes=0)
-    assert open_branch(str(first_run), model).state == state
+    assert open_branch(str(first_run), model, "adamw").state == state
     with pytest.raises(UsageError, match="branch is RUN@IMAGES"):
-        open_branch(f"{first_run}@many", model)
+        open_branch(f"{first_run}@many", model, "adamw")
     with pytest.raises(ConfigError, match="does not exist; there are: images-"):
-        open_branch(f"{first_run}@17", model)
+        open_branch(f"{first_run}@17", model, "adamw")
+    with pytest.raises(ConfigError, match=r"trains with optim\.name=adamw, this run with muon"):
+        open_branch(str(first_run), model, "muon")
     words = (f"branch={first_run}", "model.num_heads=4")
     assert start(tmp_path / "x", tiny_shards, *words) == 78
     assert "num_heads=2, this run one with 4; init.checkpoint" in capfd.readouterr().err

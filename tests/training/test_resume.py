@@ -15,8 +15,14 @@ from latentddae.training import state_reader, states
 
 EXACT = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 QUICK = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
-TRAINED = [("plain", QUICK), ("every-option", [(3, "fp32")]), ("unet", [(0, "fp32")])]
+TRAINED = [
+    ("plain", "adamw", QUICK),
+    ("every-option", "adamw", [(3, "fp32")]),
+    ("unet", "adamw", [(0, "fp32")]),
+    ("three-blocks", "muon", [(1, "bf16")]),
+]
 LEGS = [(2, 1), (1, 3), (3, 2)]  # (ranks, ZeRO stage)
+MUON_LEGS = [(2, 1), (1, 0), (3, 2)]
 
 
 def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -28,19 +34,22 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize(
-    ("network", "stage", "precision"),
+    ("network", "optimizer", "stage", "precision"),
     [
-        (network, *case) if case in quick else pytest.param(network, *case, marks=pytest.mark.slow)
-        for network, quick in TRAINED
+        pytest.param(network, optimizer, *case, marks=() if case in quick else pytest.mark.slow)
+        for network, optimizer, quick in TRAINED
         for case in EXACT
+        if optimizer != "muon" or case[0] != 3
     ],
     indirect=["network"],
 )
 def test_resume_is_exact_on_the_same_ranks(
-    network, stage, precision, in_ranks, toy, tmp_path
+    network, optimizer, stage, precision, in_ranks, toy, tmp_path
 ) -> None:
+    begin = partial(toy.start, stage, precision, network=network, optimizer=optimizer)
+
     def uninterrupted():
-        run = toy.start(stage, precision, network=network).train(6)
+        run = begin().train(6)
         before = run.whole()
         run.save(tmp_path)
         assert equal(before, run.whole())  # saving changes nothing
@@ -48,7 +57,7 @@ def test_resume_is_exact_on_the_same_ranks(
         return run.losses[6:], run.batches[6:], run.engine.optimizer_steps, run.whole()
 
     def resumed():
-        run = toy.start(stage, precision, network=network).load(tmp_path).train(6)
+        run = begin().load(tmp_path).train(6)
         return run.losses, run.batches, run.engine.optimizer_steps, run.whole()
 
     for expected, found in zip(in_ranks(2, uninterrupted), in_ranks(2, resumed), strict=True):
@@ -82,12 +91,19 @@ def walk(legs, precision, tolerance, in_ranks, start, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "network",
-    ["plain", "unet-without-dropout", pytest.param("every-option", marks=pytest.mark.slow)],
-    indirect=True,
+    ("network", "optimizer"),
+    [
+        ("plain", "adamw"),
+        ("unet-without-dropout", "adamw"),
+        ("three-blocks", "muon"),
+        pytest.param("every-option", "adamw", marks=pytest.mark.slow),
+    ],
+    indirect=["network"],
 )
-def test_ranks_and_stage_may_change(network, in_ranks, toy, tmp_path) -> None:
-    walk(LEGS, "fp32", 1e-6, in_ranks, partial(toy.start, network=network), tmp_path)
+def test_ranks_and_stage_may_change(network, optimizer, in_ranks, toy, tmp_path) -> None:
+    legs = MUON_LEGS if optimizer == "muon" else LEGS
+    begin = partial(toy.start, network=network, optimizer=optimizer)
+    walk(legs, "fp32", 1e-6, in_ranks, begin, tmp_path)
 
 
 @pytest.mark.slow
@@ -177,9 +193,11 @@ def test_export_has_the_models_keys_and_the_masters_values(
         assert {value.dtype for value in exported.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [(1, "muon"), *(pytest.param(s, "adamw", marks=SLOW) for s in (1, 3))]
+)
 def test_the_command_trains_and_continues_with_every_option(
-    stage, ranks, start, same, tmp_path
+    stage, optimizer, ranks, start, same, tmp_path
 ) -> None:
     model = (
         "model={name: dit, hidden_size: 32, depth: 2, num_heads: 2, qk_norm: true, norm: rms, "
@@ -187,10 +205,11 @@ def test_the_command_trains_and_continues_with_every_option(
         "head_width: 32, head_heads: 2}"
     )
     engine = f"engine={{zero_stage: {stage}, precision: fp32, checkpoint_blocks: 1}}"
+    settings = (model, engine, f"optim.name={optimizer}")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert ranks(partial(start, whole, model, engine, "total_images=96"), 2) == [0, 0]
+    assert ranks(partial(start, whole, *settings, "total_images=96"), 2) == [0, 0]
     for images in (48, 96):
-        assert ranks(partial(start, parts, model, engine, f"total_images={images}"), 2) == [0, 0]
+        assert ranks(partial(start, parts, *settings, f"total_images={images}"), 2) == [0, 0]
     assert same(whole, parts)
     network = zoo.load(whole).model
     assert foldable(network)
