@@ -31,7 +31,7 @@ ADAMW_RMS = 0.2
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates a parameter: a matrix in a list of `blocks`.
+    """Whether Muon updates a parameter (of any shape): a matrix in a list of `blocks`.
 
     Embeddings, the output layer and vectors of any kind are AdamW's.
     """

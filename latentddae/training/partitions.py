@@ -40,8 +40,8 @@ class Fragment:
         return partition.narrow(0, self.partition_start, self.numel)
 
     def is_in(self, partitions: list[Tensor]) -> bool:
-        """Whether tensors laid out like the partitions hold this fragment: where an optimizer
-        keeps no such state, they are empty."""
+        """Whether tensors (n,) laid out like the partitions hold this fragment: where an
+        optimizer keeps no such state, they are empty."""
         return partitions[self.partition].numel() > 0
 
 

@@ -50,12 +50,12 @@ def alive() -> dict[int, int]:
     return storages([*found, *(t.grad for t in found if t.is_leaf and t.grad is not None)])
 
 
-def count(toy, config: DiTConfig, stage: int, precision: str, optimizer: str) -> dict[str, int]:
+def count(toy, config: DiTConfig, stage: int, precision: str, name: str) -> dict[str, int]:
     """Bytes by what they hold, at their highest: after a backward pass of an accumulated step."""
     before = alive()
     model = zoo.build(config, seed=1)
     overlay = {"zero_optimization": NO_BUFFERS}
-    settings = {"optimizer": optimizer, "micro_batch": 3, "deepspeed": overlay}
+    settings = {"optimizer": name, "micro_batch": 3, "deepspeed": overlay}
     run = toy.start(stage, precision, model, **settings).train(2)
     engine = run.engine
     x = torch.zeros(6, 4, 8, 8)
@@ -83,8 +83,8 @@ def count(toy, config: DiTConfig, stage: int, precision: str, optimizer: str) ->
         "parameters": sum(torch.Size(shape).numel() for shape in engine.shapes.values()),
         "muon_parameters": sum(
             torch.Size(shape).numel()
-            for name, shape in engine.shapes.items()
-            if optimizer == "muon" and "blocks." in name and len(shape) == 2
+            for parameter, shape in engine.shapes.items()
+            if name == "muon" and "blocks." in parameter and len(shape) == 2
         ),
     }
 
@@ -98,7 +98,8 @@ def count(toy, config: DiTConfig, stage: int, precision: str, optimizer: str) ->
         (MODEL, 3, "bf16", "adamw"),
         (MODEL, 1, "bf16", "muon"),
         *(pytest.param(MODEL, stage, "fp32", "adamw", marks=SLOW) for stage in (1, 2, 3)),
-        *(pytest.param(MODEL, stage, "fp32", "muon", marks=SLOW) for stage in (0, 1, 2)),
+        pytest.param(MODEL, 0, "fp32", "muon", marks=SLOW),
+        pytest.param(MODEL, 2, "bf16", "muon", marks=SLOW),
         *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", marks=SLOW) for stage in (1, 2, 3)),
     ],
 )

@@ -43,6 +43,8 @@ def gap(ours: list[float], theirs: list[float]) -> float:
 def test_losses_do_not_depend_on_stage_and_ranks(network, precision, optimizer, losses) -> None:
     # Its losses fall faster, and with them grow the effects of bf16 gradients in another order.
     rounding = 5 if network.qk_norm and precision == "bf16" else 1
+    if optimizer == "muon":  # it computes in bf16: sums in another order round to another update
+        rounding = 1000 if precision == "fp32" else 10
     expected = losses(*reference(precision), optimizer=optimizer)
     assert expected[-1] < 0.8 * expected[0]
     stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)
