@@ -99,7 +99,6 @@ def count(toy, config: DiTConfig, stage: int, precision: str, name: str) -> dict
         (MODEL, 1, "bf16", "muon"),
         *(pytest.param(MODEL, stage, "fp32", "adamw", marks=SLOW) for stage in (1, 2, 3)),
         pytest.param(MODEL, 0, "fp32", "muon", marks=SLOW),
-        pytest.param(MODEL, 2, "bf16", "muon", marks=SLOW),
         *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", marks=SLOW) for stage in (1, 2, 3)),
     ],
 )
