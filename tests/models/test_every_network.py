@@ -22,6 +22,7 @@ from latentddae.models.network import Condition, Network, NetworkConfig
 from latentddae.models.registry import NETWORKS
 from latentddae.models.timm_backbone import open_backbone
 from latentddae.models.trunks import open_trunk
+from latentddae.models.unet import UNet
 from latentddae.planning.flops import training_flops
 
 DIT = DiTConfig(input_size=8, hidden_size=32, depth=3, num_heads=2, num_classes=5)
@@ -254,20 +255,27 @@ def test_blocks_compile_to_one_graph(model) -> None:
         return
     args = inputs(model)
     expected = model(*args)
-    (expected_gradient,) = torch.autograd.grad(
-        expected.square().mean(), [model.final_layer.linear.weight]
-    )
-    head = model.wide_head.blocks if model.wide_head else []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(out):
+        loss = out.square().mean()
+        return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+    expected_gradients = gradients(expected)
+    head = model.wide_head.blocks if getattr(model, "wide_head", None) else []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for block in [*model.blocks, *head]:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     out = model(*args)
-    (gradient,) = torch.autograd.grad(out.square().mean(), [model.final_layer.linear.weight])
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
+    for gradient, exact in zip(gradients(out), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == (2 if head else 1), "one graph serves all blocks"
+    if isinstance(model, UNet):  # blocks differ in shape
+        assert graphs <= len(model.blocks)
+    else:
+        assert graphs == (2 if head else 1), "one graph serves all blocks"
 
 
 def test_bfloat16_weights_keep_a_float32_stream(model) -> None:
