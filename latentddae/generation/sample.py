@@ -105,9 +105,12 @@ def provenance(checkpoint: Checkpoint, config: SampleConfig) -> dict[str, object
     """All that the pixels depend on, for sample.json."""
     info, spec = checkpoint.info, checkpoint.latent_spec
     settings = to_dict(config)
+    source = {k: info.get(k) for k in ("path", "weights", "sha256", "images_seen", "ema")}
+    if "trained_at" in info:  # the images are of another size
+        source |= {"shape": list(spec.shape), "trained_at": info["trained_at"]}
     return {
         **{field.name: settings[field.name] for field in fields(SampleSettings)},
-        "checkpoint": {k: info.get(k) for k in ("path", "weights", "sha256", "images_seen", "ema")},
+        "checkpoint": source,
         "objective": checkpoint.objective.kind,
         "autoencoder": spec.autoencoder,
         "autoencoder_sha256": spec.autoencoder_sha256,

@@ -283,14 +283,14 @@ def _check_before_loading(model: DiT, state: dict[str, Tensor], prefix: str, *_:
     }
     if not {"x_embedder.proj.weight", "final_layer.linear.weight"} <= entries.keys():
         return  # not a whole DiT; the strict load lists what is missing
-    tables = _fixed_tables(model)
+    tables = fixed_tables(model)
     check_state(entries, vars(model.config), tables)
     for name, table in tables.items():
         buffer = model.get_buffer(name)
         state[f"{prefix}{name}"] = table if buffer.is_meta else buffer.detach()
 
 
-def _fixed_tables(model: DiT) -> dict[str, Tensor]:
+def fixed_tables(model: DiT) -> dict[str, Tensor]:
     """What the buffers hold by definition, by name in the state dict: float32."""
     tables = {"pos_embed": sincos_table(model.config.hidden_size, *model.config.positions)}
     for name, module in model.named_modules():

@@ -50,6 +50,7 @@ FOLDABLE = {
     "norm",
     "mlp",
     "rope",
+    "position_grid",
     "adaln_shift",
     "shared_adaln",
     "register_tokens",

@@ -36,17 +36,20 @@ from latentddae.models.registry import REGISTRY, build
 
 FORMAT = 2
 Weights = Literal["ema", "model"]
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+"""Of files of other projects."""
+SUFFIX_NAMES = ", ".join(SUFFIXES)
 WEIGHT_FILES: Mapping[str, str] = {"model": "model.safetensors", "ema": "ema.safetensors"}
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     """Whether a folder's config.json is that of a portable checkpoint."""
     first = head(folder / "config.json") if (folder / "config.json").is_file() else b""
     return all(text in first for text in (b'"format"', b'"objective"', b'"latents"'))
 
 
 CHECKPOINT_FOLDER = FolderKind(
-    "a portable checkpoint", ("config.json", *WEIGHT_FILES.values()), proof=_is_checkpoint
+    "a portable checkpoint", ("config.json", *WEIGHT_FILES.values()), proof=is_checkpoint
 )
 PARTIAL_FOLDER = replace(CHECKPOINT_FOLDER, proof=lambda folder: True)
 
@@ -142,8 +145,7 @@ def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoi
     """
     if (folder / "export" / "config.json").is_file():  # a run folder
         folder = folder / "export"
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is not a checkpoint: it has no config.json")
+    _check_folder(folder)
     settings = _read_settings(folder)
     file = folder / WEIGHT_FILES[weights]
     if not file.is_file():
@@ -159,6 +161,24 @@ def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoi
     model = network_with(model_config, state, file, device)
     info = {**settings, "weights": weights, "sha256": digest, "path": str(folder)}
     return Checkpoint(model, objective, latents, info)
+
+
+def _check_folder(folder: Path) -> None:
+    """ConfigError, with the way out where there is one, for what cannot be a checkpoint."""
+    if not folder.exists():
+        raise ConfigError(f"{folder} does not exist")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is not a checkpoint: it is neither a folder nor a file of {SUFFIX_NAMES}"
+        )
+    if (folder / "config.json").is_file():
+        return
+    remedy = ""
+    if (folder / "state").is_dir():
+        remedy = f"; `latentddae export {folder}` writes one from its states"
+    elif files := sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES):
+        remedy = f"; a file in it may be one: {listed(files, 3)}"
+    raise ConfigError(f"{folder} is not a checkpoint: it has no config.json{remedy}")
 
 
 def _verified(file: Path, recorded: Mapping[str, str]) -> str:
@@ -182,23 +202,51 @@ def network_with(
 ) -> Network:
     """A network with the weights of `file`, in eval mode and without gradients.
 
-    Raises ConfigError for weights of another config, DataError for missing or unknown names.
+    Raises ConfigError for weights of another config, DataError for missing, unknown or misshapen
+    tensors.
     """
     with torch.device("meta"):
         model = build(model_config)
     try:
         model.load_state_dict(state, strict=True, assign=True)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     except RuntimeError as error:
-        raise DataError(f"{file}: {error}") from error
+        raise DataError(f"{file} {_misfits(model.state_dict(), state) or error}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def _misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """In what a state dict, of any shapes, does not fit a network: its names by kind of fault."""
+    both = [name for name in expected if name in state]
+    faults = {
+        "lacks": [name for name in expected if name not in state and name != "pos_embed"],
+        "holds what the network has not:": [name for name in state if name not in expected],
+        "holds another shape of": [
+            f"{name} ({tuple(state[name].shape)}, expected {tuple(expected[name].shape)})"
+            for name in both
+            if state[name].shape != expected[name].shape
+        ],
+    }
+    return "; ".join(f"{fault} {listed(names)}" for fault, names in faults.items() if names)
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings = read_checked_json(folder / "config.json", "a checkpoint")
-    if settings.get("format") != FORMAT:
+    if "format" not in settings:
+        kind = settings.get("_class_name") or settings.get("architectures") or "unknown"
         raise ConfigError(
-            f"{folder} has format {settings.get('format')}, this version reads {FORMAT}"
+            f"{folder} is a checkpoint of another library (class {kind}); of diffusers a "
+            "DiTTransformer2DModel is read"
         )
+    if settings["format"] != FORMAT:
+        raise ConfigError(f"{folder} has format {settings['format']}, this version reads {FORMAT}")
     missing = {"model", "objective", "latents"} - settings.keys()
     if missing:
         raise DataError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")

@@ -1,11 +1,13 @@
 """Weights for a network from another one's that differs in resolution, patches, classes or depth.
 
-What the old weights cannot tell stays as the new network drew it. Positions are not weights: a
-network of another resolution says by `position_grid` over which grid its tokens are spread.
+`warm_start` is for training: what the old weights cannot tell stays as the new network drew it.
+`resampled` is for reading a trained network at another resolution or with other patches; nothing is
+drawn. Positions are not weights: a network of another resolution says by `position_grid` over which
+grid its tokens are spread.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentddae.core.errors import ConfigError
+from latentddae.models.dit import DiT, fixed_tables
 from latentddae.models.dit_config import DiTConfig
 from latentddae.models.network import NetworkConfig
+from latentddae.models.unet import UNetConfig
 
 MAY_DIFFER = (
     *("input_size", "patch_size", "in_channels", "depth", "num_classes", "learn_sigma"),
@@ -24,7 +28,10 @@ MAY_DIFFER = (
 """Fields of DiTConfig in which a warm start may differ from its source."""
 TABLES = ("pos_embed", "feat_rope.", "wide_head.feat_rope.")
 LABELS, TIME_BIAS = "y_embedder.embedding_table.weight", "t_embedder.mlp.2.bias"
-PATCH, LAST = "x_embedder.proj.weight", "final_layer.linear."
+PATCHES, LAST = (
+    ("x_embedder.proj.weight", "wide_head.x_embedder.proj.weight"),
+    "final_layer.linear.",
+)
 
 
 class WarmStart(NamedTuple):
@@ -65,6 +72,35 @@ def warm_start(
     }
     names = [name for name in fresh if name not in usable and not name.startswith(TABLES)]
     return WarmStart({name: usable.get(name, value) for name, value in fresh.items()}, names)
+
+
+def resampled(
+    state: Mapping[str, Tensor], old: NetworkConfig, *, input_size: int, patch_size: int | None
+) -> tuple[NetworkConfig, dict[str, Tensor]]:
+    """Config and state dict, of any shapes (their own), of a trained network that reads another
+    size or, with a `patch_size`, cuts it into other patches.
+
+    A DiT's positions are spread over the grid that it was trained on; a U-Net has none. Raises
+    ConfigError for what the network cannot be.
+    """
+    weights = {name: value for name, value in state.items() if not name.startswith(TABLES)}
+    try:
+        if isinstance(old, UNetConfig) and patch_size is None:
+            return replace(old, image_size=input_size), weights
+        if not isinstance(old, DiTConfig):
+            raise ConfigError(f"a {old.kind} has no patches or size that could be another")
+        new = replace(
+            old,
+            input_size=input_size,
+            patch_size=patch_size or old.patch_size,
+            position_grid=old.position_grid or old.grid_size,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _change_patches(weights, old, new)
+    with torch.device("meta"):
+        tables = fixed_tables(DiT(new))
+    return new, weights | tables
 
 
 def _check(old: DiTConfig, new: DiTConfig, blocks: int | None) -> None:
@@ -117,14 +153,17 @@ def _swap_labels(
 def _change_patches(state: dict[str, Tensor], old: DiTConfig, new: DiTConfig) -> None:
     """Patch embedding and output layer for patches of another size, and for an output with fewer
     channels (no variance). Left alone, and then fresh, for other channels of the input."""
+    embeddings = [name for name in PATCHES if name in state]
     if old.in_channels != new.in_channels:
-        del state[PATCH]
+        for name in embeddings:
+            del state[name]
         for kind in ("weight", "bias"):
             state.pop(f"{LAST}{kind}", None)
         return
     resize = resize_matrix(old.patch_size, new.patch_size)
     if old.patch_size != new.patch_size:
-        state[PATCH] = resize_patches(state[PATCH], new.patch_size)
+        for name in embeddings:
+            state[name] = resize_patches(state[name], new.patch_size)
     for kind in ("weight", "bias"):
         name = f"{LAST}{kind}"
         if name not in state:

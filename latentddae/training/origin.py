@@ -8,6 +8,7 @@ from torch import nn
 
 from latentddae.core import config as configuration
 from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.files import read_checked_json
 from latentddae.models import zoo
 from latentddae.models.network import NetworkConfig
 from latentddae.models.warm_start import warm_start
@@ -30,6 +31,36 @@ def recorded(run: Path) -> Origin | None:
     """The origin that a run's newest state records; None for a run without one."""
     saved = states.complete_states(run / "state")
     return saved[-1].info.get("origin") if saved else None
+
+
+def lineage(run: Path) -> str | None:
+    """Where a run's weights come from, oldest last, in one line: "b ← branch of a at 3,200 images ←
+    initialised from dit.pt (ema weights)". None for a run that began with fresh weights.
+
+    Read from its newest state, or its export. Raises DataError for a damaged file.
+    """
+    origin, export = recorded(run), run / "export" / "config.json"
+    if origin is None and export.is_file():
+        origin = read_checked_json(export, "a checkpoint").get("origin")
+    steps = []
+    while origin:
+        steps.append(_step(origin))
+        origin = origin.get("origin")  # type: ignore[assignment]
+    return " ← ".join([run.resolve().name, *steps]) if steps else None
+
+
+def _step(origin: Origin) -> str:
+    """One ancestor: a run, a checkpoint, or the file that a checkpoint was converted from."""
+    if "branch" in origin:
+        return f"branch of {origin['branch']} at {origin['images_seen']:,} images"
+    if "checkpoint" not in origin:
+        return f"converted from {origin.get('path')}"
+    facts = [f"{origin['weights']} weights"]
+    if origin.get("blocks"):
+        facts.append(f"blocks 1 to {origin['blocks']}")
+    if origin.get("project"):
+        facts.insert(0, str(origin["project"]))
+    return f"initialised from {origin['checkpoint']} ({', '.join(facts)})"
 
 
 def is_new(run: Path) -> bool:

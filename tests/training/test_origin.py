@@ -1,6 +1,7 @@
 """A new run begins with another network's weights, or with a state of another run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from latentddae.core.files import read_json_lines
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import write_split
 from latentddae.models import DiT, DiTConfig, zoo
+from latentddae.models.convert import convert
 from latentddae.training import states
-from latentddae.training.origin import open_branch
+from latentddae.training.origin import lineage, open_branch
+from latentddae.transfer import report
 
 CONFIG = Path(__file__).parent / "tiny.yaml"
 STEP = 16
@@ -117,6 +120,27 @@ def test_a_branch_continues_the_count_with_other_settings_and_more_data(
     assert start(second, bigger_data / "4", f"branch={run}", f"total_images={8 * STEP}") == 0
     facts = json.loads((second / "export" / "config.json").read_text())["origin"]
     assert facts["images_seen"] == 7 * STEP and facts["origin"] == origin
+    line = f"second ← branch of {run} at 112 images ← branch of {first_run} at 32 images"
+    assert lineage(second) == line and lineage(first_run) is None
+    shutil.rmtree(second / "state")  # a run that was cleaned up keeps its export
+    assert lineage(second) == line
+
+
+def test_the_report_shows_the_line_of_descent(start, official, bigger_data, tmp_path) -> None:
+    """A run from a file of another project, converted, and a branch of the run."""
+    converted = tmp_path / "converted"
+    words = [str(official), str(converted), "--to=latentddae", "--objective=ddpm", "--num-heads=2"]
+    convert.main(words)
+    runs, data = tmp_path / "runs", bigger_data / "3"
+    init = (f"init.checkpoint={converted}", "init.blocks=1", f"total_images={2 * STEP}")
+    assert start(runs / "first", data, *init) == 0
+    words = (f"branch={runs / 'first'}@32", "optim.lr=1e-4", f"total_images={4 * STEP}")
+    assert start(runs / "second", data, *words) == 0
+    page = report.write_report([runs], tmp_path / "report.html").read_text()
+    began = f"initialised from {converted} (DiT, ema weights, blocks 1 to 1)"
+    began += f" ← converted from {official}"
+    assert f">first ← {began}<" in page
+    assert f">second ← branch of {runs / 'first'} at 32 images ← {began}<" in page
 
 
 def test_a_branch_without_changes_is_the_run_itself(

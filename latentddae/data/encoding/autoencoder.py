@@ -27,6 +27,12 @@ KINDS: dict[str, Literal["moments", "deterministic"]] = {  # diffusers class -> 
     "AutoencoderDC": "deterministic",
 }
 DEFAULT_ID = "stabilityai/sd-vae-ft-ema"  # the choice of DiT, SiT and REPA
+FILE = "diffusion_pytorch_model"
+WEIGHTS = (
+    *(".safetensors", ".safetensors.index.json", ".fp16.safetensors"),
+    *(".bin", ".bin.index.json", ".fp16.bin"),
+)
+"""Endings of files of weights, the best first."""
 PROBE_PIXELS = 64  # encoding one image of this size gives channels and reduction factor
 
 
@@ -146,13 +152,13 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def open_autoencoder(
     source: str, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> Autoencoder:
-    """A local folder, a Hub id ORG/NAME[/SUBFOLDER][@REVISION], "demo" (ships with the package) or
-    "none" (pixels)."""
+    """A local folder in the format of diffusers (or a pipeline's, with `vae/` in it), a Hub id
+    ORG/NAME[/SUBFOLDER][@REVISION], "demo" (ships with the package) or "none" (pixels)."""
     if source == "none":
         return Autoencoder(source, None, device, precision)
     folder = Path(str(files("latentddae") / "assets" / "autoencoder"))
     if source != "demo":
-        folder = Path(source) if Path(source).is_dir() else _from_hub(source)
+        folder = _local(source) if Path(source).is_dir() else _from_hub(source)
         source = str(folder.resolve()) if Path(source).is_dir() else source
     return Autoencoder(source, _load(folder), device, precision)
 
@@ -182,11 +188,20 @@ def _load(folder: Path) -> nn.Module:
     name = config.get("_class_name")
     if name not in KINDS:
         raise ConfigError(f"autoencoder {folder} is of class {name!r}, known: {', '.join(KINDS)}")
+    weights = _weights_of(folder)
+    if weights is None:
+        raise ConfigError(
+            f"autoencoder {folder} has no weights: none of "
+            f"{', '.join(f'{FILE}{ending}' for ending in WEIGHTS)}"
+        )
+    if ".fp16" in weights:
+        print(f"{folder} has its weights in half precision only, rounded", file=sys.stderr)
     try:
         return getattr(diffusers, name).from_pretrained(
             folder,
             local_files_only=True,
-            use_safetensors=True,
+            use_safetensors="safetensors" in weights,
+            variant="fp16" if ".fp16" in weights else None,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
         )
@@ -194,21 +209,56 @@ def _load(folder: Path) -> nn.Module:
         raise ConfigError(f"autoencoder {folder} cannot be loaded: {error}") from error
 
 
-def _from_hub(source: str) -> Path:
-    """The folder of ORG/NAME[/SUBFOLDER][@REVISION] in the Hub's cache; downloads its two files."""
-    from huggingface_hub import snapshot_download
+def _weights_of(folder: Path) -> str | None:
+    """The ending of the files of weights that are taken; None if there are none."""
+    return next((ending for ending in WEIGHTS if (folder / f"{FILE}{ending}").is_file()), None)
 
+
+def _local(source: str) -> Path:
+    """A folder, or the autoencoder's inside a pipeline. ConfigError without a configuration."""
+    folder = Path(source)
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    raise ConfigError(
+        f"autoencoder {folder} has no config.json, nor has {folder / 'vae'}: give a folder in the "
+        "format of diffusers"
+    )
+
+
+def _from_hub(source: str) -> Path:
+    """The folder of ORG/NAME[/SUBFOLDER][@REVISION] in the Hub's cache; downloads its two files:
+    weights as safetensors where there are any, else in half precision, else pickled."""
     name, _, revision = source.partition("@")
     parts = name.split("/")
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.\-]+", p) and p.strip(".") for p in parts):
         raise ConfigError(f"autoencoder {source} is no folder, Hub id, 'demo' or 'none'")
-    subfolder = "/".join(parts[2:])
+    subfolders = ["/".join(parts[2:])] if parts[2:] else ["", "vae"]
+    for subfolder in subfolders:
+        for ending in WEIGHTS:
+            folder = _snapshot(source, "/".join(parts[:2]), revision or None, subfolder, ending)
+            if not (folder / "config.json").is_file():
+                break
+            if _weights_of(folder):
+                return folder
+    raise ConfigError(
+        f"autoencoder {source}: the repository has no config.json with weights named {FILE}.* in "
+        f"{' or '.join(name or 'its top folder' for name in subfolders)}"
+    )
+
+
+def _snapshot(
+    source: str, repository: str, revision: str | None, subfolder: str, ending: str
+) -> Path:
+    """The local folder with a configuration and weights of one kind, as far as there are any."""
+    from huggingface_hub import snapshot_download
+
     prefix = f"{subfolder}/" if subfolder else ""
-    names = [f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"]
+    names = [f"{prefix}config.json", f"{prefix}{FILE}{ending}"]
+    if ending.endswith(".index.json"):
+        names.append(f"{prefix}{FILE}-*")  # the shards
     try:
-        root = snapshot_download(
-            "/".join(parts[:2]), revision=revision or None, allow_patterns=names
-        )
+        root = snapshot_download(repository, revision=revision, allow_patterns=names)
     except Exception as error:  # no network, unknown name, no permission: the message says it
         raise ConfigError(
             f"autoencoder {source} is no folder and not on the Hub: {error}"

@@ -11,7 +11,7 @@ journal; the manifest is written last, and a shard that it does not name does no
 import contextlib
 import sys
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from latentddae.core import dist
@@ -23,8 +23,16 @@ from latentddae.core.outputs import Output
 from latentddae.core.retry import wait_until_visible
 from latentddae.data import content
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder
+from latentddae.data.encoding.channel_stats import measured, with_channel_stats
 from latentddae.data.encoding.journal import Journal, describe_changes
-from latentddae.data.encoding.plan import EncodeConfig, Plan, check_views, make_plan, pipeline
+from latentddae.data.encoding.plan import (
+    MEASURED,
+    EncodeConfig,
+    Plan,
+    check_views,
+    make_plan,
+    pipeline,
+)
 from latentddae.data.encoding.shard_encoder import ShardEncoder, too_many
 from latentddae.data.info import describe
 from latentddae.data.manifest import (
@@ -121,7 +129,7 @@ def open_inputs(
             f"autoencoder {config.autoencoder} has weights {autoencoder.sha256[:12]}, expected "
             f"{config.autoencoder_sha256[:12]}: is the download truncated, or another version?"
         )
-    spec = autoencoder.spec(config.resolution, config.views)
+    spec = with_channel_stats(autoencoder.spec(config.resolution, config.views), config)
     return make_plan(config, source, spec), autoencoder
 
 
@@ -184,6 +192,10 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
     else:
+        if config.channel_stats == MEASURED:
+            spec = measured(plan.spec, entries)
+            settings = {**plan.settings, "codec": spec.codec_fingerprint}
+            plan = replace(plan, spec=spec, settings=settings)
         manifest = new_manifest(plan.spec, pipeline(config), plan.source.classes)
     shared = content.check_new_split(
         out, manifest, config.split, content.hashes_of(entries), plan.max_overlap

@@ -19,6 +19,8 @@ from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.pixels import CROPS
 from latentddae.data.sources.source import Source
 
+MEASURED = "measured"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(SourceOptions):
@@ -30,6 +32,10 @@ class EncodeConfig(SourceOptions):
     """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
     autoencoder_sha256: str = ""
     """Expected hash of its weights, as `latentddae info` prints it, or a prefix; none: any."""
+    channel_stats: str = ""
+    """Mean and standard deviation of each channel that latents are normalised by (LightningDiT):
+    `measured`, on train, or a data folder that has them. Empty: by the autoencoder's own factors.
+    """
     resolution: int
     """Height and width of the crop in pixels."""
     split: str = "train"

@@ -47,13 +47,16 @@ class ConvertConfig(CheckpointHints):
 def write_portable(checkpoint: Checkpoint, folder: Path) -> None:
     """A portable checkpoint with one kind of weights, which records where they came from."""
     info = {name: value for name, value in checkpoint.info.items() if name not in OF_THE_FILE}
+    origin = {name: checkpoint.info[name] for name in ("path", "sha256")}
+    if "origin" in info:
+        origin["origin"] = info["origin"]
     zoo.save(
         folder,
         model=checkpoint.model.config,
         objective=checkpoint.objective,
         latents=checkpoint.latent_spec,
         weights={checkpoint.info["weights"]: checkpoint.model.state_dict()},
-        info={**info, "origin": {name: checkpoint.info[name] for name in ("path", "sha256")}},
+        info={**info, "origin": origin},
     )
 
 

@@ -22,6 +22,7 @@ from latentddae.core import safetensors_stream
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import read_json, write_json
 from latentddae.core.safetensors_stream import Entry, entry
+from latentddae.data.encoding.autoencoder import KINDS
 from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.models.convert import dit, foreign
@@ -29,11 +30,16 @@ from latentddae.models.convert.dit import Family, checked, checkpoint_of
 from latentddae.models.convert.foreign import CheckpointHints, ForeignFile
 from latentddae.models.dit_config import DiTConfig
 from latentddae.models.layers import LAYER_NORM_EPS
-from latentddae.models.portable import Checkpoint, Weights
+from latentddae.models.portable import Checkpoint, Weights, listed
 from latentddae.models.positions import sincos_table
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # now, and in folders of before 2024
 FILE = "diffusion_pytorch_model"
+WEIGHTS = (
+    *(".safetensors.index.json", ".safetensors", ".fp16.safetensors"),
+    *(".bin.index.json", ".bin", ".fp16.bin"),
+)
+"""Endings of files of weights, the first that is there is taken."""
 SHARD_BYTES = 10_000_000_000  # diffusers' own limit of one file
 
 Json = Mapping[str, object]
@@ -134,33 +140,48 @@ def _latents(folder: Path, settings: Json) -> LatentSpec | None:
     if folder.name != "transformer" or not (vae / "config.json").is_file():
         return None
     config = read_json(vae / "config.json", "configuration of an autoencoder")
-    size = settings["sample_size"]
+    size, channels, name = (
+        settings["sample_size"],
+        config.get("latent_channels"),
+        config.get("_class_name", "AutoencoderKL"),
+    )
     assert isinstance(size, int)
+    if name not in KINDS or not isinstance(channels, int):
+        raise ConfigError(
+            f"{vae} holds a {name} with latent_channels={channels}; known are "
+            f"{', '.join(KINDS)}: give --latents-like and a data folder that holds its latents"
+        )
     return LatentSpec(
-        kind="moments",
-        channels=int(config["latent_channels"]),
+        kind=KINDS[name],
+        channels=channels,
         size=size,
         scaling_factor=float(config.get("scaling_factor") or 0.18215),
         shift_factor=float(config.get("shift_factor") or 0.0),
         latents_mean=tuple(config.get("latents_mean") or ()),
         latents_std=tuple(config.get("latents_std") or ()),
         autoencoder=str(vae.resolve()),
-        autoencoder_class=str(config.get("_class_name", "AutoencoderKL")),
+        autoencoder_class=name,
     )
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files with the weights of a network, shards in order. Raises ConfigError without any."""
-    index = folder / f"{FILE}.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index, "an index of shards")["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise DataError(f"{index} names files outside its folder")
-        return tuple(folder / name for name in names)
-    for name in (f"{FILE}.safetensors", f"{FILE}.fp16.safetensors", f"{FILE}.bin"):
-        if (folder / name).is_file():
-            return (folder / name,)
+    for ending in WEIGHTS:
+        file = folder / f"{FILE}{ending}"
+        if file.is_file():
+            return _shard_files(file) if ending.endswith(".index.json") else (file,)
     raise ConfigError(f"{folder} has no weights: neither {FILE}.safetensors (or .bin) nor shards")
+
+
+def _shard_files(index: Path) -> tuple[Path, ...]:
+    content = read_json(index, "an index of shards")
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+        raise DataError(f"{index} is no index of shards: it has no weight_map")
+    names = sorted(set(parts.values()))
+    if any(Path(name).name != name for name in names):
+        raise DataError(f"{index} names files outside its folder")
+    return tuple(index.parent / name for name in names)
 
 
 def _read(parts: tuple[Path, ...]) -> dict[str, Tensor]:
@@ -182,7 +203,7 @@ def from_diffusers(state: Mapping[str, Tensor], depth: int, path: Path) -> dict[
     faults = {"lacks": missing, "holds what a DiT has not:": unknown}
     for fault, names in faults.items():
         if names:
-            raise DataError(f"{path} {fault} {_listed(names)}")
+            raise DataError(f"{path} {fault} {listed(names)}")
     out = {
         f"{ours}.{kind}": rest[f"{theirs}.{kind}"]
         for ours, theirs in OUTSIDE.items()
@@ -228,11 +249,6 @@ def _names(depth: int) -> list[str]:
         inside += [theirs for _, theirs in _copied()]
         names += [f"transformer_blocks.{block}.{name}" for name in inside]
     return names
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 def save(folder: Path, checkpoint: Checkpoint, shard_bytes: int = SHARD_BYTES) -> Path:

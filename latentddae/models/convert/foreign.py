@@ -9,7 +9,7 @@ import argparse
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,16 +21,21 @@ from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import sha256, text_hash
 from latentddae.models.portable import Weights, read_safetensors
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-WRAPPERS = {"model": "model", "ema": "ema", "MODEL": "model", "EMA": "ema"}  # key -> weights
+WRAPPERS: Mapping[str, Weights] = {
+    **{"ema": "ema", "EMA": "ema", "model_ema": "ema", "state_dict_ema": "ema"},
+    **{"model": "model", "MODEL": "model", "state_dict": "model", "module": "model"},
+}
+"""Key in a training file -> which weights: of DiT and its kin, DDAE, timm, Lightning, DeepSpeed."""
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 """Width -> heads of the published sizes of DiT, SiT, REPA and LightningDiT."""
+SHAPE = ("input_size", "patch_size")
+"""Fields of CheckpointHints that every checkpoint takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointHints:
-    """What the file of a foreign checkpoint does not record, given by the user."""
+    """What the file of a foreign checkpoint does not record, and at what resolution any is read."""
 
     objective: Literal["ddpm", "edm", "flow"] | None = None
     """What a foreign checkpoint was trained for, where its file does not tell."""
@@ -42,9 +47,15 @@ class CheckpointHints:
     """Height and width of the images of a foreign U-Net that is not a published one."""
     latents_like: Path | None = None
     """Data folder whose latents a foreign transformer reads, where they are not SD-VAE's."""
+    input_size: int | None = None
+    """Height and width of the latents that are read, where a network was trained on another size:
+    its positions are spread over them."""
+    patch_size: int | None = None
+    """Side of the patches of a transformer that was trained with others: its weights are
+    resampled."""
 
     def __post_init__(self) -> None:
-        require(self, positive=("num_heads", "image_size"))
+        require(self, positive=("num_heads", "image_size", *SHAPE))
 
     @property
     def hints(self) -> "CheckpointHints":
@@ -52,6 +63,11 @@ class CheckpointHints:
         return CheckpointHints(
             **{item.name: getattr(self, item.name) for item in fields(CheckpointHints)}
         )
+
+    @property
+    def about_file(self) -> "CheckpointHints":
+        """Without those that are no statement about a file."""
+        return replace(self, **dict.fromkeys(SHAPE))
 
     def check(self, path: Path, family: str, objective: str, time: str | None = None) -> None:
         """Raise ConfigError where the user contradicts what the file tells."""
@@ -103,7 +119,7 @@ class ForeignFile:
 
 
 def read(path: Path) -> ForeignFile:
-    """Open a `.safetensors`, `.pt` or `.pth` file, tensors and an argparse.Namespace only.
+    """Open a file with one of SUFFIXES, tensors and an argparse.Namespace only.
 
     The tensors stay on disk until they are used, where the format allows that. Raises DataError if
     a file cannot be read without running what is pickled in it, or holds no state dict.
@@ -119,7 +135,7 @@ def read(path: Path) -> ForeignFile:
         raise unreadable(f"{path} cannot be loaded as weights only: {reason}", error) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {type(content).__name__}, not a state dict")
-    wrapped = {WRAPPERS[key]: value for key, value in content.items() if key in WRAPPERS}
+    wrapped = _unwrapped(content, path)
     states: dict[Weights, Mapping[str, Tensor]] = {}
     for kind in ("ema", "model"):
         if kind in wrapped or (kind == "ema" and not wrapped):
@@ -127,6 +143,20 @@ def read(path: Path) -> ForeignFile:
     arguments = content.get("args", content.get("config")) if wrapped else None
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return ForeignFile(path, states, not wrapped, arguments if isinstance(arguments, dict) else {})
+
+
+def _unwrapped(content: dict[str, object], path: Path) -> dict[Weights, object]:
+    """The state dicts of a training file by kind; {} for a bare one. DataError for two of one."""
+    wrapped: dict[Weights, object] = {}
+    for key, value in content.items():
+        kind = WRAPPERS.get(key)
+        if kind is None or isinstance(value, Tensor):
+            continue
+        if kind in wrapped:
+            keys = [name for name in content if WRAPPERS.get(name) == kind]
+            raise DataError(f"{path} holds {' and '.join(keys)}: which are its {kind} weights?")
+        wrapped[kind] = value
+    return wrapped
 
 
 def _tensors(state: object, path: Path) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def open_checkpoint(
     if source.startswith(PREFIX):
         if hints not in (None, CheckpointHints()):
             raise ConfigError(
-                f"{source} is a backbone: it has no objective, time or heads to state"
+                f"{source} is a backbone: it has no objective, time, heads or size to state"
             )
         return open_backbone(source, device)
     checkpoint = zoo.load(source, weights=weights, device=device, hints=hints)
@@ -144,7 +144,8 @@ def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:
         what = "images" if spec.kind == "image" else "latents"
         raise ConfigError(
             f"resolution: {samples.root} holds {what} of {stored.size}x{stored.size}, the "
-            f"checkpoint was trained on {spec.size}x{spec.size}{_other_resolution(spec, samples)}"
+            f"checkpoint was trained on {spec.size}x{spec.size}{_other_resolution(spec, samples)}, "
+            f"or --input-size {stored.size} spreads the network's positions over them"
         )
     raise ConfigError(
         f"the shards were encoded by {samples.spec.autoencoder} {samples.spec.shape} "

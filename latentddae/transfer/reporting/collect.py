@@ -12,6 +12,7 @@ import numpy as np
 from latentddae.core.config import read_file
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import read_checked_json, read_json, read_json_lines
+from latentddae.training.origin import lineage
 from latentddae.transfer import results
 from latentddae.transfer.grids import Grid, read_grid
 from latentddae.transfer.results import Result
@@ -126,6 +127,8 @@ class Found:
     pictures: Sequence[tuple[str, Path]]
     """(caption, PNG file)"""
     starts: Sequence[Start]
+    descents: Sequence[str] = ()
+    """Of each run that began with other weights than fresh ones, where they come from."""
 
     @property
     def probes(self) -> list[Result]:
@@ -172,6 +175,9 @@ def find(run: Path, name: str | None = None) -> Found:
         visualizations=[read_visualization(path) for path in _files(run, VISUALIZATION)],
         pictures=_pictures(run),
         starts=[start for path in _files(run, ENVIRONMENT) for start in read_starts(path)],
+        descents=[
+            line for path in _files(run, METRICS) if (line := lineage(path.parent)) is not None
+        ],
     )
 
 

@@ -433,7 +433,8 @@ def token_colours(runs: Sequence[Found]) -> list[Part]:
 
 
 def pretraining(runs: Sequence[Found]) -> list[Part]:
-    """Training loss of every run, as chart and table."""
+    """Training loss of every run, as chart and table, and where its first weights come from."""
+    descents: list[Part] = [Note(line) for found in runs for line in found.descents]
     logs = [
         (found.name if len(found.logs) == 1 else f"{found.name}/{log.name}", log)
         for found in runs
@@ -441,7 +442,7 @@ def pretraining(runs: Sequence[Found]) -> list[Part]:
         if len(log.images)
     ]
     if not logs:
-        return []
+        return descents
     rows: list[list[Cell]] = [
         [
             name,
@@ -454,10 +455,8 @@ def pretraining(runs: Sequence[Found]) -> list[Part]:
     ]
     curves = [plots.LossCurve(name, log.images, log.loss) for name, log in logs]
     chart = Picture(plots.loss_curves(curves), "training loss over images seen")
-    return [
-        chart,
-        Table(("run", "data, split", "images seen", "last loss", "images/s (median)"), rows),
-    ]
+    header = ("run", "data, split", "images seen", "last loss", "images/s (median)")
+    return [*descents, chart, Table(header, rows)]
 
 
 def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.files import state_dict_hash
 from latentddae.data.encoding.autoencoder import Autoencoder, open_autoencoder, open_matching
 from latentddae.data.latents import LatentSpec
 
@@ -59,7 +60,7 @@ def test_unknown_autoencoders_are_refused(tmp_path: Path, small_autoencoder: Aut
     with pytest.raises(ConfigError, match=r"nowhere is no folder, Hub id, 'demo' or 'none'"):
         open_autoencoder("nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot read .*config\.json"):
+    with pytest.raises(ConfigError, match=r"empty has no config.json, nor has .*empty/vae"):
         open_autoencoder(str(tmp_path / "empty"))
     folder = tmp_path / "ae"
     shutil.copytree(ASSETS, folder)
@@ -207,14 +208,93 @@ def test_bf16_is_close_and_on_request_only(small_autoencoder: Autoencoder) -> No
         open_autoencoder("demo", precision="fp16")
 
 
-def test_only_safetensors_are_read(tmp_path: Path) -> None:
+def in_full_precision() -> Any:
+    """The shipped autoencoder with weights that do not fit into 16 bits."""
+    oracle: Any = AutoencoderKL.from_pretrained(ASSETS, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.mul_(1.0001)
+    return oracle
+
+
+def write(folder: Path, kind: str) -> None:
+    """Its weights as diffusers writes them: one file or shards, safetensors or pickled, half or
+    whole."""
+    oracle = in_full_precision()
+    if "fp16" in kind:
+        oracle.half()
+    oracle.save_pretrained(
+        folder,
+        safe_serialization="safetensors" in kind,
+        variant="fp16" if "fp16" in kind else None,
+        max_shard_size="1MB" if "shards" in kind else "10GB",
+    )
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards of safetensors", "shards of bin"])
+@pytest.mark.parametrize("place", ["", "vae"])
+def test_every_form_of_the_same_weights(kind: str, place: str, tmp_path: Path) -> None:
+    """A folder or a pipeline with `vae/`, one file or shards, safetensors or pickled."""
+    write(tmp_path / place, kind)
+    assert ("shards" in kind) == bool(list(tmp_path.rglob("*.index.json")))
+    opened = open_autoencoder(str(tmp_path))
+    assert opened.sha256 == state_dict_hash(in_full_precision().state_dict())
+    assert opened.source == str((tmp_path / place).resolve())
+
+
+@pytest.mark.parametrize("kind", ["fp16.safetensors", "fp16.bin"])
+def test_half_precision_alone_is_read_and_said(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, kind)
+    opened = open_autoencoder(str(tmp_path))
+    assert "half precision only, rounded" in capsys.readouterr().err
+    for name, value in in_full_precision().state_dict().items():
+        assert torch.equal(opened.module.state_dict()[name], value.half().float())
+
+
+def test_whole_precision_comes_first_and_none_is_named(tmp_path: Path) -> None:
+    whole = state_dict_hash(in_full_precision().state_dict())
+    write(tmp_path, "fp16.safetensors")
+    write(tmp_path, "bin")
+    assert open_autoencoder(str(tmp_path)).sha256 != whole  # pickled comes last
+    write(tmp_path, "safetensors")
+    assert open_autoencoder(str(tmp_path)).sha256 == whole
+    for file in tmp_path.glob("diffusion_pytorch_model*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"has no weights: none of .*safetensors, .*\.bin"):
+        open_autoencoder(str(tmp_path))
+
+
+class Evil:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_nothing_in_a_folder_is_run(tmp_path: Path) -> None:
     shutil.copytree(ASSETS, tmp_path / "ae")
-    weights = tmp_path / "ae" / "diffusion_pytorch_model.safetensors"
-    (tmp_path / "ae" / "diffusion_pytorch_model.bin").write_bytes(weights.read_bytes())
-    weights.unlink()
+    (tmp_path / "ae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"a": Evil(tmp_path / "ran")}, tmp_path / "ae" / "diffusion_pytorch_model.bin")
     (tmp_path / "ae" / "pipeline.py").write_text("raise SystemExit('executed')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         open_autoencoder(str(tmp_path / "ae"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_stride_of_16_with_32_channels() -> None:
+    """The shape of VA-VAE's latents (arXiv 2501.01423): five levels."""
+    module = AutoencoderKL(
+        latent_channels=32,
+        block_out_channels=(4, 4, 4, 4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 5,
+        up_block_types=("UpDecoderBlock2D",) * 5,
+        norm_num_groups=4,
+    )
+    spec = Autoencoder("va", module).spec(256)
+    assert (spec.shape, spec.stored_shape) == ((32, 16, 16), (64, 16, 16))
 
 
 def test_means_and_deviations_by_channel_are_read_and_undone(tmp_path) -> None:

@@ -1,10 +1,12 @@
 """An autoencoder from the Hub that is truncated, changed, of another revision, or out of reach."""
 
+import fnmatch
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from latentddae.core.errors import ConfigError, run_command
@@ -17,13 +19,20 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[dict[str, Any]]]:
-    """A Hub of one repository; the calls that were made."""
+    """A Hub of one repository, which gives the files that are asked for; the calls that were
+    made."""
     shutil.copytree(ASSETS, tmp_path / "hub")
     calls: list[dict[str, Any]] = []
 
     def snapshot_download(name: str, **options: Any) -> str:
         calls.append({"name": name, **options})
-        return str(tmp_path / "hub")
+        snapshot = tmp_path / f"snapshot-{len(calls)}"
+        for path in (tmp_path / "hub").rglob("*"):
+            file = path.relative_to(tmp_path / "hub")
+            if any(fnmatch.fnmatch(str(file), pattern) for pattern in options["allow_patterns"]):
+                (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / file)
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return tmp_path / "hub", calls
@@ -41,7 +50,23 @@ def test_two_files_of_one_revision_are_asked_for(
     (hub[0] / "vae").mkdir()
     for file in ("config.json", WEIGHTS):
         (hub[0] / file).rename(hub[0] / "vae" / file)
-    assert open_autoencoder("org/name/vae").sha256 == small_autoencoder.sha256
+    for name in ("org/name/vae", "org/name"):  # a pipeline
+        assert open_autoencoder(name).sha256 == small_autoencoder.sha256
+
+
+def test_pickled_weights_are_asked_for_where_there_are_no_others(
+    hub: tuple[Path, list[dict[str, Any]]], small_autoencoder: Autoencoder
+) -> None:
+    pickled = hub[0] / "diffusion_pytorch_model.bin"
+    torch.save(load_file(hub[0] / WEIGHTS), pickled)
+    assert open_autoencoder("org/name").sha256 == small_autoencoder.sha256
+    assert len(hub[1]) == 1  # those as safetensors were enough
+    (hub[0] / WEIGHTS).unlink()
+    assert open_autoencoder("org/name").sha256 == small_autoencoder.sha256
+    assert hub[1][-1]["allow_patterns"] == ["config.json", pickled.name]
+    pickled.unlink()
+    with pytest.raises(ConfigError, match=r"no config.json with weights .* in its top folder or"):
+        open_autoencoder("org/name")
 
 
 def test_a_cut_download_is_refused(hub: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -108,7 +108,7 @@ def test_wrong_weights_are_listed_and_refused(dit, tmp_path) -> None:
         ({"proj_out_1.bias": None}, "lacks proj_out_1.bias"),
         ({"more.weight": torch.ones(2)}, "holds what a DiT has not: more.weight"),
         ({table: good[table] + 1}, "the blocks differ in norm1.emb.class_embedder"),
-        ({"proj_out_2.bias": torch.ones(3)}, "size mismatch for final_layer.linear.bias"),
+        ({"proj_out_2.bias": torch.ones(3)}, "holds another shape of final_layer.linear.bias"),
     ):
         changed = {k: v for k, v in (good | change).items() if v is not None}
         save_file(changed, folder / FILE)
