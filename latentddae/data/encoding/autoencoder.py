@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import read_json, state_dict_hash
 from latentddae.core.precision import DTYPES
+from latentddae.data.encoding import ldm_file
 from latentddae.data.latents import LatentSpec
 
 KINDS: dict[str, Literal["moments", "deterministic"]] = {  # diffusers class -> what it gives
@@ -153,9 +154,13 @@ def open_autoencoder(
     source: str, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> Autoencoder:
     """A local folder in the format of diffusers (or a pipeline's, with `vae/` in it), a Hub id
-    ORG/NAME[/SUBFOLDER][@REVISION], "demo" (ships with the package) or "none" (pixels)."""
+    ORG/NAME[/SUBFOLDER][@REVISION], a file of latent-diffusion (see ldm_file), "demo" (ships with
+    the package) or "none" (pixels)."""
     if source == "none":
         return Autoencoder(source, None, device, precision)
+    if source.endswith(ldm_file.SUFFIXES) and Path(source).is_file():
+        path = Path(source).resolve()
+        return Autoencoder(str(path), _from_ldm(path), device, precision)
     folder = Path(str(files("latentddae") / "assets" / "autoencoder"))
     if source != "demo":
         folder = _local(source) if Path(source).is_dir() else _from_hub(source)
@@ -207,6 +212,18 @@ def _load(folder: Path) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"autoencoder {folder} cannot be loaded: {error}") from error
+
+
+def _from_ldm(path: Path) -> nn.Module:
+    state = ldm_file.read(path)
+    shape = ldm_file.shape_of(state, path)
+    module = new_autoencoder_kl(**shape, scaling_factor=1.0)
+    weights = ldm_file.to_diffusers(state, len(shape["block_out_channels"]))
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ConfigError(f"autoencoder {path} is no AutoencoderKL: {error}") from error
+    return cast(nn.Module, module)
 
 
 def _weights_of(folder: Path) -> str | None:

@@ -29,7 +29,8 @@ class EncodeConfig(SourceOptions):
     out: str
     """Data folder to write; another split of it may be there already."""
     autoencoder: str = DEFAULT_ID
-    """Hub id, folder, "demo" (ships with the package) or "none" (pixels)."""
+    """Hub id, folder, file of latent-diffusion, "demo" (ships with the package) or "none"
+    (pixels)."""
     autoencoder_sha256: str = ""
     """Expected hash of its weights, as `latentddae info` prints it, or a prefix; none: any."""
     channel_stats: str = ""

@@ -7,10 +7,11 @@ heads) is asked for by name and never guessed.
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ WRAPPERS: Mapping[str, Weights] = {
 """Key in a training file -> which weights: of DiT and its kin, DDAE, timm, Lightning, DeepSpeed."""
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 """Width -> heads of the published sizes of DiT, SiT, REPA and LightningDiT."""
+UNSUPPORTED = re.compile(r"GLOBAL (\S+) was not an allowed global")  # of torch.load
 SHAPE = ("input_size", "patch_size")
 """Fields of CheckpointHints that every checkpoint takes."""
 
@@ -128,11 +130,12 @@ def read(path: Path) -> ForeignFile:
         return ForeignFile(path, {"ema": _tensors(read_safetensors(path), path)}, bare=True)
     mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 are no archives
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise unreadable(f"{path} cannot be loaded as weights only: {reason}", error) from error
+        raise unreadable(
+            f"{path} cannot be loaded as weights only: {_reason(error)}", error
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {type(content).__name__}, not a state dict")
     wrapped = _unwrapped(content, path)
@@ -143,6 +146,15 @@ def read(path: Path) -> ForeignFile:
     arguments = content.get("args", content.get("config")) if wrapped else None
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return ForeignFile(path, states, not wrapped, arguments if isinstance(arguments, dict) else {})
+
+
+def _reason(error: Exception) -> str:
+    """The class that a file would have made, or the first line of an error."""
+    if found := UNSUPPORTED.search(str(error)):
+        return f"it holds a {found[1]}, which is not made; save its state dict alone"
+    if str(error).startswith("Weights only load failed"):  # torch advises to run what is in it
+        return "it holds no plain tensors"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _unwrapped(content: dict[str, object], path: Path) -> dict[Weights, object]:
