@@ -166,7 +166,7 @@ def load(folder: Path, weights: Weights, device: torch.device | str) -> Checkpoi
 def _check_folder(folder: Path) -> None:
     """ConfigError, with the way out where there is one, for what cannot be a checkpoint."""
     if not folder.exists():
-        raise ConfigError(f"{folder} does not exist")
+        raise ConfigError(f"{folder} is not a checkpoint: it does not exist")
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} is not a checkpoint: it is neither a folder nor a file of {SUFFIX_NAMES}"

@@ -86,11 +86,12 @@ def _load(
         )
     if path.is_dir() and diffusers.matches(path):
         return diffusers.load(path, weights, device, hints)
+    checkpoint = portable.load(path, weights, device)
     if hints != CheckpointHints():
         raise ConfigError(
             f"{path} is no file of another project: it tells its objective and architecture itself"
         )
-    return portable.load(path, weights, device)
+    return checkpoint
 
 
 def _at_size(

@@ -8,8 +8,14 @@ from torch import Tensor
 
 from latentddae.core.errors import ConfigError
 from latentddae.models import DiT, DiTConfig
-from latentddae.models.positions import sincos_table
-from latentddae.models.warm_start import WarmStart, resize_matrix, resize_patches, warm_start
+from latentddae.models.positions import rotary_angles, sincos_table
+from latentddae.models.warm_start import (
+    WarmStart,
+    resampled,
+    resize_matrix,
+    resize_patches,
+    warm_start,
+)
 
 OLD = DiTConfig(input_size=8, hidden_size=32, depth=3, num_heads=2, num_classes=5, learn_sigma=True)
 
@@ -85,6 +91,34 @@ def test_positions_are_resampled() -> None:
     fine = sincos_table(32, 8, 4).reshape(8, 8, 32)
     angles = torch.atan2(fine[3, :7, 0], fine[3, :7, 8])  # of the column, at frequency 1
     torch.testing.assert_close(angles, (torch.arange(7) + 0.5).double() / 2 - 0.5)
+
+
+def test_rotations_are_rescaled() -> None:
+    """In the same way: row first, then column."""
+    assert torch.equal(rotary_angles(8, 4, over=4), rotary_angles(8, 4))
+    angles = rotary_angles(8, 8, over=4).reshape(8, 8, 8)
+    spread = (torch.arange(8) + 0.5).double() / 2 - 0.5
+    torch.testing.assert_close(angles[:, 3, 0], spread)
+    torch.testing.assert_close(angles[3, :, 4], spread)
+
+
+def test_every_option_takes_another_resolution_and_other_patches() -> None:
+    """Nothing is drawn: neither the rotation nor the patches of the wide head."""
+    old = replace(
+        OLD, rope=True, qk_norm=True, norm="rms", register_tokens=2, head_width=32, head_heads=2
+    )
+    state = filled(old).state_dict()
+    for size, patch in ((16, 2), (16, 4)):
+        new = replace(old, input_size=size, patch_size=patch, position_grid=4)
+        model = DiT(new, seed=1).requires_grad_(False)
+        start = warm_start(state, old, model.state_dict(), new)
+        assert not start.fresh
+        config, weights = resampled(state, old, input_size=size, patch_size=patch)
+        assert config == new and weights.keys() == start.state.keys()
+        for name, value in start.state.items():
+            torch.testing.assert_close(weights[name].to(value), value, msg=name)
+        model.load_state_dict(weights)
+        assert model.eval()(normal(2, 4, size, size), T).shape == (2, 8, size, size)
 
 
 def test_patches_of_another_size() -> None:

@@ -83,7 +83,7 @@ def test_a_checkpoint_without_ema_says_so(tmp_path: Path) -> None:
 
 
 def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent does not exist"):
+    with pytest.raises(ConfigError, match=r"absent is not a checkpoint: it does not exist"):
         zoo.load(tmp_path / "absent")
     folder = save(tmp_path / "ck", tiny())
     facts = without_check(folder / "config.json")

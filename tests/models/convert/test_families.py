@@ -14,6 +14,7 @@ from latentddae.data.shards import ShardSet
 from latentddae.diffusion.ddpm import DDPM
 from latentddae.diffusion.edm import EDM
 from latentddae.diffusion.flow import Flow
+from latentddae.diffusion.sampler_options import DdimOptions
 from latentddae.diffusion.samplers import Sampling
 from latentddae.diffusion.samplers import sample as draw
 from latentddae.models import DiT, DiTConfig, zoo
@@ -44,8 +45,13 @@ def test_dit_by_its_arguments(training_file, prefix) -> None:
     assert checkpoint.objective == DDPM(preset="dit") and checkpoint.info["project"] == "DiT"
     assert "NC" in checkpoint.info["licence"]
     assert_close(checkpoint.model(io["xt"], io["t"], io["y"]), io["out"])
+    for number, tokens in checkpoint.model.taps(io["xt"], io["t"], io["y"], (1, 2, 3)).items():
+        assert_close(tokens, io[f"block_{number - 1}"])
     loss = checkpoint.objective.loss(checkpoint.model, io["x0"], io["y"], io["t"], io["noise"])
     assert_close(loss, io["loss"], 1e-4)
+    sampling = Sampling(sampler=DdimOptions(), steps=10)
+    drawn = draw(checkpoint.objective, checkpoint.model, io["noise"], io["y"], sampling)
+    assert_close(drawn, io["ddim10_sample"], 1e-4)
 
 
 @torch.no_grad()
@@ -59,6 +65,8 @@ def test_sit_by_its_arguments(training_file) -> None:
         checkpoint.model, io["x_data"], io["y"], io["t"], io["x_noise"]
     )
     assert_close(loss, io["loss"], 1e-4)
+    drawn = draw(checkpoint.objective, checkpoint.model, io["x_noise"], io["y"], Sampling(steps=10))
+    assert_close(drawn, io["euler10_sample"], 1e-4)
 
 
 @torch.no_grad()

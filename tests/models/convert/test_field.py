@@ -154,7 +154,7 @@ masked = {**SIT, "mask_token": torch.ones(1), "decode_blocks.0.x": torch.ones(1)
 prefixed = {f"ema_model.{name}": value for name, value in SIT.items()}
 few = {name: value for name, value in SIT.items() if "attn" not in name}
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "absent": (lambda folder: folder / "x.pt", "x.pt does not exist"),
+    "absent": (lambda folder: folder / "x.pt", "x.pt is not a checkpoint: it does not exist"),
     "npz": (npz, "neither a folder nor a file of .pt, .pth, .ckpt, .bin, .safetensors"),
     "accelerate": (text("", "", "model.safetensors"), "a file in it may be one: model.safetensors"),
     "unexported": (run_without_export, "`latentddae export "),
