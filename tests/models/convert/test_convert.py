@@ -67,6 +67,9 @@ def test_our_own_format_keeps_history_and_origin(ours, tmp_path) -> None:
     for hashed in ("files", "check"):  # of the bytes, whose header names the kind of weights
         del facts[hashed], before[hashed]
     assert facts == before
+    convert(tmp_path / "copy", tmp_path / "again", "--to", "latentddae")
+    origin = json.loads((tmp_path / "again" / "config.json").read_text())["origin"]
+    assert origin["path"] == str(tmp_path / "copy") and origin["origin"]["path"] == str(ours)
 
 
 def test_an_official_state_dict_has_the_published_names(ours, tmp_path) -> None:
