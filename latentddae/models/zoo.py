@@ -68,22 +68,7 @@ def _load(
 ) -> Checkpoint:
     """A checkpoint as it was trained."""
     if path.suffix in SUFFIXES and path.is_file():
-        if path.name in WEIGHT_FILES.values() and portable.is_checkpoint(path.parent):
-            raise ConfigError(f"{path} is a part of a checkpoint: give the folder {path.parent}")
-        file = foreign.read(path)
-        hints, known = with_known(path, hints)
-        for family in FAMILIES:
-            if family.matches(file):
-                checkpoint = family.load(file, weights, device, hints)
-                return replace(checkpoint, info={**checkpoint.info, **known})
-        if any(name.startswith("transformer_blocks.") for name in file.names):
-            raise DataError(
-                f"{path} has names of diffusers: give its folder, with the config.json beside it"
-            )
-        raise DataError(
-            f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first "
-            f"are {', '.join(sorted(file.names)[:3])}"
-        )
+        return _load_file(path, weights, device, hints)
     if path.is_dir() and diffusers.matches(path):
         return diffusers.load(path, weights, device, hints)
     checkpoint = portable.load(path, weights, device)
@@ -92,6 +77,28 @@ def _load(
             f"{path} is no file of another project: it tells its objective and architecture itself"
         )
     return checkpoint
+
+
+def _load_file(
+    path: Path, weights: Weights, device: torch.device | str, hints: CheckpointHints
+) -> Checkpoint:
+    """A file of another project."""
+    if path.name in WEIGHT_FILES.values() and portable.is_checkpoint(path.parent):
+        raise ConfigError(f"{path} is a part of a checkpoint: give the folder {path.parent}")
+    file = foreign.read(path)
+    hints, known = with_known(path, hints)
+    for family in FAMILIES:
+        if family.matches(file):
+            checkpoint = family.load(file, weights, device, hints)
+            return replace(checkpoint, info={**checkpoint.info, **known})
+    if any(name.startswith("transformer_blocks.") for name in file.names):
+        raise DataError(
+            f"{path} has names of diffusers: give its folder, with the config.json beside it"
+        )
+    raise DataError(
+        f"{path} lacks the names of a DiT, SiT, REPA, LightningDiT or DDAE network; its first "
+        f"are {', '.join(sorted(file.names)[:3])}"
+    )
 
 
 def _at_size(
