@@ -18,6 +18,7 @@ from latentddae.diffusion.sampler_options import DdimOptions
 from latentddae.diffusion.samplers import Sampling
 from latentddae.diffusion.samplers import sample as draw
 from latentddae.models import DiT, DiTConfig, zoo
+from latentddae.models.convert.convert import write_portable
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.inputs import CheckpointOptions
@@ -242,8 +243,10 @@ def test_unknown_files_and_statements_are_refused(bare_file, tmp_path) -> None:
         zoo.load(bare_file(golden("dit_a_weights")), heads=4)
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         zoo.load(tmp_path)
+    ours = tmp_path / "ours"
+    write_portable(zoo.load(bare_file(golden("lightning_a_weights"))), ours)
     with pytest.raises(ConfigError, match="no file of another project"):
-        zoo.load(tmp_path, objective="ddpm")
+        zoo.load(ours, objective="flow")
 
 
 def test_latents_of_an_unknown_autoencoder_are_refused(bare_file, tiny_shards) -> None:
