@@ -54,7 +54,7 @@ def test_probes_run_at_twice_the_resolution(
     words = ["--checkpoint", str(checkpoint_folder), "--data", str(fine_shards)]
     words += ["--out", str(tmp_path / "out")]
     words += ["--levels", "0.2"] if command is grid else ["--block", "2", "--level", "0.2"]
-    with pytest.raises(ConfigError, match="trained on 8x8.*or --input-size 16 spreads"):
+    with pytest.raises(ConfigError, match=r"trained on 8x8.*or --input-size 16 spreads"):
         command.main(words)
     command.main([*words, "--input-size", "16"])
     (line,) = results.read(tmp_path / "out" / results.RESULTS)
