@@ -328,7 +328,8 @@ def cell_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of the split's training samples (N, D) and of all test samples (M, D), on every
     rank. A collective."""
-    assert entry.network is not None
+    network = entry.network
+    assert network is not None
     test = np.arange(len(entry.test))
     parts = [
         (samples, rows[dist.rank_slice(len(rows))])
@@ -337,10 +338,12 @@ def cell_features(
     name = f"features of block {cell.cell[0]} at s={cell.level:g}"
     show = run.show_progress and dist.world_from_environment().is_main
     with progress.images(sum(len(rows) for _, rows in parts), name, show) as bar:
-        own = [
-            collect(entry.network, x, rows, cell, batch=run.batch, progress=bar.update)[cell.cell]
-            for x, rows in parts
-        ]
+        own = dist.on_all_ranks(
+            lambda: [
+                collect(network, x, rows, cell, batch=run.batch, progress=bar.update)[cell.cell]
+                for x, rows in parts
+            ]
+        )
     train_x, test_x = map(dist.all_gather_rows, own)
     return train_x, test_x
 

@@ -54,7 +54,8 @@ def two_views(
     extractor = Extractor.open(checkpoint, spec)
     count = math.ceil(len(indices) / (batch * dist.world_from_environment().size))
     for rows in np.array_split(indices, count):
-        x0, positions = read_batch(checkpoint, samples, rows[dist.rank_slice(len(rows))])
+        own = rows[dist.rank_slice(len(rows))]
+        x0, positions = dist.on_all_ranks(partial(read_batch, checkpoint, samples, own))
         first, second = (
             {
                 int(block): torch.from_numpy(dist.all_gather_rows(x.numpy()))

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from latentddae.core.config import load
-from latentddae.core.errors import UsageError, run_command
+from latentddae.core.errors import DataError, UsageError, run_command
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
 from latentddae.transfer import grid, linear, results, suite
+from latentddae.transfer.extraction import extract
 from latentddae.transfer.probes.recipes import RECIPES
 from latentddae.transfer.protocol import session
 from latentddae.transfer.protocol.session import ProbeSession
@@ -174,6 +175,33 @@ def test_all_sets_are_opened_before_the_first_is_judged(
     same = ["--checkpoint", str(checkpoint), "--out", str(out), str(small), str(small)]
     with pytest.raises(UsageError, match="dtd is there twice"):
         suite.main(same)
+
+
+@pytest.mark.parametrize("passes_before", [0, 2, 4], ids=["grid", "rerank", "probes"])
+def test_what_one_rank_cannot_read_ends_all_with_its_status(
+    passes_before, table_of_one, tmp_path, ranks, monkeypatch, capfd
+):
+    """Damaged data on rank 1 is 65 on rank 0, too: a job is not requeued for it."""
+    data, checkpoint, _ = table_of_one
+    honest = extract.read_batch
+
+    def action() -> int:
+        passes = []
+
+        def read(checkpoint_, samples, index):
+            passes.append(index[0])
+            starts = sum(start == passes[0] for start in passes)
+            if os.environ["RANK"] == "1" and starts > passes_before:
+                raise DataError("the disk of rank 1")
+            return honest(checkpoint_, samples, index)
+
+        monkeypatch.setattr(extract, "read_batch", read)
+        out = ["--out", str(tmp_path / "out")]
+        words = ["--checkpoint", str(checkpoint), *out, "levels=[0.1,0.3]", str(data[0])]
+        return run_command("suite", suite.main, words)
+
+    assert ranks(action, 2, timeout=60) == [65, 65]
+    assert capfd.readouterr().err.count("error: the disk of rank 1") == 2
 
 
 def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):

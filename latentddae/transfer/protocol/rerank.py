@@ -94,8 +94,10 @@ def score_cells(
         blocks=tuple(cell.block for cell in cells),
         pools=tuple(sorted({cell.pool for cell in cells})),
     )
-    features = collect(
-        run.checkpoint, run.train, rank_samples, spec, batch=run.batch, progress=progress
+    features = dist.on_all_ranks(
+        lambda: collect(
+            run.checkpoint, run.train, rank_samples, spec, batch=run.batch, progress=progress
+        )
     )
     labels = labels_of(run.train, run.split.train)
     judged = []

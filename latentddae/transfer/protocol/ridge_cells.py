@@ -13,7 +13,7 @@ from torch import Tensor
 from latentddae.core import dist
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction.extract import BATCH, Progress, extract
+from latentddae.transfer.extraction.extract import BATCH, FeatureBatch, Progress, extract
 from latentddae.transfer.extraction.spec import Cell, FeatureSpec
 from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.probes import ridge
@@ -66,11 +66,8 @@ def ridge_scores(
     device = announce(f"ridge probes at s={spec.level:g}", cost, device_of(checkpoint))
     statistics: dict[Cell, ridge.Statistics] = {}
     kept: dict[Cell, list[Tensor]] = {}
-    seen = rank_rows.start
-    for part in extract(
-        checkpoint, train, split.train[rank_rows], spec, batch=batch, progress=progress
-    ):
-        rows = slice(seen, seen + len(part.index))
+
+    def see(part: FeatureBatch, rows: slice) -> None:
         aside = heldout[rows]
         for cell, value in part.values.items():
             if cell not in statistics:
@@ -78,7 +75,14 @@ def ridge_scores(
                 kept[cell] = []
             statistics[cell].add(value[~aside].to(device), labels[rows][~aside].to(device))
             kept[cell].append(value[aside])
-        seen = rows.stop
+
+    def see_all() -> None:
+        seen, own = rank_rows.start, split.train[rank_rows]
+        for part in extract(checkpoint, train, own, spec, batch=batch, progress=progress):
+            see(part, slice(seen, seen + len(part.index)))
+            seen += len(part.index)
+
+    dist.on_all_ranks(see_all)
     scores = {}
     for cell, sums in statistics.items():
         reduce_over_ranks(sums)

@@ -76,8 +76,10 @@ class RunProbe:
     def _knn(self, checkpoint: Checkpoint) -> float:
         indices, heldout = self.split.train, self.split.heldout
         rank_rows = dist.rank_slice(len(indices))
-        part = collect(
-            checkpoint, self.train, indices[rank_rows], self.spec, batch=self.config.batch
+        part = dist.on_all_ranks(
+            lambda: collect(
+                checkpoint, self.train, indices[rank_rows], self.spec, batch=self.config.batch
+            )
         )
         features = dist.all_gather_rows(part[self.spec.cell])
         labels = labels_of(self.train, indices)

@@ -127,13 +127,15 @@ class ProbeSession:
         rank_indices = indices[dist.rank_slice(len(indices))]
         is_main = dist.world_from_environment().is_main
         with progress.images(len(rank_indices), name, is_main) as bar:
-            features = collect(
-                self.checkpoint,
-                samples,
-                rank_indices,
-                spec,
-                batch=self.options.batch,
-                progress=bar.update,
+            features = dist.on_all_ranks(
+                lambda: collect(
+                    self.checkpoint,
+                    samples,
+                    rank_indices,
+                    spec,
+                    batch=self.options.batch,
+                    progress=bar.update,
+                )
             )
         return dist.all_gather_rows(features[spec.cell])
 
