@@ -39,6 +39,10 @@ class Step:
     zero_stage: Stage
     precision: PrecisionName
     averages: int
+    muon_parameters: int = 0
+    """Of `parameters`, those that Muon updates."""
+    highest_stage: Stage = 3
+    """That the optimizer works under."""
     checkpoint_blocks: int
     on_gpu: bool
 
@@ -51,7 +55,12 @@ class Step:
     def parts(self) -> dict[str, float]:
         """Bytes on one rank, by what they are."""
         state = state_bytes(
-            self.parameters, self.ranks, self.zero_stage, self.precision, self.averages
+            self.parameters,
+            self.ranks,
+            self.zero_stage,
+            self.precision,
+            self.averages,
+            self.muon_parameters,
         )
         parts = {
             "weights": state.weights,
@@ -87,7 +96,8 @@ def largest_micro(step: Step, memory: float) -> int | None:
 
 def remedies(step: Step, memory: float) -> Iterator[str]:
     """Settings under which a step that does not fit does, the cheapest first."""
-    stages = [s for s in (1, 2, 3) if s > step.zero_stage and step.ranks > 1]
+    sharded = range(step.zero_stage + 1, step.highest_stage + 1)
+    stages = sharded if step.ranks > 1 else ()
     for checkpoint in dict.fromkeys((step.checkpoint_blocks, 1)):
         for stage in (step.zero_stage, *stages):
             tried = replace(step, checkpoint_blocks=checkpoint, zero_stage=cast(Stage, stage))

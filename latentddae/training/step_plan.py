@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+from torch import nn
 
 from latentddae.core import dist
 from latentddae.core.precision import DTYPES, resolve_precision
@@ -17,6 +18,8 @@ from latentddae.planning.flops import training_flops
 from latentddae.planning.outlook import device_memory, gigabytes
 from latentddae.training.config import TrainConfig
 from latentddae.training.deepspeed_config import plan_batch
+from latentddae.training.muon import is_hidden_matrix
+from latentddae.training.optimizers import OPTIMIZERS
 
 
 def step_of(config: TrainConfig, ranks: int, device: torch.device) -> fit.Step:
@@ -30,6 +33,8 @@ def step_of(config: TrainConfig, ranks: int, device: torch.device) -> fit.Step:
     if engine.attention != "auto":
         backend = "math" if engine.attention == "math" else "sdpa"
     name = cast(fit.PrecisionName, precision)
+    muon = config.optim.name == "muon"
+    hidden = [p for n, p in cast(nn.Module, model).named_parameters() if is_hidden_matrix(n, p)]
     return fit.Step(
         parameters=sum(p.numel() for p in model.parameters()),
         activations=count_activations(config.model, name, backend),
@@ -40,6 +45,8 @@ def step_of(config: TrainConfig, ranks: int, device: torch.device) -> fit.Step:
         zero_stage=engine.zero_stage,
         precision=name,
         averages=1 + len(config.ema.extra_halflives_images or ()),
+        muon_parameters=sum(p.numel() for p in hidden) if muon else 0,
+        highest_stage=cast(fit.Stage, OPTIMIZERS[config.optim.name].highest_zero_stage),
         checkpoint_blocks=engine.checkpoint_blocks,
         on_gpu=device.type == "cuda",
     )

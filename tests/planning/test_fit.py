@@ -75,6 +75,8 @@ def test_remedies_fit(ranks, memory) -> None:
     assert not replace(step, micro=64).fits(memory) or memory == 40e9
     for text in found:
         assert applied(step, text).bytes <= USABLE * memory
+    two = list(remedies(replace(step, highest_stage=2), memory))
+    assert not any("zero_stage=3" in text for text in two)
     smallest = replace(step, micro=1, checkpoint_blocks=1, zero_stage=3 if ranks > 1 else 1)
     assert bool(found) == smallest.fits(memory)
 

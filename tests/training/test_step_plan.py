@@ -28,6 +28,11 @@ def test_the_step_is_that_of_the_configuration(config) -> None:
     assert (step.ranks, step.micro, step.share) == (2, 6, 24)
     assert step.parts["weights"] == state_bytes(step.parameters, 2, 1, "fp32").weights
     assert step.checkpoint_blocks == 1 and not step.on_gpu
+    assert (step.muon_parameters, step.highest_stage) == (0, 3)
+    muon = step_plan.step_of(replace(config, optim=replace(config.optim, name="muon")), 2, CPU)
+    assert 0 < muon.muon_parameters < muon.parameters and muon.highest_stage == 2
+    saved = step.parts["optimizer"] - muon.parts["optimizer"]
+    assert saved == 4 * muon.muon_parameters / 2  # a moment less, on two ranks
     assert step_plan.step_of(config, 2, CPU).micro == 24
 
 

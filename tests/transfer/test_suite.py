@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from latentddae.core.config import load
-from latentddae.core.errors import DataError, UsageError, run_command
+from latentddae.core.errors import DataError, UsageError, WriteError, run_command
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
 from latentddae.transfer import grid, linear, results, suite
@@ -202,6 +202,20 @@ def test_what_one_rank_cannot_read_ends_all_with_its_status(
 
     assert ranks(action, 2, timeout=60) == [65, 65]
     assert capfd.readouterr().err.count("error: the disk of rank 1") == 2
+
+
+def test_a_full_disk_of_rank_0_ends_all_with_its_status(table_of_one, tmp_path, ranks, monkeypatch):
+    data, checkpoint, _ = table_of_one
+
+    def full(*_) -> None:
+        raise WriteError("no space")
+
+    def action() -> int:
+        monkeypatch.setattr(grid, "write", full)
+        words = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "levels=[0.1]", data[0]]
+        return run_command("suite", suite.main, list(map(str, words)))
+
+    assert ranks(action, 2, timeout=60) == [73, 73]
 
 
 def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
