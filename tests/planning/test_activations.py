@@ -66,8 +66,11 @@ def highest(config, precision: str, every: int) -> float:
 
 @pytest.mark.parametrize(
     ("config", "precision"),
-    [(DIT, "bf16"), (MODERN, "fp32"), (UNET, "bf16")],
-    ids=["dit", "modern", "unet"],
+    [
+        pytest.param(DIT, "bf16", id="dit"),
+        pytest.param(MODERN, "fp32", marks=pytest.mark.slow, id="modern"),
+        pytest.param(UNET, "bf16", id="unet"),
+    ],
 )
 def test_what_a_real_step_has_alive(config, precision) -> None:
     """To six percent, with all, half or none of the blocks computed again."""

@@ -8,6 +8,7 @@ import torch
 
 from latentddae.core.config import load
 from latentddae.data.shards import ShardSet
+from latentddae.planning import fit
 from latentddae.planning.memory import state_bytes
 from latentddae.training import step_plan
 from latentddae.training.config import TrainConfig, resolve
@@ -16,10 +17,16 @@ CONFIG = Path(__file__).parent / "tiny.yaml"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(tiny_shards) -> TrainConfig:
     given = [f"data.path={tiny_shards}", "run=run", "global_batch=48", "engine.precision=fp32"]
     return resolve(load(TrainConfig, CONFIG, given), ShardSet(tiny_shards, "train").info)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(config) -> fit.Step:
+    """The step of the whole batch as one rank's, as if on a GPU."""
+    return replace(step_plan.step_of(config, 1, CPU), on_gpu=True)
 
 
 def test_the_step_is_that_of_the_configuration(config) -> None:
@@ -33,12 +40,10 @@ def test_the_step_is_that_of_the_configuration(config) -> None:
     assert 0 < muon.muon_parameters < muon.parameters and muon.highest_stage == 2
     saved = step.parts["optimizer"] - muon.parts["optimizer"]
     assert saved == 4 * muon.muon_parameters / 2  # a moment less, on two ranks
-    assert step_plan.step_of(config, 2, CPU).micro == 24
 
 
-def test_a_gpu_takes_what_fits_and_a_cpu_its_share(config, monkeypatch) -> None:
-    step = replace(step_plan.step_of(config, 1, CPU), on_gpu=True)
-    memory = replace(step, micro=20).bytes / step_plan.fit.USABLE  # 16 divides the share of 48
+def test_a_gpu_takes_what_fits_and_a_cpu_its_share(config, on_gpu, monkeypatch) -> None:
+    memory = replace(on_gpu, micro=20).bytes / fit.USABLE  # 16 divides the share of 48
     monkeypatch.setattr(step_plan, "device_memory", lambda device: memory)
     assert step_plan.with_micro_batch(config, CPU) is config
     assert step_plan.with_micro_batch(config, CUDA).engine.micro_batch == 16
@@ -46,10 +51,10 @@ def test_a_gpu_takes_what_fits_and_a_cpu_its_share(config, monkeypatch) -> None:
     assert step_plan.with_micro_batch(given, CUDA) is given
 
 
-def test_all_ranks_take_what_the_smallest_gpu_holds(config, capsys) -> None:
-    step = replace(step_plan.step_of(config, 1, CPU), on_gpu=True)
-    small, large = (replace(step, micro=n).bytes / step_plan.fit.USABLE for n in (8, 48))
-    assert step_plan.chosen_micro(step, [large, small]) == 8
-    assert step_plan.chosen_micro(step, [1e6]) == 1
+def test_all_ranks_take_what_the_smallest_gpu_holds(on_gpu, capsys) -> None:
+    assert on_gpu.micro == 48
+    small, large = (replace(on_gpu, micro=n).bytes / fit.USABLE for n in (8, 48))
+    assert step_plan.chosen_micro(on_gpu, [large, small]) == 8
+    assert step_plan.chosen_micro(on_gpu, [1e6]) == 1
     said = capsys.readouterr().err
     assert "a GPU has 1 MB" in said and "more ranks, or a smaller network" in said

@@ -116,7 +116,7 @@ def table_of_one(pets_and_flowers, tmp_path_factory, ranks):
     return data, checkpoint, rows
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_end_with_the_table_of_one(
     size, table_of_one, tmp_path, ranks, no_pictures, monkeypatch
 ):
@@ -177,7 +177,14 @@ def test_all_sets_are_opened_before_the_first_is_judged(
         suite.main(same)
 
 
-@pytest.mark.parametrize("passes_before", [0, 2, 4], ids=["grid", "rerank", "probes"])
+@pytest.mark.parametrize(
+    "passes_before",
+    [
+        pytest.param(0, marks=pytest.mark.slow, id="grid"),
+        pytest.param(2, marks=pytest.mark.slow, id="rerank"),
+        pytest.param(4, id="probes"),
+    ],
+)
 def test_what_one_rank_cannot_read_ends_all_with_its_status(
     passes_before, table_of_one, tmp_path, ranks, monkeypatch, capfd
 ):
