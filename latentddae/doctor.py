@@ -8,6 +8,7 @@ environment, with the folder that runs will be written to.
 
 import fcntl
 import importlib.util
+import math
 import multiprocessing
 import os
 import re
@@ -33,14 +34,16 @@ from latentddae.core import dist, files, runlog
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import ConfigError, LatentddaeError, run_command
-from latentddae.core.precision import resolve_precision
+from latentddae.core.precision import DTYPES, resolve_precision
 from latentddae.models import attention
 
 MEETING_S = 20.0  # two ranks on one machine need a second
 IMPORT_S = 120.0
 SLOW_SYNC_S = 1.0
 NEED_GB = 30.0  # two resume states of DiT-XL/2 and its exports
-OPTIONAL = ("gpu", "fid", "wandb", "demo")  # extras a user may want; `dev` is not checked
+OPTIONAL = ("xformers", "flash-attn", "fid", "wandb", "demo")  # a user may want; not `dev`
+HEAD_WIDTHS = (64, 72)  # of DiT-S, B and L, and of DiT-XL
+TOKENS = 64
 KERNELS = {"xformers": "xformers.ops", "flash_attn": "flash_attn"}
 BROKEN_KERNEL = re.compile(r"can't load C\+\+/CUDA extensions.*")  # xFormers says so and imports
 
@@ -194,17 +197,46 @@ def precision() -> Findings:
 
 
 def attention_backends() -> Findings:
-    """Run every attention backend, forward and backward, and compare it with the definition."""
+    """Run every attention backend, forward and backward, and compare it with the definition; say
+    which kernel `auto` takes, for heads as wide as DiT-B's and as DiT-XL's."""
     device = _device()
+    for width in HEAD_WIDTHS:
+        yield from _backends_at(width, device)
+    for width in HEAD_WIDTHS:
+        yield _auto_kernel(width, device)
+
+
+def _auto_kernel(width: int, device: torch.device) -> Finding:
+    """What `engine.attention=auto` is here in the precision that `auto` is."""
+    dtype = DTYPES[resolve_precision("auto", device)]
+    chosen = attention.backend_for(device, dtype, TOKENS)
+    text = f"auto is {chosen}"
+    if chosen == "sdpa":
+        kernel = attention.torch_kernel(_queries(width, device)[0].to(dtype))
+        text += f", torch's {kernel} kernel"
+        if kernel == "math":
+            remedy = f"torch {torch.__version__} has no fused attention for this device and dtype"
+            return Finding("warning", "attention", f"{text} for heads of {width}", remedy)
+    return Finding("ok", "attention", f"{text}, for {TOKENS} tokens and heads of {width}")
+
+
+def _queries(width: int, device: torch.device) -> torch.Tensor:
+    """Three (2, 4, TOKENS, width) float32: queries, keys, values."""
+    shape = (3, 2, 4, TOKENS, width)
+    return torch.linspace(-1, 1, math.prod(shape), device=device).view(shape).sin()
+
+
+def _backends_at(width: int, device: torch.device) -> Findings:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = torch.linspace(-1, 1, 3 * 2 * 4 * 64 * 64, device=device).view(3, 2, 4, 64, 64).sin()
+    q, k, v = _queries(width, device)
     expected = attention.math(q, k, v)
     for name in attention.BACKENDS:
         try:
-            attention.check(name, device, dtype, head_dim=64)
+            attention.check(name, device, dtype, head_dim=width)
         except ConfigError as error:
             reason = str(error).split(": ", 1)[1].split("; nearest")[0]
-            yield Finding("ok", "attention", f"{name} not used here: {reason}")
+            if width == HEAD_WIDTHS[0]:
+                yield Finding("ok", "attention", f"{name} not used here: {reason}")
             continue
         try:
             inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -223,7 +255,8 @@ def attention_backends() -> Findings:
                 "trouble", "attention", text, "engine.attention=math; report it to its makers"
             )
         else:
-            yield Finding("ok", "attention", f"{name} in {str(dtype).removeprefix('torch.')}")
+            in_dtype = str(dtype).removeprefix("torch.")
+            yield Finding("ok", "attention", f"{name} in {in_dtype}, heads of {width}")
 
 
 def ranks() -> Findings:
@@ -340,7 +373,7 @@ def threads(env: Mapping[str, str] | None = None, cores: int | None = None) -> F
 
 def compiler() -> Findings:
     """Compile a file with Python's headers, as `engine.compile` does; nothing else needs it."""
-    needs = "only engine.compile=true needs it: install g++ and Python's development headers"
+    needs = "only engine.compile needs it: install g++ and Python's development headers"
     names = (os.environ.get("CXX") or "g++", "clang++")
     compiler_name = next((name for name in names if shutil.which(name)), None)
     if compiler_name is None:
@@ -433,10 +466,10 @@ CHECKS: dict[str, Callable[[], Findings]] = {  # the quick ones first
     "versions": versions,
     "launcher": launcher,
     "threads": threads,
+    "ranks": ranks,  # forks, so it comes before anything that starts CUDA in this process
     "devices": devices,
     "precision": precision,
     "compiler": compiler,
-    "ranks": ranks,
     "attention": attention_backends,
     "imports": imports,
 }

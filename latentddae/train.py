@@ -148,7 +148,9 @@ class Pretraining:
             shards = require_random_access(self.samples, "monitor.every_images")
             run = self.context.run
             dist.on_rank0(
-                lambda: monitors.append(Monitor(config.monitor, run, shards, config.seed))
+                lambda: monitors.append(
+                    Monitor(config.monitor, run, shards, config.seed, self.context.device)
+                )
             )
         return monitors[0] if monitors else None
 

@@ -21,6 +21,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from every session but `pytest -m gpu`.
+
+    Ranks are forks of this process, which CUDA does not survive, and tests that expect a CPU would
+    get NCCL and one GPU for all ranks.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests for a GPU where there is none, with the command that runs them.
+
+    In the smoke mode (SMOKE=1) those of tests/gpu run on the CPU.
+    """
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted or torch.cuda.is_available():
+        return
+    why = pytest.mark.skip(reason="needs a CUDA device, and `make test-gpu`")
+    for item in wanted:
+        if os.environ.get("SMOKE") != "1" or item.path.parent.name != "gpu":
+            item.add_marker(why)
+
+
 def tiny_spec(**changes: object) -> LatentSpec:
     fields = {
         "kind": "moments",

@@ -320,7 +320,13 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str, base: Any) -
             return _convert(option_, value, path, base)
         except ConfigError:
             continue
-    return _convert(options[-1], value, path, base)
+    words = [word for o in options if get_origin(o) is Literal for word in get_args(o)]
+    try:
+        return _convert(options[-1], value, path, base)
+    except ConfigError as error:
+        if not words:
+            raise
+        raise ConfigError(f"{error}, or one of: {', '.join(map(str, words))}") from None
 
 
 def _convert_literal(options: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -1,6 +1,10 @@
 """Ranks and the collectives that the package uses. Nothing else reads launcher variables.
 
 `deepspeed`, `torchrun`, `srun` (one task per rank) and a plain `python` all give the same `World`.
+
+Tensors of a step travel in the default group (NCCL on CUDA), whose short time-out ends a hang.
+Python objects, and waiting for work that only rank 0 does, go over a second group of host memory
+(gloo) that waits for days: no rank is killed for waiting, and no object takes GPU memory.
 """
 
 import contextlib
@@ -25,7 +29,10 @@ Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 DEFAULT_TIMEOUT_S = 1800.0
+WORK_TIMEOUT_S = 14 * 86400.0
+"""How long ranks wait for work that another one does alone; a rank that dies is noticed at once."""
 _NEW_GROUP = torch_dist.new_group  # see _set_default_group_timeout
+_host_groups: list[torch_dist.ProcessGroup] = []  # of the current default group; empty or one
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,16 @@ def device_for(world: World, env: Mapping[str, str] | None = None) -> torch.devi
 
 
 def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
-    """Join the process group (gloo on CPU, NCCL on CUDA) and export the launcher's variables, which
-    DeepSpeed reads."""
+    """Join the process groups (gloo on CPU, NCCL on CUDA) and export the launcher's variables,
+    which DeepSpeed reads.
+
+    `timeout_s` is that of collectives on tensors; rank 0's work is waited for much longer.
+    """
     world = world_from_environment()
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    device = device_for(world)
+    export_launcher_variables(world, device)
     if torch_dist.is_initialized():
         return world
-    device = device_for(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -144,9 +153,29 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
             os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
         with _naming_the_holder():
             torch_dist.init_process_group(
-                backend, rank=world.rank, world_size=world.size, timeout=timeout
+                backend,
+                rank=world.rank,
+                world_size=world.size,
+                timeout=timeout,
+                device_id=device if backend == "nccl" and world.size > 1 else None,
             )
+    if world.size > 1:
+        long = timedelta(seconds=WORK_TIMEOUT_S)
+        _host_groups[:] = [_NEW_GROUP(backend="gloo", timeout=long)]
     return world
+
+
+def export_launcher_variables(world: World, device: torch.device) -> None:
+    """Write rank, world size and local rank into the environment, which DeepSpeed reads.
+
+    DeepSpeed takes the local rank for the index of the GPU, so it gets that index: where a site
+    binds one GPU to each task, every task's GPU is number 0.
+    """
+    index = device.index if device.type == "cuda" else world.local_rank
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
+    os.environ["LOCAL_RANK"] = str(index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed insists that both agree
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
 
 
 @contextlib.contextmanager
@@ -189,7 +218,8 @@ def _set_default_group_timeout(timeout: timedelta) -> None:
 
 
 def stop() -> None:
-    """Leave the process group; safe to call twice."""
+    """Leave the process groups; safe to call twice."""
+    _host_groups.clear()
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
@@ -204,7 +234,7 @@ def _first_slurm_host() -> str:
 
 def clone_store() -> torch_dist.Store | None:
     """A connection to the group's store that only the caller uses; None for a single process."""
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _is_alone():
         return None
     return torch_dist.distributed_c10d._get_default_store().clone()
 
@@ -239,27 +269,36 @@ def leaving_together() -> Iterator[None]:
             stop()
 
 
+def _is_alone() -> bool:
+    return not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
+
+
+def _host_group() -> torch_dist.ProcessGroup | None:
+    """The group for objects and long waits; the default group, if that is not one of `start`'s."""
+    return _host_groups[0] if _host_groups else None
+
+
 def barrier() -> None:
     """Wait until every rank has called it."""
-    if torch_dist.is_initialized():
-        torch_dist.barrier()
+    if not _is_alone():
+        torch_dist.barrier(group=_host_group())
 
 
 def broadcast_object(value: Value) -> Value:
     """Rank 0's value, on every rank."""
-    if not torch_dist.is_initialized():
+    if _is_alone():
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0, group=_host_group())
     return box[0]
 
 
 def gather_objects(value: Value) -> list[Value]:
     """Every rank's value, in rank order, on every rank."""
-    if not torch_dist.is_initialized():
+    if _is_alone():
         return [value]
     out: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(out, value)
+    torch_dist.all_gather_object(out, value, group=_host_group())
     return out
 
 
@@ -289,7 +328,7 @@ def on_rank0(action: Callable[[], Result]) -> Result:
 
     If it raises a LatentddaeError, that is raised on every rank.
     """
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _is_alone():
         return action()
     box: list[Any] = [None, None]
     if torch_dist.get_rank() == 0:
@@ -300,7 +339,7 @@ def on_rank0(action: Callable[[], Result]) -> Result:
             if shown is None:
                 raise
             box[1] = (type(shown), str(shown))
-    torch_dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0, group=_host_group())
     if box[1] is not None:
         raise box[1][0](box[1][1])
     return box[0]
@@ -356,12 +395,12 @@ def sum_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one. A collective: every rank must call it."""
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    if _is_alone():
         return flag
-    box = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    box = torch.tensor([int(flag)], dtype=torch.int32)
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX, group=_host_group())
     return bool(box.item())
 
 
@@ -412,7 +451,7 @@ class AsyncAnyReduce:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._alone = not torch_dist.is_initialized() or torch_dist.get_world_size() == 1
+        self._alone = _is_alone()
         self._flag = AsyncHostScalar(device)
         self._wait: Callable[[], object] = lambda: None
 

@@ -91,6 +91,20 @@ def is_transient(error: BaseException) -> bool:
     return number is not None and int(number[1]) in TRANSIENT
 
 
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|cannot allocate memory",
+    re.IGNORECASE,
+)
+"""What CUDA and its libraries, and torch's allocator of host memory, say in a RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a GPU or of the machine, was exhausted."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def unreadable(message: str, error: BaseException) -> LatentddaeError:
     """The error for something that could not be read: an UnavailableError if a later attempt may
     succeed, else a DataError."""
@@ -104,8 +118,10 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
         return error
     if is_transient(error):
         return UnavailableError(f"{error} (not available now: give the same command again)")
-    if isinstance(error, MemoryError):
-        return ConfigError("out of memory: smaller batches, fewer workers, or another machine")
+    if is_out_of_memory(error):
+        said = (str(error).strip().splitlines() or [""])[0][:200].split(". If reserved")[0]
+        advice = "smaller batches, fewer workers, or another machine"
+        return ConfigError(f"out of memory: {advice}" + (f" ({said})" if said else ""))
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError):

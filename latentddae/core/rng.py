@@ -2,8 +2,9 @@
 layout, with nothing to save.
 
 A counter-based generator, Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy
-as 1, 2, 3"), written on int64 tensors so that it runs on any device and gives the same bits
-everywhere. `position` names a sample: its global place in the training order, its index among
+as 1, 2, 3"), written on int64 tensors so that it runs on any device. Words and uniform numbers are
+the same bits everywhere; normal ones differ by the last places of a device's logarithm and cosine
+(less than 2e-6). `position` names a sample: its global place in the training order, its index among
 generated images, or a hash of its key.
 """
 
@@ -18,6 +19,8 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1."""
 
 
 def philox(
@@ -70,8 +73,18 @@ def seed_torch(seed: int, purpose: str) -> None:
 
 def uniform(seed: int, purpose: str, positions: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """Uniform float32 in the open interval (0, 1), 24 bits each: (N,) positions -> (N, *shape)."""
-    bits = words(seed, purpose, positions, math.prod(shape)) >> 8
-    return ((bits.to(torch.float32) + 0.5) * 2.0**-24).view(len(positions), *shape)
+    numbers = open_unit(words(seed, purpose, positions, math.prod(shape)))
+    return numbers.view(len(positions), *shape)
+
+
+def open_unit(random_words: Tensor) -> Tensor:
+    """Words (N, n) in [0, 2^32) -> float32 (N, n) in the open interval (0, 1), by their upper 24
+    bits.
+
+    Above 1/2 float32 has no room for the added half and rounds it; the largest word would give 1.
+    """
+    upper = (random_words >> 8).to(torch.float32)
+    return ((upper + 0.5) * 2.0**-24).clamp(max=BELOW_ONE)
 
 
 def normal(seed: int, purpose: str, positions: Tensor, shape: Sequence[int]) -> Tensor:

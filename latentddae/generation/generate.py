@@ -4,7 +4,8 @@
     pixels = decode(checkpoint, x0, autoencoder)                        # (64, H, W, 3) uint8
 
 Noise, label and every later random draw of image i come from (seed, i): the same images appear on
-any number of ranks and with any batch size.
+any number of ranks and with any batch size. On CUDA another batch size takes other kernels, and
+latents are equal up to rounding: a pixel may differ by one of 255.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor
 from latentddae.core import rng
 from latentddae.core.errors import ConfigError
 from latentddae.core.imaging import image_sheet, to_uint8
-from latentddae.core.precision import Precision
+from latentddae.core.precision import Precision, products_of
 from latentddae.data.encoding.autoencoder import Autoencoder
+from latentddae.data.latents import LatentSpec
 from latentddae.diffusion.samplers import SAMPLERS, NoiseSampler, Sampling, sample, sampling_steps
 from latentddae.models.zoo import Checkpoint
 
@@ -35,8 +37,8 @@ class SampleSettings(Sampling):
     """Noise and random labels of image i come from (seed, i)."""
     labels: str = "balanced"
     """balanced (i modulo classes), random, none (the null label), or a list "3,7" taken in turn."""
-    precision: Precision = "fp32"
-    """Precision of the network."""
+    precision: Precision = "tf32"
+    """Precision of the network. tf32 is fp32 but for a GPU's matrix products; fp32 is exact."""
 
 
 def labels_for(policy: str, num_classes: int, indices: Tensor, seed: int) -> Tensor | None:
@@ -87,7 +89,9 @@ def generate_batches(
         chosen = list(indices[first : first + batch])
         noise, labels, noise_sampler = keyed_inputs(checkpoint, chosen, settings)
         objective, model = checkpoint.objective, checkpoint.model
-        yield chosen, sample(objective, model, noise, labels, settings, noise_sampler).float()
+        with products_of(settings.precision):
+            x0 = sample(objective, model, noise, labels, settings, noise_sampler).float()
+        yield chosen, x0
 
 
 def keyed_inputs(
@@ -98,13 +102,14 @@ def keyed_inputs(
     seed, shape = settings.seed, checkpoint.latent_spec.shape
     device = next(checkpoint.model.parameters()).device
     keys = torch.tensor(indices, dtype=torch.int64)
+    device_keys = keys.to(device)  # draws are made where they are used
 
     def noise_sampler(step: int) -> Tensor:
-        return rng.normal(seed, f"sampler step {step}", keys, shape).to(device)
+        return rng.normal(seed, f"sampler step {step}", device_keys, shape)
 
     labels = labels_for(settings.labels, checkpoint.model.config.num_classes, keys, seed)
     return (
-        rng.normal(seed, "sample noise", keys, shape).to(device),
+        rng.normal(seed, "sample noise", device_keys, shape),
         None if labels is None else labels.to(device),
         noise_sampler,
     )
@@ -115,6 +120,12 @@ def decode(
 ) -> np.ndarray:
     """Latents at training scale to pixels: (N, C, h, w) -> (N, H, W, 3) uint8."""
     spec = checkpoint.latent_spec
+    with products_of("tf32"):  # its errors are far below the 1/255 of a pixel
+        return _decoded(spec, x0, autoencoder, batch)
+
+
+def _decoded(spec: LatentSpec, x0: Tensor, autoencoder: Autoencoder, batch: int) -> np.ndarray:
+    """(N, C, h, w) -> (N, H, W, 3) uint8."""
     parts = (autoencoder.decode(spec.unscale(part)) for part in x0.split(batch))
     return np.concatenate([to_uint8(images) for images in parts])
 
@@ -132,7 +143,8 @@ def trajectory(
     steps = sampling_steps(
         checkpoint.objective, checkpoint.model, noise, labels, settings, noise_sampler
     )
-    predictions = [x0.float().cpu() for x0, _ in steps]
+    with products_of(settings.precision):
+        predictions = [x0.float().cpu() for x0, _ in steps]
     chosen = np.linspace(0, len(predictions) - 1, min(TRAJECTORY_COLUMNS, len(predictions)))
     columns = [decode(checkpoint, predictions[int(i)], autoencoder) for i in chosen.round()]
     images = rearrange(np.stack(columns), "column row h w c -> (row column) h w c")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from latentddae.core import rng
 from latentddae.core.imaging import image_sheet, write_png
+from latentddae.core.precision import products_of
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.shards import ShardSet
 from latentddae.diffusion.objective import Objective
@@ -34,9 +35,16 @@ class Monitor:
     """All that an evaluation needs, opened before training starts, so that a missing autoencoder
     fails the run immediately rather than hours later."""
 
-    def __init__(self, config: MonitorConfig, run: Path, shards: ShardSet, seed: int) -> None:
+    def __init__(
+        self,
+        config: MonitorConfig,
+        run: Path,
+        shards: ShardSet,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.config, self.run, self.seed = config, run, seed
-        self.autoencoder = open_matching(shards.spec)
+        self.autoencoder = open_matching(shards.spec, device=device)
         self.heldout = ShardSet(shards.root, config.heldout_split) if config.heldout_split else None
         self.real = real_moments(shards, config.frechet_images) if config.frechet_images else None
 
@@ -53,13 +61,14 @@ class Monitor:
             sampled = moments(latent_features(x0[: config.frechet_images]))
             scores["frechet_latents"] = frechet_distance(sampled, self.real)
         if self.heldout is not None:
-            losses = heldout_losses(
-                checkpoint.model,
-                checkpoint.objective,
-                self.heldout,
-                seed=self.seed,
-                count=config.heldout_images,
-            )
+            with products_of("tf32"):
+                losses = heldout_losses(
+                    checkpoint.model,
+                    checkpoint.objective,
+                    self.heldout,
+                    seed=self.seed,
+                    count=config.heldout_images,
+                )
             scores["heldout_loss"] = float(losses.mean())
         return scores
 
@@ -92,7 +101,7 @@ def heldout_losses(
         positions = torch.arange(first, min(first + HELDOUT_BATCH, count))
         stored = torch.from_numpy(shards.gather(positions.numpy())[:, 0])
         x0 = shards.spec.mean(stored).to(device)
-        noise = rng.normal(seed, "held-out noise", positions, shards.spec.shape).to(device)
+        noise = rng.normal(seed, "held-out noise", positions.to(device), shards.spec.shape)
         u = ((positions + 0.5) * GOLDEN_RATIO) % 1.0
         t = objective.sample_timesteps(u.float()).to(device)
         losses.append(objective.loss(model, x0, None, t, noise).float().cpu())

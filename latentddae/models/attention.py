@@ -54,12 +54,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     from flash_attn import flash_attn_func
 
+    fixed_order = torch.are_deterministic_algorithms_enabled()
     q, k, v = (rearrange(x, "n h t d -> n t h d") for x in (q, k, v))
-    return rearrange(flash_attn_func(q, k, v), "n t h d -> n h t d")
+    return rearrange(flash_attn_func(q, k, v, deterministic=fixed_order), "n t h d -> n h t d")
 
 
 BACKENDS = {"sdpa": sdpa, "math": math, "xformers": xformers, "flash": flash}
 PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}  # backend -> what must be installed
+EXTRAS = {"xformers": "xformers", "flash": "flash-attn"}  # backend -> our extra that installs it
 CPU_BF16_TOKENS = 256
 """Sequence length up to which the definition beats torch's CPU flash kernel in bf16: forward and
 backward 8x at 16 tokens, 5x at 64, 2x at 256 (one AVX512-BF16 core). In fp32 flash is never
@@ -71,6 +73,14 @@ def backend_for(device: torch.device, dtype: torch.dtype, tokens: int) -> str:
     if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= CPU_BF16_TOKENS:
         return "math"
     return "sdpa"
+
+
+def torch_kernel(q: Tensor) -> str:
+    """The kernel that `sdpa` takes for queries, keys and values like q, (N, H, T, d), on its
+    device: flash_attention, efficient_attention, cudnn_attention, or math, which is none."""
+    from torch.nn.attention import SDPBackend
+
+    return str(SDPBackend(torch._fused_sdp_choice(q, q, q)).name).lower()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -88,7 +98,12 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if device.type != "cuda":
         reason = f"it runs on CUDA only, this is {device.type}"
     elif importlib.util.find_spec(PACKAGES[backend]) is None:
-        reason = f"the package {PACKAGES[backend]} is not installed (pip install latentddae[gpu])"
+        package = PACKAGES[backend]
+        reason = (
+            f"the package {package} is not installed (pip install latentddae[{EXTRAS[backend]}])"
+        )
+    elif backend == "xformers" and torch.are_deterministic_algorithms_enabled():
+        reason = "its backward pass adds in any order, and engine.deterministic is set"
     elif backend == "flash" and dtype not in (torch.float16, torch.bfloat16):
         reason = f"it computes in half precision only, the model in {dtype}"
     elif head_dim % 8:

@@ -8,8 +8,10 @@ the masters beside fp32 weights (stages 1 to 3).
 from dataclasses import dataclass
 from typing import Literal
 
+from latentddae.core.precision import ResolvedPrecision
+
 FP32 = 4
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
 """Bytes of one weight that the model computes with."""
 
 
@@ -33,7 +35,7 @@ def state_bytes(
     parameters: int,
     ranks: int,
     zero_stage: Literal[0, 1, 2, 3],
-    precision: Literal["bf16", "fp32"],
+    precision: ResolvedPrecision,
     averages: int = 1,
     muon_parameters: int = 0,
 ) -> StateBytes:

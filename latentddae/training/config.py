@@ -228,6 +228,7 @@ SAFE_TO_CHANGE = {
     "engine.zero_stage",
     "engine.checkpoint_blocks",
     "engine.compile",
+    "engine.deterministic",
     "engine.attention",
     "engine.deepspeed",
 }

@@ -5,6 +5,9 @@ All functions are pure, so that a configuration is refused before anything start
 
 import copy
 import difflib
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,8 +38,12 @@ class EngineConfig:
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     checkpoint_blocks: int = 0
     """Recompute the activations of every n-th block in the backward pass; 0: of none, 1: of all."""
-    compile: bool = False
-    """torch.compile each block."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile each block; auto does on CUDA under stages 0 to 2, if a compiler is there."""
+    deterministic: bool = False
+    """Use only kernels that add in a fixed order: on CUDA two runs, and a resumed and an
+    uninterrupted one, then end in the same bits. Costs the fastest backward passes of attention and
+    convolutions. A CPU does so anyway."""
     attention: Literal["auto", "sdpa", "math", "xformers", "flash"] = "auto"
     """The attention kernel; auto is the fastest known for the device, dtype and sequence length."""
     deepspeed: Settings = field(default_factory=dict)
@@ -48,12 +55,29 @@ class EngineConfig:
             positive=("micro_batch",),
             non_negative=("clip_grad_norm", "checkpoint_blocks"),
         )
-        if self.zero_stage == 3 and self.compile:
+        if self.zero_stage == 3 and self.compile is True:
             raise ValueError(
                 "compile: ZeRO-3 fetches weights between the operations of a block, which breaks "
                 "its graph; nearest: zero_stage=2 with compile=true, or zero_stage=3 with "
                 "compile=false"
             )
+
+
+def compiles(config: EngineConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled on this device."""
+    if config.compile == "auto":
+        return device.type == "cuda" and config.zero_stage < 3 and not lacking_compiler()
+    return config.compile
+
+
+def lacking_compiler() -> str:
+    """What torch.compile lacks on this machine to make CUDA kernels; empty: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    names = (os.environ.get("CC") or "cc", "gcc", "clang")
+    if not any(shutil.which(name) for name in names):
+        return f"a C compiler ({', '.join(names)})"
+    return ""
 
 
 def check_precision(precision: str, zero_stage: int) -> None:

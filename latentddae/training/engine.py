@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from latentddae.core import dist
 from latentddae.core.dist import World
 from latentddae.core.errors import ConfigError
-from latentddae.core.precision import DTYPES
+from latentddae.core.precision import DTYPES, use_deterministic_kernels, use_products_of
 from latentddae.models import attention
-from latentddae.training.deepspeed_config import BatchPlan, EngineConfig, derive
+from latentddae.training.deepspeed_config import BatchPlan, EngineConfig, compiles, derive
 from latentddae.training.muon import Muon
 from latentddae.training.optimizers import (
     OPTIMIZERS,
@@ -62,6 +62,8 @@ class Engine:
     """Of the trainable parameters, in the model's order; ZeRO-3 leaves the parameters empty."""
     state_names: tuple[str, ...] = field(init=False)
     """The optimizer's states that are shaped like the parameters, or like some of them."""
+    compiled_blocks: int = field(init=False)
+    """How many blocks the first step compiles."""
     masters: list[Tensor] = field(init=False)
     """This rank's fp32 master weights, flat (n,); in fp32 training the weights themselves."""
 
@@ -70,6 +72,9 @@ class Engine:
         self.precision, self.plan, settings = derive(
             self.config, self.global_batch, self.world.size, self.device
         )
+        use_products_of(self.precision)
+        if self.config.deterministic:
+            use_deterministic_kernels()
         deepspeed = _import_deepspeed(self.device)
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.shapes = {name: list(p.shape) for name, p in trainable.items()}
@@ -150,13 +155,15 @@ class Engine:
 
     def _prepare_blocks(self) -> None:
         """Attention, recomputation and compilation, set before DeepSpeed hooks anything."""
-        dtype = DTYPES[self.precision]
+        dtype, compile_blocks = DTYPES[self.precision], compiles(self.config, self.device)
+        self.compiled_blocks = 0
         attention.choose(self.model, self.config.attention, self.device, dtype)
         for module in self.model.modules():
             if hasattr(module, "checkpoint_blocks"):
                 module.checkpoint_blocks = self.config.checkpoint_blocks  # type: ignore[assignment]
             blocks = getattr(module, "blocks", None)
-            if self.config.compile and isinstance(blocks, nn.ModuleList):
+            if compile_blocks and isinstance(blocks, nn.ModuleList):
+                self.compiled_blocks += len(blocks)
                 for block in blocks:
                     block.compile(dynamic=False)  # in place: the names of the weights stay
 

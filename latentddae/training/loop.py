@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from latentddae.core import dist, progress, rng
 from latentddae.core.errors import ConfigError, DataError, RequeueError
+from latentddae.core.precision import supports_tf32
 from latentddae.data.loader import Batch
 from latentddae.data.training_data import open_loader
-from latentddae.training import crash_loops, state_reader
+from latentddae.training import crash_loops, out_of_memory, state_reader
+from latentddae.training.deepspeed_config import lacking_compiler
 from latentddae.training.ema import Ema
 from latentddae.training.engine import Engine
 from latentddae.training.job import Evaluation, Job, Step
@@ -42,14 +44,15 @@ class Loop:
         saved_images = 0 if saved is None else saved.images
         dist.on_rank0(lambda: crash_loops.record_start(context.run, saved_images, context.retry))
         self._leave_if_stopped()
-        try:
-            self._build(state)
-        except ConfigError:
-            dist.on_rank0(lambda: crash_loops.withdraw_start(context.run))
-            raise
+        with out_of_memory.explained(job, context):
+            try:
+                self._build(state)
+            except ConfigError:
+                dist.on_rank0(lambda: crash_loops.withdraw_start(context.run))
+                raise
 
     def _leave_if_stopped(self) -> None:
-        if dist.any_rank(self.context.wants_to_stop(), self.context.device):
+        if dist.any_rank(self.context.wants_to_stop()):
             raise self.context.stop.error("before the first step; nothing is lost")
 
     def _build(self, state: State | None) -> None:
@@ -63,6 +66,7 @@ class Loop:
             config.global_batch,
             job.lr_scale,
         )
+        self._say_how_it_computes()
         self.ema = Ema(config.ema, self.engine.masters)
         if state is None:
             self.engine.broadcast_masters()
@@ -97,6 +101,19 @@ class Loop:
         self.bad_steps = 0
         self.has_dropout = any(isinstance(m, Dropout) and m.p for m in job.model.modules())
 
+    def _say_how_it_computes(self) -> None:
+        """What a user may wonder about: a slow first step, or a GPU that computes slowly."""
+        engine, say = self.engine, self.context.say
+        if engine.compiled_blocks:
+            count = engine.compiled_blocks
+            say(f"the first step compiles {count} blocks, which can take a minute")
+        if engine.device.type == "cuda" and engine.config.compile == "auto":
+            lacking = "" if engine.config.zero_stage == 3 else lacking_compiler()
+            if lacking:
+                say(f"blocks are not compiled: this machine lacks {lacking}")
+        if engine.precision == "fp32" and supports_tf32(engine.device):
+            say("products are exact fp32; engine.precision=tf32 is several times faster here")
+
     def run_to_end(self) -> None:
         """Train until `total_images` and save; raises RequeueError after a requested stop.
 
@@ -126,7 +143,10 @@ class Loop:
         if self.images < config.total_images:
             self.saver.check_space(config.total_images)
         try:
-            with garbage_collection(config.gc_every_steps) as collect_garbage:
+            with (
+                out_of_memory.explained(self.job, context),
+                garbage_collection(config.gc_every_steps) as collect_garbage,
+            ):
                 while self.images < config.total_images:
                     self._turn(batches, bar)
                     collect_garbage(self.images // config.global_batch)

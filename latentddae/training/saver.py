@@ -142,7 +142,7 @@ class Saver:
         the place of a good one."""
         values = states.partitions(self.engine, self.ema)
         kinds = {kind: not all(map(is_finite, flat)) for kind, flat in values.items()}
-        if dist.any_rank(any(kinds.values()), self.engine.device):
+        if dist.any_rank(any(kinds.values())):
             bad = ", ".join(kind for kind, is_bad in kinds.items() if is_bad) or "another rank's"
             raise DataError(
                 f"after {images:,} images {bad} values are not finite: the state was not written, "
@@ -167,7 +167,7 @@ class Saver:
     def poll(self) -> None:
         """Publish the pending state if every rank has written its file."""
         pending = self._pending
-        if pending is not None and not dist.any_rank(not pending.file.done(), self.engine.device):
+        if pending is not None and not dist.any_rank(not pending.file.done()):
             self._publish(pending)
 
     def finish(self) -> None:

@@ -11,6 +11,11 @@ answers with its part. A rank that does not answer is reported as silent; if it 
 is killed, because it cannot exit on its own. The stacks of a locked interpreter are printed by
 faulthandler's own thread, which does not need the interpreter.
 
+A rank that dies is noticed by gloo, and by NCCL between machines, whose connections break. Within a
+machine NCCL sees nothing: the ranks would wait in a collective until its time-out. So every
+watchdog also looks whether the other processes of its machine still exist, and ends this one a few
+seconds after one of them has died.
+
 A job that was suspended as a whole (by Slurm, or Ctrl-Z) has not hung: time in which the watchdog
 thread did not run does not count.
 
@@ -40,6 +45,8 @@ ANSWER_S = 2.0  # waiting time for the answers of other ranks
 DETAIL_S = 1.0  # waiting time for a description, which may itself touch what hangs
 STDERR = 2
 LOCKED_S = 1.0  # after the limit, until the stacks of a locked interpreter are printed
+DEAD_S = 5.0  # after a rank of this machine has died, without any progress here
+NEAR = 16  # ranks before and after this one that may share its machine
 SUSPENDED_S = 5.0  # a longer gap between two polls means that the process was suspended
 
 
@@ -89,6 +96,23 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
                 self._report()
                 os._exit(RequeueError.exit_code)
+            self._leave_the_dead(seen)
+
+    def _leave_the_dead(self, now: float) -> None:
+        """End this process if a rank of this machine died and nothing has happened here since."""
+        if self._peers is None or self._stopped.is_set():
+            return
+        dead = self._peers.dead(now)
+        if dead and now - max(self._since, *dead.values()) > DEAD_S:
+            ranks = ", ".join(map(str, sorted(dead)))
+            print(
+                f"latentddae: error: rank {self.world.rank} waits ({self._part}) for rank {ranks}, "
+                "which died; its message says why; "
+                "give the same command again to continue from the last state",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(RequeueError.exit_code)
 
     def _arm(self) -> None:
         """Restart the timer that prints all stacks even if the interpreter is locked by then."""
@@ -134,6 +158,10 @@ class Peers:
     def __init__(self, world: World, store: torch_dist.Store, part: Callable[[], str]) -> None:
         self.world, self.store, self.part = world, store, part
         self._stopped = threading.Event()
+        self._here: dict[int, str] = {}
+        """Processes of this machine that were seen alive, by rank."""
+        self._known: set[int] = set()
+        self._dead: dict[int, float] = {}
         store.set(f"process/{world.rank}", _process())
         # Rank 0 hosts the store: once it has stopped, its process number cannot be asked for.
         self._silent = [store.get("process/0").decode()] if world.rank else []
@@ -142,10 +170,33 @@ class Peers:
     def stop(self) -> None:
         self._stopped.set()
 
+    def dead(self, now: float) -> dict[int, float]:
+        """Ranks of this machine that have died, and when that was noticed."""
+        for rank, process in self._here.items():
+            if rank not in self._dead and not _is_alive(process):
+                self._dead[rank] = now
+        return self._dead
+
+    def _find_neighbours(self) -> None:
+        """Learn the processes of this machine as they appear.
+
+        Only what was seen alive can be seen dead: containers may not see each other's processes.
+        """
+        rank, size = self.world.rank, self.world.size
+        for other in range(max(0, rank - NEAR), min(size, rank + NEAR + 1)):
+            key = f"process/{other}"
+            if other in (rank, *self._known) or not self.store.check([key]):
+                continue
+            self._known.add(other)
+            process = self.store.get(key).decode()
+            if _is_alive(process):
+                self._here = {**self._here, other: process}
+
     def _answer(self) -> None:
         """Wait for a question and answer it once."""
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that hosts it
             while not self._stopped.wait(POLL_S):
+                self._find_neighbours()
                 if self.store.check(["asked"]):
                     self.store.set(f"part/{self.world.rank}", self.part())
                     return
@@ -181,6 +232,13 @@ class Peers:
             if host == socket.gethostname() and _process(int(pid)) == process:
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of this host runs, by what `_process` said of it."""
+    host, pid, _ = process.split()
+    running = _stat(int(pid))[0] not in "ZX?"
+    return host == socket.gethostname() and running and _process(int(pid)) == process
 
 
 def _listed(parts: dict[str, set[int]]) -> str:

@@ -111,6 +111,85 @@ def test_device_is_the_only_one_or_the_local_rank(monkeypatch) -> None:
         device_for(World(8, 16, 8), {})
 
 
+class FakeCuda:
+    """What DeepSpeed asks of a machine with GPUs, and which of them were chosen."""
+
+    def __init__(self) -> None:
+        self.chosen: list[str] = []
+
+    def set_device(self, device: object) -> None:
+        self.chosen.append(str(device))
+
+    def device_name(self, index: object = None) -> str:
+        return "cuda" if index is None else f"cuda:{index}"
+
+
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (8, 5)])
+def test_one_gpu_per_task_is_number_0_in_every_place(visible, index, monkeypatch) -> None:
+    """Local rank 5 where the site binds a GPU to each task, and where all are visible: torch, this
+    package before and after the start, and DeepSpeed choose the same one."""
+    from deepspeed.runtime import engine as deepspeed_engine
+    from deepspeed.runtime.zero import utils as deepspeed_zero
+
+    see(monkeypatch, visible)
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
+    for name, value in (env | {"OMPI_COMM_WORLD_LOCAL_RANK": "5"}).items():
+        monkeypatch.setenv(name, value)
+    fake, groups = FakeCuda(), []
+    monkeypatch.setattr(torch.cuda, "set_device", fake.set_device)
+    monkeypatch.setattr(
+        dist.torch_dist, "init_process_group", lambda *a, **k: groups.append((a, k))
+    )
+    monkeypatch.setattr(dist, "_NEW_GROUP", lambda **k: groups.append(k))
+    monkeypatch.setattr(dist.torch_dist, "new_group", dist.torch_dist.new_group)  # put back
+    monkeypatch.setattr(dist, "_host_groups", [])
+
+    world = dist.start(timeout_s=60)
+    device = torch.device("cuda", index)
+    assert fake.chosen == [str(device)]
+    (backend,), options = groups[0]
+    assert backend == "nccl" and options["device_id"] == device
+    assert groups[1]["backend"] == "gloo" and groups[1]["timeout"].days >= 7
+    assert world.rank == 5 and device_for(world) == device
+    assert device_for(world_from_environment()) == device  # what later callers see
+
+    class Engine:
+        local_rank = -1
+
+    for module in (deepspeed_engine, deepspeed_zero):
+        monkeypatch.setattr(module, "get_accelerator", lambda: fake)
+    monkeypatch.setattr(deepspeed_engine, "dist", dist.torch_dist)
+    monkeypatch.setattr(dist.torch_dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist.torch_dist, "get_rank", lambda: 5)
+    deepspeed_engine.DeepSpeedEngine._configure_with_arguments(Engine, None, None)
+    deepspeed_engine.DeepSpeedEngine._set_distributed_vars(Engine, None)
+    assert Engine.device == device and fake.chosen[-1] == str(index)
+
+
+def test_work_of_rank_0_outlasts_the_time_out(ranks) -> None:
+    """The others wait for it, for objects and at barriers longer than tensors may take; a
+    collective on tensors ends in time all the same."""
+
+    def work() -> int:
+        world = dist.start(timeout_s=2)
+        assert dist.on_rank0(lambda: time.sleep(3.5) or "done") == "done"
+        if world.is_main:
+            time.sleep(3.5)
+        assert dist.gather_objects(world.rank) == [0, 1]
+        if not world.is_main:
+            time.sleep(3.5)
+        dist.barrier()
+        assert dist.any_rank(world.is_main)
+        if world.is_main:
+            with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+                dist.sum_tensor(torch.ones(1))
+        else:
+            time.sleep(3.5)
+        return 0
+
+    assert ranks(work, 2, timeout=60) == [0, 0]
+
+
 def test_a_gpu_job_without_a_gpu_stops(monkeypatch) -> None:
     see(monkeypatch, 0)
     assert device_for(World(), {"SLURM_GPUS_ON_NODE": "0"}) == torch.device("cpu")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from latentddae.core import precision
 from latentddae.core.errors import ConfigError
-from latentddae.core.precision import resolve_precision
+from latentddae.core.precision import products_of, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -13,6 +14,35 @@ def test_auto_names_what_the_hardware_has() -> None:
     assert resolve_precision("fp32", CPU) == "fp32"
     capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
+
+
+def test_tf32_is_a_kernel_not_a_dtype(monkeypatch) -> None:
+    """Exact where nothing rounds to TF32; the name is kept on a GPU that does."""
+    assert resolve_precision("tf32", CPU) == "fp32"
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "tf32"), ((9, 0), "tf32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert resolve_precision("tf32", cuda) == expected
+    assert precision.DTYPES["tf32"] == torch.float32
+
+
+def tf32_flags() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_products_and_convolutions_agree_and_come_back() -> None:
+    """torch's default rounds convolutions and not products."""
+    before = tf32_flags()
+    with products_of("tf32"):
+        assert tf32_flags() == (True, True)
+        with products_of("fp32"):
+            assert tf32_flags() == (False, False)
+        assert tf32_flags() == (True, True)
+        assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"  # a CPU stays exact
+    with pytest.raises(ZeroDivisionError), products_of("tf32"):
+        raise ZeroDivisionError
+    assert tf32_flags() == before
 
 
 def test_an_unknown_name_is_refused() -> None:

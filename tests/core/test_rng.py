@@ -68,6 +68,19 @@ def test_distributions() -> None:
     )  # within a position, Box-Muller pairs included
 
 
+def test_numbers_lie_strictly_inside_whatever_the_word() -> None:
+    """The largest words round to 1 in float32, whose inverse normal is infinite."""
+    extreme = torch.tensor([0, 1, 255, 256, 2**31, 2**32 - 257, 2**32 - 256, 2**32 - 1])
+    numbers = rng.open_unit(extreme)
+    assert numbers.dtype == torch.float32
+    assert 0 < numbers.min() and numbers.max() < 1
+    assert torch.special.ndtri(numbers.double()).isfinite().all()
+    exact = ((extreme >> 8).double() + 0.5) / 2**24
+    assert (numbers.double() - exact).abs().max() <= 2.0**-25  # nothing else has moved
+    lower = torch.arange(2**23) << 8  # below 1/2 every one is exact
+    assert torch.equal(rng.open_unit(lower).double(), ((lower >> 8).double() + 0.5) / 2**24)
+
+
 def test_key_positions_differ_and_are_stable() -> None:
     positions = rng.key_positions(["a/1", "a/2", "a/1"])
     assert positions[0] == positions[2] != positions[1]

@@ -119,6 +119,58 @@ def test_the_rank_that_keeps_the_store_is_named_too(tmp_path, ranks, capfd) -> N
     assert capfd.readouterr().err.count("rank 0, which keeps the store, is silent") == 2
 
 
+def test_a_dead_rank_is_noticed_where_its_connections_tell_nothing(
+    tmp_path, ranks, monkeypatch, capfd
+) -> None:
+    """Within a machine NCCL does not see that a rank died: here rank 0 is in a call that would
+    last ten minutes, and its limit is as long."""
+    monkeypatch.setattr(watchdog, "DEAD_S", 0.5)
+
+    def wait() -> int:
+        world = dist.start()
+        guard = Watchdog(600, world)
+        guard.meet(dist.clone_store())
+        guard.enter("in a step")
+        if world.is_main:
+            while not guard._peers._here:
+                time.sleep(0.05)
+            (tmp_path / "ready").touch()
+            time.sleep(600)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        die()
+        return 0
+
+    assert ranks(wait, 2, timeout=30) == [75, -signal.SIGKILL]
+    assert "rank 0 waits (in a step) for rank 1, which died" in capfd.readouterr().err
+
+
+def test_a_rank_that_goes_on_is_not_ended_by_the_dead(tmp_path, ranks, monkeypatch) -> None:
+    """A rank that has left in order looks dead; who makes progress needs nobody."""
+    monkeypatch.setattr(watchdog, "DEAD_S", 0.6)
+
+    def end() -> int:
+        world = dist.start()
+        guard = Watchdog(600, world)
+        guard.meet(dist.clone_store())
+        if world.is_main:
+            while not guard._peers._here:
+                time.sleep(0.05)
+            (tmp_path / "ready").touch()
+            while not guard._peers.dead(time.monotonic()):
+                time.sleep(0.05)
+            for _ in range(12):
+                guard.enter("in a step")
+                time.sleep(0.1)
+            guard.stop()
+            time.sleep(1)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        return 0
+
+    assert ranks(end, 2, timeout=30) == [0, 0]
+
+
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_not_waited_for(tmp_path, ranks, start, capfd) -> None:
     """Rank 0 dies before there is a group, or a group of it: the other one leaves with 75."""

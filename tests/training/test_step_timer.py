@@ -79,6 +79,8 @@ def test_a_lagging_device_is_read_only_where_it_has_been() -> None:
 def test_on_cuda_nothing_waits_before_take() -> None:
     device = torch.device("cuda")
     x = torch.eye(4096, device=device)
+    x = (x @ x).clamp(-1, 1)  # the first product starts cuBLAS, which takes longer than all others
+    torch.cuda.synchronize()
     watch = Stopwatch(clock_for(device))
     watch.take()
     torch.cuda.set_sync_debug_mode("error")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, is_out_of_memory
 from latentddae.core.files import read_json, state_dict_hash
 from latentddae.core.precision import DTYPES
 from latentddae.data.encoding import ldm_file
@@ -51,8 +51,8 @@ class Autoencoder:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
     ) -> None:
-        if precision not in DTYPES:
-            raise ConfigError(f"precision is {precision!r}, allowed: {', '.join(DTYPES)}")
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision is {precision!r}, allowed: fp32, bf16")
         self.source, self.device, self.precision = source, torch.device(device), precision
         self.kind = "image" if module is None else KINDS[type(module).__name__]
         self.sha256 = "" if module is None else state_dict_hash(module.state_dict())
@@ -101,7 +101,7 @@ class Autoencoder:
                 with torch.autocast(self.device.type, enabled=False):
                     return torch.cat([run(chunk).float() for chunk in batch.split(size)])
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     raise ConfigError(
@@ -144,10 +144,6 @@ class Autoencoder:
 
 def _numbers(values: Iterable[float] | None) -> tuple[float, ...]:
     return tuple(float(value) for value in values or ())
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def open_autoencoder(

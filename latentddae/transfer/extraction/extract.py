@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.precision import products_of
 from latentddae.core.rng import key_positions, normal
 from latentddae.data.latents import LatentSpec
 from latentddae.data.subsets import SampleSet
@@ -31,7 +32,13 @@ from latentddae.transfer.extraction.spec import (
     check_blocks,
     members_of,
 )
-from latentddae.transfer.extraction.trunk import BATCH, device_of, timestep, trunk_at
+from latentddae.transfer.extraction.trunk import (
+    BATCH,
+    device_of,
+    precision_of,
+    timestep,
+    trunk_at,
+)
 
 Progress = Callable[[int], object]
 """Called with the number of samples of each finished batch."""
@@ -72,7 +79,8 @@ class Extractor:
         if spec.noisy_input:
             noise = keyed_noise(spec.seed, number, positions, x0.shape[1:])
         x = network_input(self.checkpoint.objective, x0, noise, spec.level, spec.noisy_input)
-        return pooled_blocks(self.trunk, x, spec.members, spec.pools)
+        with products_of(precision_of(self.checkpoint, spec.precision)):
+            return pooled_blocks(self.trunk, x, spec.members, spec.pools)
 
     def features(self, x0: Tensor, positions: Tensor) -> dict[Cell, Tensor]:
         """Features averaged over the noises: clean latents (N, C, h, w), positions (N,) -> {(block,

@@ -1,13 +1,12 @@
 """The first blocks of any network at one noise level, with the null label."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentddae.core.errors import UsageError
-from latentddae.core.precision import DTYPES, Precision, resolve_precision
+from latentddae.core.precision import DTYPES, Precision, ResolvedPrecision, resolve_precision
 from latentddae.diffusion.objective import Objective
 from latentddae.models.trunks import Trunk, null_labels, open_trunk
 from latentddae.models.zoo import Checkpoint
@@ -46,6 +45,6 @@ def device_of(checkpoint: Checkpoint) -> torch.device:
     return device
 
 
-def precision_of(checkpoint: Checkpoint, precision: Precision = "auto") -> Literal["fp32", "bf16"]:
-    """What features of this network are computed in: "bf16" or "fp32"."""
+def precision_of(checkpoint: Checkpoint, precision: Precision = "auto") -> ResolvedPrecision:
+    """What features of this network are computed in: "bf16", "tf32" or "fp32"."""
     return resolve_precision(precision, device_of(checkpoint))

@@ -1,0 +1,103 @@
+"""Memory that runs out ends a run in one line with what to change; its states stay intact."""
+
+import json
+
+import pytest
+import torch
+
+from latentddae.core.errors import ConfigError, as_user_error, is_out_of_memory
+from latentddae.planning.memory import state_bytes
+from latentddae.training import out_of_memory, states
+from latentddae.training.config import RunConfig
+from latentddae.training.deepspeed_config import EngineConfig
+from latentddae.training.loop import Loop
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
+    "which 1.10 GiB is free. If reserved but unallocated memory is large try setting ..."
+)
+
+
+def exhausted_at(step: int, error: Exception):
+    """`Loop.step` with an allocator that has nothing left in one of the steps."""
+    honest = Loop.step
+
+    def limited(self: Loop, batch: object) -> None:
+        if self.images == step * self.config.global_batch:
+            raise error
+        honest(self, batch)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA_SAYS),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=["cuda", "cpu", "cublas"],
+)
+def test_a_step_without_memory_is_one_line_and_78(
+    start, content, tmp_path, monkeypatch, capfd, error
+) -> None:
+    run = tmp_path / "run"
+    options = ("total_images=64", "save.every_images=16", "engine.micro_batch=8")
+    monkeypatch.setattr(Loop, "step", exhausted_at(2, error))
+    assert start(run, *options) == 78
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if "out of memory" in x]
+    assert "engine.micro_batch=4" in line and "engine.checkpoint_blocks=1" in line
+    assert "engine.zero_stage=1, 1 ranks, fp32" in line and "GB by formula" in line
+    before = states.find(run / "state")
+    assert before.images == 32
+    kept = content(run)
+    monkeypatch.undo()
+    assert start(run, *options, "engine.micro_batch=4") == 0  # the same run goes on
+    assert states.find(run / "state").images == 64
+    assert kept["images"] == 32
+
+
+def test_trying_sizes_is_no_crash_loop(start, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Loop, "step", exhausted_at(0, torch.OutOfMemoryError(CUDA_SAYS)))
+        assert [start(tmp_path / "run", "total_images=16") for _ in range(4)] == [78] * 4
+    assert start(tmp_path / "run", "total_images=16") == 0
+
+
+def test_an_engine_without_memory_is_explained_too(start, tmp_path, monkeypatch, capfd) -> None:
+    def build(self: Loop, state: object) -> None:
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(Loop, "_build", build)
+    assert start(tmp_path / "run") == 78
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "2.00 GiB" in err and "If reserved" not in err
+    assert json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[-1]) == {
+        "event": "out of memory"
+    }
+
+
+def test_the_line_has_the_formula_and_what_still_helps() -> None:
+    engine = EngineConfig(zero_stage=3, precision="fp32", micro_batch=1, checkpoint_blocks=1)
+    config = RunConfig(run="r", total_images=64, global_batch=64, engine=engine)
+    said = out_of_memory.described(config, 10**9, 8, torch.device("cpu"), CUDA_SAYS)
+    expected = state_bytes(10**9, 8, 3, "fp32", averages=1).total / 1e9
+    assert f"takes {expected:.1f} GB" in said
+    assert "samples: a GPU with more memory." in said  # nothing else is left
+    plan = out_of_memory.plan_batch(96, 12, 8)
+    engine = EngineConfig(zero_stage=2, micro_batch=12)
+    config = RunConfig(run="r", total_images=96, global_batch=96, engine=engine)
+    assert out_of_memory.remedies(config, plan, 8) == [
+        "engine.micro_batch=6",
+        "engine.checkpoint_blocks=1 (computes the blocks' forward pass twice)",
+        "engine.zero_stage=3",
+        "more ranks",
+    ]
+
+
+def test_other_errors_are_no_memory_errors() -> None:
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert as_user_error(RuntimeError("shape mismatch")) is None
+    shown = as_user_error(torch.OutOfMemoryError(CUDA_SAYS))
+    assert isinstance(shown, ConfigError) and "\n" not in str(shown)
