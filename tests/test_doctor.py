@@ -56,6 +56,22 @@ def test_a_machine_in_order(tmp_path: Path, capfd) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_kernel_that_auto_takes_is_named(capfd, monkeypatch) -> None:
+    """For heads as wide as DiT-B's and DiT-XL's; torch's definition is no kernel."""
+    found = [str(finding) for finding in doctor.attention_backends()]
+    for width in (64, 72):
+        (line,) = [line for line in found if "auto is" in line and f"heads of {width}" in line]
+        assert line.startswith("ok")
+        assert any(f"sdpa in float32, heads of {width}" in other for other in found)
+    assert sum("xformers not used here" in line for line in found) == 1
+    assert sum("flash not used here" in line for line in found) == 1
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(doctor, "resolve_precision", lambda *_: "fp32")
+    assert "auto is sdpa, torch's flash_attention kernel" in doctor._auto_kernel(72, cpu).text
+    monkeypatch.setattr(doctor.attention, "torch_kernel", lambda _: "math")
+    assert_trouble(doctor._auto_kernel(72, cpu), "torch's math kernel", level="warning")
+
+
 def test_status_1_on_trouble(tmp_path: Path, monkeypatch, capfd) -> None:
     trouble = Finding("trouble", "folder", "it is full", "another one")
     monkeypatch.setattr(doctor, "examine", lambda path, need_gb: iter([trouble]))
@@ -70,7 +86,9 @@ def test_a_package_outside_the_bounds(packages: Path) -> None:
     assert_trouble(only(doctor.versions()), "timm 0.4.12 is installed, <2,>=1.0 is needed")
 
 
-def test_an_optional_package_outside_the_bounds(packages: Path) -> None:
+def test_an_optional_package_outside_the_bounds(packages: Path, monkeypatch) -> None:
+    wanted = ["xformers>=0.0.35; extra == 'xformers'", "zensical>=99; extra == 'docs'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: wanted)
     install(packages, "xformers", "0.0.1")
     assert_trouble(only(doctor.versions()), "xformers 0.0.1", level="warning")
 

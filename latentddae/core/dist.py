@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -161,7 +161,8 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
             )
     if world.size > 1:
         long = timedelta(seconds=WORK_TIMEOUT_S)
-        _host_groups[:] = [_NEW_GROUP(backend="gloo", timeout=long)]
+        group = _NEW_GROUP(backend="gloo", timeout=long)
+        _host_groups[:] = [cast(torch_dist.ProcessGroup, group)]  # this rank is a member
     return world
 
 

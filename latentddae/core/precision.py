@@ -77,7 +77,8 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    fill = torch.utils.deterministic
+    fill.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads such memory
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 

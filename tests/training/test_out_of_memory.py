@@ -7,7 +7,7 @@ import torch
 
 from latentddae.core.errors import ConfigError, as_user_error, is_out_of_memory
 from latentddae.planning.memory import state_bytes
-from latentddae.training import out_of_memory, states
+from latentddae.training import crash_loops, out_of_memory, states
 from latentddae.training.config import RunConfig
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.loop import Loop
@@ -30,22 +30,14 @@ def exhausted_at(step: int, error: Exception):
     return limited
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError(CUDA_SAYS),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-    ],
-    ids=["cuda", "cpu", "cublas"],
-)
 def test_a_step_without_memory_is_one_line_and_78(
-    start, content, tmp_path, monkeypatch, capfd, error
+    ranks, start, content, tmp_path, monkeypatch, capfd
 ) -> None:
+    error = torch.OutOfMemoryError(CUDA_SAYS)
     run = tmp_path / "run"
     options = ("total_images=64", "save.every_images=16", "engine.micro_batch=8")
     monkeypatch.setattr(Loop, "step", exhausted_at(2, error))
-    assert start(run, *options) == 78
+    assert ranks(lambda: start(run, *options)) == [78]
     (line,) = [x for x in capfd.readouterr().err.splitlines() if "out of memory" in x]
     assert "engine.micro_batch=4" in line and "engine.checkpoint_blocks=1" in line
     assert "engine.zero_stage=1, 1 ranks, fp32" in line and "GB by formula" in line
@@ -53,24 +45,29 @@ def test_a_step_without_memory_is_one_line_and_78(
     assert before.images == 32
     kept = content(run)
     monkeypatch.undo()
-    assert start(run, *options, "engine.micro_batch=4") == 0  # the same run goes on
+    assert ranks(lambda: start(run, *options, "engine.micro_batch=4")) == [0]  # it goes on
     assert states.find(run / "state").images == 64
     assert kept["images"] == 32
 
 
-def test_trying_sizes_is_no_crash_loop(start, tmp_path, monkeypatch) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(Loop, "step", exhausted_at(0, torch.OutOfMemoryError(CUDA_SAYS)))
-        assert [start(tmp_path / "run", "total_images=16") for _ in range(4)] == [78] * 4
-    assert start(tmp_path / "run", "total_images=16") == 0
+def test_trying_sizes_is_no_crash_loop(tmp_path) -> None:
+    for _ in range(2 * crash_loops.LIMIT):
+        crash_loops.record_start(tmp_path, 0)
+        crash_loops.record_event(tmp_path, "out of memory")
+    for _ in range(crash_loops.LIMIT):
+        crash_loops.record_start(tmp_path, 0)
+    with pytest.raises(ConfigError, match="got no further"):
+        crash_loops.record_start(tmp_path, 0)
 
 
-def test_an_engine_without_memory_is_explained_too(start, tmp_path, monkeypatch, capfd) -> None:
+def test_an_engine_without_memory_is_explained_too(
+    ranks, start, tmp_path, monkeypatch, capfd
+) -> None:
     def build(self: Loop, state: object) -> None:
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
     monkeypatch.setattr(Loop, "_build", build)
-    assert start(tmp_path / "run") == 78
+    assert ranks(lambda: start(tmp_path / "run")) == [78]
     err = capfd.readouterr().err
     assert "Traceback" not in err and "2.00 GiB" in err and "If reserved" not in err
     assert json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[-1]) == {
@@ -96,8 +93,27 @@ def test_the_line_has_the_formula_and_what_still_helps() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA_SAYS),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known(error) -> None:
+    assert is_out_of_memory(error)
+    shown = as_user_error(error)
+    assert isinstance(shown, ConfigError) and "\n" not in str(shown)
+
+
+def test_torch_itself_runs_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+
+
 def test_other_errors_are_no_memory_errors() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert as_user_error(RuntimeError("shape mismatch")) is None
-    shown = as_user_error(torch.OutOfMemoryError(CUDA_SAYS))
-    assert isinstance(shown, ConfigError) and "\n" not in str(shown)
