@@ -50,7 +50,7 @@ def shards(count: int, shard_size: int = 4096) -> Iterator[Path]:
     """A data folder of random moments of one class."""
     with tempfile.TemporaryDirectory() as folder:
         stored = np.random.default_rng(0).normal(size=(count, 1, *SPEC.stored_shape))
-        stored = stored.astype(np.float16)
+        stored = (stored / SPEC.scaling_factor).astype(np.float16)
         stored[:, :, 4:] = -4
         names = [f"{i:06d}" for i in range(count)]
         write_split(
