@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := build/docs-venv/.ready
 
-.PHONY: demo test test-all lint format house reference docs bench clean
+.PHONY: demo test test-all test-gpu bench-gpu smoke-gpu lint format house reference docs bench clean
 
 demo: $(READY)
 	$(BIN)/latentddae demo $(ARGS)
@@ -16,6 +16,16 @@ test: $(READY) # a file at a time in each of two processes; tests start ranks of
 
 test-all: $(READY)
 	$(BIN)/pytest -q $(ARGS)
+
+test-gpu: $(READY) # on a machine with a GPU; the other tests see none
+	$(BIN)/pytest -q -m gpu $(ARGS)
+
+bench-gpu: $(READY) # rows go to benchmarks/results_gpu.json; ARGS="train-xl --budget 300"
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+smoke-gpu: $(READY) # both with tiny shapes on the CPU, to try the tests and benchmarks themselves
+	SMOKE=1 $(BIN)/pytest -q tests/gpu
+	SMOKE=1 $(BIN)/python benchmarks/gpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,7 +46,7 @@ docs: $(DOCS) # the site, into build/site; a broken link is an error
 	$(dir $(DOCS))bin/zensical build --strict --clean
 
 bench: $(READY)
-	@for script in $(filter-out benchmarks/harness.py benchmarks/__init__.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/harness.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 $(READY): pyproject.toml
