@@ -39,8 +39,9 @@ format: $(READY)
 house: $(READY) # what the house limits, counted; ARGS=-v lists every offender
 	$(BIN)/python tests/house.py $(ARGS)
 
-reference: $(READY) # docs/reference from the code
+reference: $(READY) # docs/reference and the listings of docs/data.md from the code
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_listings.py
 
 docs: $(DOCS) # the site, into build/site; a broken link is an error
 	$(dir $(DOCS))bin/zensical build --strict --clean

@@ -175,6 +175,10 @@ class Pretraining:
                 "latents": self.data.spec.to_dict(),
                 "classes": list(self.data.classes),
                 "data": self.data.fingerprints,
+                "data_set": {
+                    "name": Path(config.data.path).resolve().name,
+                    "split": config.data.split,
+                },
                 "ema_config": configuration.to_dict(config.ema),
                 "conditional": config.conditional,
                 **({"origin": self.origin} if self.origin else {}),

@@ -7,7 +7,8 @@ view. Splits that share images are refused when they are encoded and when they a
 
 import hashlib
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import xxhash
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.core.files import read_raw, write_atomic
 from latentddae.data.manifest import Manifest, ShardEntry, read_manifest
+from latentddae.data.sources.source import Source
 
 DTYPE = np.dtype("<u8")
 NAMED = 3  # shared images that a message names
@@ -68,10 +70,23 @@ def check_keys(
         others = ShardSet(root, other)
         shared = set(keys) & set(others.keys(np.arange(len(others))))
         if shared:
-            raise ConfigError(
-                f"{len(shared)} of {len(keys)} images of split {split} are in split {other}, too, "
-                f"e.g. {min(shared)}: the source has no splits? --test-share 0.2 makes them"
-            )
+            raise ConfigError(_shared_text(shared, len(keys), split, other))
+
+
+def check_shared_keys(sources: Mapping[str, Source]) -> None:
+    """ConfigError if two splits that are about to be encoded are made of some of the same files."""
+    for (split, source), (other, another) in itertools.combinations(sources.items(), 2):
+        if not source.origin or source.origin != another.origin:
+            continue
+        if shared := set(source.keys) & set(another.keys):
+            raise ConfigError(_shared_text(shared, len(another), other, split))
+
+
+def _shared_text(shared: Collection[str], count: int, split: str, other: str) -> str:
+    return (
+        f"{len(shared)} of {count} images of split {split} are in split {other}, too, e.g. "
+        f"{min(shared)}: the source has no splits? --test-share 0.2 makes them"
+    )
 
 
 def check_new_split(
@@ -100,9 +115,14 @@ def check_disjoint(root: Path, train: Sequence[str], test: str, allowed: bool = 
     manifest = read_manifest(root)
     if allowed or test not in manifest["splits"]:
         return
+    if test in train:
+        raise ConfigError(
+            f"split {test} of {root} is fitted on and would be scored: name another --test-split, "
+            f"or say --allow-overlap"
+        )
     hashes = read(root, manifest, test)
     for split in train:
-        if split not in manifest["splits"] or split == test:
+        if split not in manifest["splits"]:
             continue
         count = int(np.isin(hashes, read(root, manifest, split)).sum())
         pair = (manifest["splits"][test], test, split), (manifest["splits"][split], split, test)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, run_command
-from latentddae.data.sources.folders import SPLITS
 from latentddae.data.sources.open import check_images, is_named, open_split, read_listing
 from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.source_report import SourceReport
+from latentddae.data.sources.split_names import SPLITS
 
 
 @dataclass(frozen=True, kw_only=True)

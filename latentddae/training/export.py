@@ -118,6 +118,7 @@ def export(
                 "rampup": ema.rampup,
             },
             "data": info["data"],
+            **({"data_set": info["data_set"]} if "data_set" in info else {}),
             "conditional": info["conditional"],
             "seed": info["contract"]["seed"],
             **({"origin": info["origin"]} if info.get("origin") else {}),

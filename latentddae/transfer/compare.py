@@ -22,6 +22,7 @@ from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.files import exclusive, read_checked_json, write_checked_json
+from latentddae.data.content import check_disjoint
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
@@ -448,6 +449,7 @@ def _open(config: CompareConfig, checkpoint: Checkpoint, grid: Grid) -> Comparis
     pixels = None
     if config.pixels is not None:
         pixels = ShardSet(config.pixels, "train"), ShardSet(config.pixels, test.split)
+        check_disjoint(config.pixels, ("train",), test.split, config.allow_overlap)
     subject = Subject(
         checkpoint=checkpoint,
         checkpoint_info=config.describe(checkpoint),

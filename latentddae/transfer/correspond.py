@@ -25,10 +25,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentddae.core.command import Command
-from latentddae.core.errors import DataError, run_command
+from latentddae.core.errors import ConfigError, DataError, run_command
 from latentddae.core.files import read_json, text_hash
 from latentddae.transfer import results
-from latentddae.transfer.extraction.token_maps import DenseOptions, TokenMaps, map_file, open_maps
+from latentddae.transfer.extraction.token_maps import (
+    DenseOptions,
+    TokenMaps,
+    map_file,
+    open_maps,
+    pixel_hash,
+)
 from latentddae.transfer.probes.metrics import pck
 from latentddae.transfer.results import DataInfo, Result, Values
 
@@ -76,6 +82,17 @@ def _pair(entry: dict, where: str) -> Pair:
     if pair.box is not None and len(pair.box) != 4:
         raise DataError(f"{where}: target_box must be [x0, y0, x1, y1], got {list(pair.box)}")
     return pair
+
+
+def check_distinct(pairs: Sequence[Pair], images: Path, names: Sequence[str]) -> None:
+    """ConfigError if a pair consists of one picture twice, under whatever names."""
+    hashes = {name: pixel_hash(images / name) for name in names}
+    same = [pair for pair in pairs if hashes[pair.source] == hashes[pair.target]]
+    if same:
+        raise ConfigError(
+            f"{len(same)} of {len(pairs)} pairs are one picture twice, e.g. {same[0].source} and "
+            f"{same[0].target}: every point matches itself; remove them, or say --allow-overlap"
+        )
 
 
 def matches(source: Tensor, target: Tensor, points: Tensor, upsample: int = UPSAMPLE) -> Tensor:
@@ -129,6 +146,8 @@ def open_inputs(config: CorrespondConfig) -> Opened:
     maps = open_maps(config)
     pairs = read_pairs(config.data / PAIRS)
     names = sorted({name for pair in pairs for name in (pair.source, pair.target)})
+    if not config.allow_overlap:
+        check_distinct(pairs, config.data / "images", names)
     return Opened(maps, pairs, names)
 
 

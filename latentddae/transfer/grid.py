@@ -46,7 +46,7 @@ from latentddae.transfer.extraction.trunk import precision_of
 from latentddae.transfer.grids import Grid, GridCell
 from latentddae.transfer.probes import ridge
 from latentddae.transfer.protocol import search
-from latentddae.transfer.protocol.options import open_train
+from latentddae.transfer.protocol.options import OverlapOption, check_splits, open_train
 from latentddae.transfer.protocol.rerank import Reranking, rerank, shortlist
 from latentddae.transfer.protocol.ridge_cells import ridge_scores
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
@@ -357,7 +357,7 @@ def chosen_text(grid: Grid) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridConfig(GridOptions, TransferOptions):
+class GridConfig(GridOptions, OverlapOption, TransferOptions):
     """A ridge probe of every block at every noise level; the test split is not opened."""
 
     train_splits: tuple[str, ...] = ("train",)
@@ -376,6 +376,7 @@ class GridConfig(GridOptions, TransferOptions):
 def open_run(config: GridConfig) -> GridRun:
     """The checkpoint and the training set of a command, checked against each other."""
     checkpoint = config.open_checkpoint()
+    check_splits(config.data, config.train_splits, config.allow_overlap)
     default = search.COARSE if config.search else LEVELS
     options = {name: getattr(config, name) for name in GridOptions.__dataclass_fields__}
     settings = GridSettings(

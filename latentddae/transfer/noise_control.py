@@ -25,7 +25,7 @@ from latentddae.models.wide_resnet import WideResNet, WideResNetConfig
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig
 from latentddae.transfer import results
-from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
+from latentddae.transfer.extraction.inputs import TransferOptions
 from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.noise_classifier import (
     Fitting,
@@ -35,7 +35,7 @@ from latentddae.transfer.noise_classifier import (
     fit,
     show_curve,
 )
-from latentddae.transfer.protocol.options import open_test
+from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
 from latentddae.transfer.protocol.splits import labels_of, subset
 from latentddae.transfer.results import Result
 
@@ -44,7 +44,7 @@ LOWEST_LEVEL = 1e-4  # ln(sigma) of a clean image is told as at this level
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseControlConfig(HeadTraining, TransferOptions):
+class NoiseControlConfig(HeadTraining, OverlapOption, TransferOptions):
     """A WRN-28-10 on noisy images for all noise levels, and its accuracy curve on test."""
 
     epochs: int = 200
@@ -107,8 +107,8 @@ def told_level(objective: Objective, level: Tensor) -> Tensor:
 def open_inputs(config: NoiseControlConfig) -> Opened:
     """The checkpoint and the labelled samples, checked against each other."""
     checkpoint = config.open_checkpoint()
-    train = open_shards(config.data, "train", checkpoint)
-    test = open_test(config.data, config.test_split, checkpoint)
+    train = open_train(config.data, ("train",), checkpoint)
+    test = open_test(config.data, config.test_split, checkpoint, allow_overlap=config.allow_overlap)
     for samples in (train, test):
         labels_of(samples, np.arange(len(samples)))
     chosen = subset(train.keys(np.arange(len(train))), config.limit, config.seed)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from latentddae.core.command import Command
 from latentddae.core.config import require
-from latentddae.core.errors import DataError, run_command, unreadable
+from latentddae.core.errors import ConfigError, DataError, run_command, unreadable
 from latentddae.core.files import text_hash
 from latentddae.data.loader import order
 from latentddae.training.optimizers import OptimConfig, lr_at
@@ -37,6 +37,7 @@ from latentddae.transfer.extraction.token_maps import (
     image_names,
     map_file,
     open_maps,
+    pixel_hash,
 )
 from latentddae.transfer.probes.metrics import confusion, mean_iou
 from latentddae.transfer.results import DataInfo, Result, Values
@@ -87,6 +88,19 @@ class SegmentationSet:
         names = image_names(folder / "images")
         masks = [read_mask(folder / "masks" / f"{Path(name).stem}.png") for name in names]
         return cls(folder / "images", names, masks)
+
+
+def check_disjoint(train: SegmentationSet, test: SegmentationSet) -> None:
+    """ConfigError if test holds pictures that train holds, too, under whatever names."""
+    known = {pixel_hash(train.images / name): name for name in train.names}
+    hashes = {name: pixel_hash(test.images / name) for name in test.names}
+    shared = [name for name in test.names if hashes[name] in known]
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} of {len(test.names)} images of {test.images} are in train, too, e.g. "
+            f"{shared[0]} is {known[hashes[shared[0]]]}: their score would say nothing; remove "
+            f"them, or say --allow-overlap"
+        )
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -201,6 +215,8 @@ def open_inputs(config: SegmentConfig) -> Opened:
     """The token maps and both splits. DataError for masks that do not fit each other."""
     maps = open_maps(config)
     train, test = (SegmentationSet.open(config.data / split) for split in ("train", "test"))
+    if not config.allow_overlap:
+        check_disjoint(train, test)
     classes = class_count(config.data, train.masks)
     for split, part in (("train", train), ("test", test)):
         check_ids(config.data / split / "masks", part.masks, classes)

@@ -145,6 +145,7 @@ def run_set(config: SuiteConfig, data: Path) -> SuiteRow:
         levels=config.levels,
         search=config.search,
         limit=config.limit,
+        allow_overlap=config.allow_overlap,
         **vars(config.hints),
     )
     run_grid(dist.on_all_ranks(lambda: open_run(settings)))

@@ -256,7 +256,9 @@ def test_refusals(pixels_checkpoint, shapes_folder, pairs_folder, tmp_path, capf
     for split in ("train", "test"):
         for folder in ("images", "masks"):
             (bad / split / folder).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(bad / split / "images" / "0.png")
+        Image.new("RGB", (8, 8), (9 * (split == "test"),) * 3).save(
+            bad / split / "images" / "0.png"
+        )
         Image.new("L", (8, 8), 5 * (split == "test")).save(bad / split / "masks" / "0.png")
     out = tmp_path / "out"
     assert command("segment", segment, pixels_checkpoint, bad, out) == 65

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from latentddae.core.config import load
-from latentddae.core.errors import DataError, UsageError, WriteError, run_command
+from latentddae.core.errors import ConfigError, DataError, UsageError, WriteError, run_command
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.data.sources.named import NAMES, TORCHVISION
 from latentddae.transfer import grid, linear, results, suite
@@ -230,7 +230,7 @@ def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "export", ShardSet(data, "train"))
     common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
     cell = ["--block", "1", "--level", "0.1", "--train-splits", "train,test"]
-    with pytest.raises(UsageError, match="test is one of --train-splits"):
+    with pytest.raises(ConfigError, match="split test of .* is fitted on and would be scored"):
         linear.main([*common, *cell])
     with pytest.raises(UsageError, match="name data folders"):
         suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])

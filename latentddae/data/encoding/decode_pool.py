@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from einops import rearrange
+from PIL import Image
 
 from latentddae.core import rng
 from latentddae.data.content import content_hash
@@ -33,6 +34,7 @@ class Decoded:
 def decoded_batches(plan: Plan, shards: Sequence[int]) -> Generator[Decoded]:
     """All batches of these shards in order. A batch is valid until the next one is taken."""
     config = plan.config
+    Image.MAX_IMAGE_PIXELS = None  # the size is checked before decoding, see max_megapixels
     shape = (config.batch, len(config.views), 3, config.resolution, config.resolution)
     memory = deque(np.empty(shape, np.uint8) for _ in range(AHEAD + 1))  # new pages are slow
     pending: deque[tuple[Decoded, list[Future[None]]]] = deque()
@@ -74,7 +76,7 @@ def crops(plan: Plan, index: int, out: np.ndarray) -> np.ndarray:
     """Write all views of one image to `out` (V, 3, H, W) uint8 and return its deterministic crop
     (H, W, 3). Random crops are keyed by (seed, sample key, copy)."""
     config = plan.config
-    image = plan.source.image(index)
+    image = plan.source.image(index, round(config.max_megapixels * 1e6))
     crop = CROPS[config.crop]
     square = np.asarray(crop.deterministic(image, config.resolution))
     for view, target in zip(config.views, out, strict=True):

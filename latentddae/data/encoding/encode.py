@@ -11,7 +11,9 @@ journal; the manifest is written last, and a shard that it does not name does no
 import contextlib
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from latentddae.core import dist
@@ -44,8 +46,8 @@ from latentddae.data.manifest import (
     new_manifest,
     read_manifest,
 )
-from latentddae.data.sources.open import open_split
-from latentddae.data.sources.source import hashed_names, relabel, train_or_test_share
+from latentddae.data.sources.open import open_splits
+from latentddae.data.sources.source import hashed_names, relabel
 
 TIMEOUT_S = 3 * 86400.0  # ranks wait for each other only at the end, hours apart
 BAD_NAMED = 1000  # bad images named in the manifest; all are counted
@@ -58,7 +60,8 @@ class EncodeSplitsConfig(EncodeConfig):
     splits: tuple[str, ...] = ()
     """Several splits, one after the other, in place of `split`."""
     test_views: tuple[str, ...] = ()
-    """Views of splits other than train; none: the same as `views`."""
+    """Views of splits other than train. Default: those of `views` for one split, and for several
+    the original, which is the only one that is read of a split that is scored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +71,10 @@ class EncodeSplitsConfig(EncodeConfig):
     def each_split(self) -> list[EncodeConfig]:
         """The settings of each split."""
         shared = {field.name: getattr(self, field.name) for field in fields(EncodeConfig)}
+        test_views = self.test_views or (("original",) if len(self.splits) > 1 else self.views)
         return [
             EncodeConfig(
-                **shared
-                | {"split": split}
-                | ({"views": self.test_views} if self.test_views and split != "train" else {})
+                **shared | {"split": split, "views": self.views if split == "train" else test_views}
             )
             for split in self.splits or (self.split,)
         ]
@@ -80,17 +82,34 @@ class EncodeSplitsConfig(EncodeConfig):
 
 def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> SplitEntry:
     """Encode one split and return its entry in the manifest. Collective: every rank calls it."""
+    return encode_splits([config], autoencoder)[0]
+
+
+def encode_splits(
+    configs: Sequence[EncodeConfig], autoencoder: Autoencoder | None = None
+) -> list[SplitEntry]:
+    """Encode splits of one source into one folder and return their entries in the manifest.
+
+    All of them are read and checked before the first is encoded. Collective: every rank calls it.
+    """
     world = dist.world_from_environment()
     if world.size > 1:
         dist.start(TIMEOUT_S)
     with dist.errors_on_all_ranks():
-        plan, autoencoder = open_inputs(config, autoencoder, world)
-    journal = Journal(plan)
-    finished = dist.on_rank0(lambda: finished_entry(plan, journal))
-    if finished:
-        _say(world, f"{config.out} holds split {config.split} already: {_summary(finished)}")
-        return finished
-    _say(world, _report(plan))
+        plans, autoencoder = open_inputs(configs, autoencoder, world)
+    finished = [dist.on_rank0(partial(finished_entry, plan)) for plan in plans]
+    reports = [_report(plan) for plan, entry in zip(plans, finished, strict=True) if not entry]
+    for report in dict.fromkeys(filter(None, reports)):
+        _say(world, report)
+    return [
+        entry or encode_plan(plan, autoencoder, world)
+        for plan, entry in zip(plans, finished, strict=True)
+    ]
+
+
+def encode_plan(plan: Plan, autoencoder: Autoencoder, world: dist.World) -> SplitEntry:
+    """Encode one split as planned. Collective: every rank calls it."""
+    config, journal = plan.config, Journal(plan)
     if plan.shards < world.size:
         _say(world, _too_few_shards(plan, world))
     with contextlib.ExitStack() as lock:
@@ -113,15 +132,19 @@ def encode(config: EncodeConfig, autoencoder: Autoencoder | None = None) -> Spli
 
 
 def open_inputs(
-    config: EncodeConfig, autoencoder: Autoencoder | None, world: dist.World
-) -> tuple[Plan, Autoencoder]:
-    """The plan and the autoencoder; ConfigError or DataError if the source or the weights are not
-    what the settings say."""
-    source = open_split(config, config.split, config.out)
-    if config.test_share:
-        source = train_or_test_share(source, config.split, config.test_share)
+    configs: Sequence[EncodeConfig], autoencoder: Autoencoder | None, world: dist.World
+) -> tuple[list[Plan], Autoencoder]:
+    """The plan of each split and the autoencoder; ConfigError or DataError if the source or the
+    weights are not what the settings say."""
+    config = configs[0]
+    splits = [each.split for each in configs]
+    if len(set(splits)) < len(splits):
+        raise ConfigError(f"--splits {','.join(splits)}: each once")
+    sources = open_splits(config, splits, config.out, config.test_share)
+    content.check_shared_keys(dict(zip(splits, sources, strict=True)))
     if (Path(config.out) / MANIFEST).exists():
-        source = relabel(source, read_manifest(Path(config.out))["classes"])
+        classes = read_manifest(Path(config.out))["classes"]
+        sources = [relabel(source, classes) for source in sources]
     if autoencoder is None:
         autoencoder = open_autoencoder(config.autoencoder, dist.device_for(world), config.precision)
     if not autoencoder.sha256.startswith(config.autoencoder_sha256):
@@ -129,14 +152,17 @@ def open_inputs(
             f"autoencoder {config.autoencoder} has weights {autoencoder.sha256[:12]}, expected "
             f"{config.autoencoder_sha256[:12]}: is the download truncated, or another version?"
         )
-    spec = with_channel_stats(autoencoder.spec(config.resolution, config.views), config)
-    return make_plan(config, source, spec), autoencoder
+    plans = []
+    for each, source in zip(configs, sources, strict=True):
+        spec = with_channel_stats(autoencoder.spec(each.resolution, each.views), each)
+        plans.append(make_plan(each, source, spec))
+    return plans, autoencoder
 
 
-def finished_entry(plan: Plan, journal: Journal) -> SplitEntry | None:
+def finished_entry(plan: Plan) -> SplitEntry | None:
     """The manifest's entry if this very split is done; a journal that a kill left behind is
     deleted. ConfigError if the folder holds something else, or the same files as another split."""
-    out, split = journal.out, plan.config.split
+    out, split = Path(plan.config.out), plan.config.split
     if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out)
@@ -159,7 +185,8 @@ def finished_entry(plan: Plan, journal: Journal) -> SplitEntry | None:
             f"{out} holds split {split} made with other settings: {describe_changes(changed)}; "
             f"choose another --out"
         )
-    journal.delete()
+    Journal(plan).delete()
+    print(f"{out} holds split {split} already: {_summary(entry)}", flush=True)
     return entry
 
 
@@ -251,8 +278,7 @@ def run(config: EncodeSplitsConfig) -> None:
     """Encode all splits; several are described at the end."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata; we check the pixels
     try:
-        for split in config.each_split():
-            encode(split)
+        encode_splits(config.each_split())
         if len(config.splits) > 1:
             _say(dist.world_from_environment(), "\n".join(describe(Path(config.out))))
     finally:
@@ -261,14 +287,15 @@ def run(config: EncodeSplitsConfig) -> None:
 
 def describe_plan(config: EncodeSplitsConfig) -> str:
     """What would be encoded, after the checks of a real start."""
-    world, lines = dist.world_from_environment(), []
-    for split in config.each_split():
-        planned, autoencoder = open_inputs(split, None, world)
-        lines.append(_report(planned))
+    world = dist.world_from_environment()
+    lines: list[str] = []
+    plans, autoencoder = open_inputs(config.each_split(), None, world)
+    lines += dict.fromkeys(filter(None, map(_report, plans)))
+    for plan in plans:
         lines.append(
-            f"would encode {len(planned.order)} images of {planned.source.name} ({split.split}), "
-            f"views {', '.join(split.views)}, to {planned.spec.shape} latents of "
-            f"{autoencoder.source} in {planned.shards} shards of {config.out}"
+            f"would encode {len(plan.order)} images of {plan.source.name} ({plan.config.split}), "
+            f"views {', '.join(plan.config.views)}, to {plan.spec.shape} latents of "
+            f"{autoencoder.source} in {plan.shards} shards of {config.out}"
         )
     return "\n".join(lines)
 

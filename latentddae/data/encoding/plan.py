@@ -16,7 +16,7 @@ from latentddae.data.encoding.autoencoder import DEFAULT_ID
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import order
 from latentddae.data.sources.options import SourceOptions
-from latentddae.data.sources.pixels import CROPS
+from latentddae.data.sources.pixels import CROPS, MAX_PIXELS
 from latentddae.data.sources.source import Source
 
 MEASURED = "measured"
@@ -54,6 +54,8 @@ class EncodeConfig(SourceOptions):
     """Unreadable images to leave out before the command stops: a number, or a share like 1%."""
     max_overlap: int | str = 0
     """Images of this split that may be in another split, too: a number, or a share like 1%."""
+    max_megapixels: float = MAX_PIXELS / 1e6
+    """Larger images are bad ones, unread: a few thousand bytes can decode to all of the memory."""
     seed: int = 0
     """Of the permutation of the samples and of the random crops."""
     batch: int = 64
@@ -66,7 +68,7 @@ class EncodeConfig(SourceOptions):
     def __post_init__(self) -> None:
         require(
             self,
-            positive=("resolution", "batch", "shard_size", "workers"),
+            positive=("resolution", "batch", "shard_size", "workers", "max_megapixels"),
             non_negative=("test_share",),
         )
         for name in ("max_bad", "max_overlap"):
@@ -155,6 +157,8 @@ def make_plan(config: EncodeConfig, source: Source, spec: LatentSpec) -> Plan:
         "batch": config.batch,
         "shard_size": config.shard_size,
     }
+    if config.max_megapixels != MAX_PIXELS / 1e6:
+        settings["max_megapixels"] = config.max_megapixels
     return Plan(source, spec, config, order(config.seed, 0, len(source)), settings)
 
 

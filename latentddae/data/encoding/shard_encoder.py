@@ -52,9 +52,7 @@ class BatchEncoder:
     def __init__(self, plan: Plan, autoencoder: Autoencoder) -> None:
         self._spec, self._autoencoder = plan.spec, autoencoder
         side = plan.config.resolution
-        shape = (plan.config.batch, 3, side, side)
-        # Always a full batch, also the last one: the same kernels and therefore the same bits.
-        self._images = torch.empty(shape, device=autoencoder.device)
+        self._images = torch.empty((plan.config.batch, 3, side, side), device=autoencoder.device)
 
     def __call__(self, batch: Decoded) -> np.ndarray:
         """(n, V, *stored_shape) in the stored dtype. Images whose latents do not fit float16 are
@@ -75,10 +73,11 @@ class BatchEncoder:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) uint8 -> one stored view each, (n, *stored_shape) float32."""
-        n = len(pixels)
-        self._images[:n].copy_(pixels.to(self._images.device)).div_(127.5).sub_(1)
-        self._images[n:] = 0
-        return self._autoencoder.encode(self._images)[:n]
+        # The plan fixes the size of every batch, so that the last one needs no padding: the same
+        # images meet the same kernels on any number of ranks and after any restart.
+        images = self._images[: len(pixels)]
+        images.copy_(pixels.to(images.device)).div_(127.5).sub_(1)
+        return self._autoencoder.encode(images)
 
 
 class ShardEncoder:

@@ -5,41 +5,50 @@ read at random.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.sources.archives import spool
-from latentddae.data.sources.folders import split_of_file, split_of_folder
+from latentddae.data.sources.folders import natural_order
 from latentddae.data.sources.listing import ALL, Listing, number_ids
-from latentddae.data.sources.options import SourceOptions
+from latentddae.data.sources.options import IGNORE, SourceOptions
 from latentddae.data.sources.scan import Tree
 from latentddae.data.sources.source import Item
+from latentddae.data.sources.split_names import split_of_file, split_of_folder
+from latentddae.data.sources.tables import LABEL_NAMES
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNAR = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "pixels")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 BATCH_ROWS = 256
+NULL = object()  # label of a row without an image
+Label = int | str | None
 
 
-def columnar_listing(tree: Tree, files: Sequence[Path], options: SourceOptions) -> Listing:
+def columnar_listing(
+    tree: Tree, files: Sequence[Path], options: SourceOptions, splits: bool = True
+) -> Listing:
     """All images of these files, in splits by the names of the files or of their folders."""
-    listing = Listing(tree, "images in columns (parquet, arrow)", {})
-    ids: list[int | None] = []
+    uses = ("labels", "relabel", "split_file", *(["layout"] if options.layout != "auto" else []))
+    listing = Listing(tree, "images in columns (parquet, arrow)", {}, uses=uses)
+    rows: list[object] = []
     names: tuple[str, ...] | None = None
-    label_column = ""
+    label_column, unread = "", dict[str, None]()
     for path in files:
-        split = _split(tree, path)
+        split = _split(tree, path) if splits else ALL
         schema, batches = read_batches(path)
         image, label_column = _columns(path, schema, options)
+        unread |= dict.fromkeys(n for n in schema.names if n not in (image, label_column))
         names = names or class_label_names(schema, label_column)
         items = listing.items.setdefault(split, [])
         sizes: list[int] = []
-        spooled = spool(path.name, _Values(batches, image, label_column).images(sizes, ids))
+        spooled = spool(path.name, _Values(batches, image, label_column).images(sizes, rows))
         offset = 0
         for row, size in enumerate(sizes):
             if size < 0:
@@ -49,24 +58,40 @@ def columnar_listing(tree: Tree, files: Sequence[Path], options: SourceOptions) 
                 continue
             items.append(Item(f"{path.stem}/{row:07d}", -1, str(spooled), offset, size))
             offset += size
-    ids = [label for label in ids if label != NULL]
-    numbers, classes, numbering = number_ids(ids, names, options.relabel, tree.name)
-    position = iter(numbers)
-    for split, items in listing.items.items():
-        listing.items[split] = [
-            Item(i.path, next(position), i.file, i.offset, i.size) for i in items
-        ]
-        listing.origins[split] = f"{tree.root}#{split}"
-    if any(number >= 0 for number in numbers):
-        listing.classes, listing.numbering = classes, numbering
-        listing.labels = f"column {label_column}"
     if len(listing.items) > 1 and ALL in listing.items:
-        raise ConfigError(f"{tree.name}: only some of its files are named after a split")
+        raise ConfigError(
+            f"{tree.name}: only some of its files are named after a split; give those of one "
+            f"split by a pattern, e.g. part-{{000..012}}.parquet"
+        )
+    _number(listing, [row for row in rows if row is not NULL], names, options)
+    if listing.classes:
+        listing.labels = f"column {label_column}"
+    if unread:
+        tree.notes.append(f"columns that are not read: {', '.join(unread)}")
+    listing.origins = {split: f"{tree.root}#{split}" for split in listing.items}
     listing.add_found(sum(map(len, listing.items.values())))
     return listing
 
 
-NULL = -(2**62)  # label of a row without an image
+def _number(
+    listing: Listing, values: list[object], names: tuple[str, ...] | None, options: SourceOptions
+) -> None:
+    """Number the labels of the items, which are integers, or texts that are names of classes."""
+    place = listing.tree.name
+    texts = sorted({value for value in values if isinstance(value, str)})
+    if texts:
+        listing.classes = tuple(natural_order(texts))
+        position = {name: label for label, name in enumerate(listing.classes)}
+        numbers = [position.get(str(value), -1) for value in values]
+        listing.numbering = "in natural order of the names (2 before 10)"
+    else:
+        ids = [value if isinstance(value, int) else None for value in values]
+        numbers, classes, numbering = number_ids(ids, names, options.relabel, place)
+        if any(number >= 0 for number in numbers):
+            listing.classes, listing.numbering = classes, numbering
+    label = iter(numbers)
+    for split, items in listing.items.items():
+        listing.items[split] = [replace(item, label=next(label)) for item in items]
 
 
 class _Values:
@@ -75,7 +100,7 @@ class _Values:
     def __init__(self, batches: "Iterator[pa.RecordBatch]", image: str, label: str) -> None:
         self._batches, self._image, self._label = batches, image, label
 
-    def images(self, sizes: list[int], labels: list[int | None]) -> Iterator[bytes]:
+    def images(self, sizes: list[int], labels: list[object]) -> Iterator[bytes]:
         """The images' bytes; -1 is the size of a row without any."""
         for batch in self._batches:
             column = batch.column(self._image)
@@ -94,10 +119,18 @@ class _Values:
                     yield memoryview(buffer)  # type: ignore[misc]
 
 
-def _label(value: object) -> int | None:
+def _label(value: object) -> Label:
+    """A value of a label column; None, an empty text and not-a-number are no label."""
     if value is None or isinstance(value, int):
-        return value
-    raise DataError(f"the label {value!r} is no integer")
+        return None if value is None else int(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if value.is_integer():
+            return int(value)
+    if isinstance(value, str):
+        return value.strip() or None
+    raise DataError(f"the label {value!r} is neither an integer nor a text")
 
 
 def read_batches(path: Path) -> "tuple[pa.Schema, Iterator[pa.RecordBatch]]":
@@ -112,14 +145,25 @@ def read_batches(path: Path) -> "tuple[pa.Schema, Iterator[pa.RecordBatch]]":
     try:
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
-            return file.schema_arrow, file.iter_batches(batch_size=BATCH_ROWS)
+            return file.schema_arrow, _guarded(path, file.iter_batches(batch_size=BATCH_ROWS))
         source = pa.memory_map(str(path))
         try:
             stream = pa.ipc.open_stream(source)
-            return stream.schema, iter(stream)
+            return stream.schema, _guarded(path, iter(stream))
         except pa.ArrowInvalid:
             reader = pa.ipc.open_file(source)
-            return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+            every = map(reader.get_batch, range(reader.num_record_batches))
+            return reader.schema, _guarded(path, every)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _guarded(path: Path, batches: "Iterator[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+    """The same rows; DataError where the file is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield from batches
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
@@ -136,17 +180,37 @@ def _columns(path: Path, schema: "pa.Schema", options: SourceOptions) -> tuple[s
     images = [field.name for field in schema if is_image(field.type)]
     named = [name for name in IMAGE_COLUMNS if name in images]
     if not images or (len(images) > 1 and len(named) != 1):
-        raise ConfigError(f"{path}: which column holds the images, {', '.join(schema.names)}?")
-    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    chosen = options.labels.rpartition(":")[2]
-    if chosen and chosen != "none":
-        if chosen not in integers:
-            raise ConfigError(f"{path}: {chosen!r} is no column of integers: {integers}")
-        return (named or images)[0], chosen
-    labels = [name for name in LABEL_COLUMNS if name in integers] if not chosen else []
-    if len(labels) > 1:
-        raise ConfigError(f"{path}: which column holds the labels? say --labels COLUMN: {labels}")
-    return (named or images)[0], labels[0] if labels else ""
+        raise ConfigError(
+            f"{path}: which column holds the images, {', '.join(schema.names)}? one of binary "
+            f"values, or of structs with `bytes`, is read; rename it to `image`"
+        )
+    usable = [field.name for field in schema if _is_label(field.type)]
+    image, chosen = (named or images)[0], options.labels
+    if chosen == IGNORE:
+        return image, ""
+    if chosen:
+        if chosen not in usable:
+            raise ConfigError(
+                f"{path}: --labels {chosen} is no column of integers or texts; there are: "
+                f"{', '.join(usable)}"
+            )
+        return image, chosen
+    labels = [name for name in schema.names if name.lower() in LABEL_NAMES and name != image]
+    if len(labels) > 1 or any(name not in usable for name in labels):
+        raise ConfigError(
+            f"{path}: which column holds the labels, {', '.join(labels)}? say --labels COLUMN, or "
+            f"--labels {IGNORE}"
+        )
+    return image, labels[0] if labels else ""
+
+
+def _is_label(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):  # pandas' categories
+        kind = kind.value_type
+    tests = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+    return any(test(kind) for test in tests)
 
 
 def class_label_names(schema: "pa.Schema", column: str) -> tuple[str, ...] | None:

@@ -1,6 +1,7 @@
 """Folders of images: split folders, class folders, or neither."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,34 +13,12 @@ from latentddae.data.sources.listing import ALL, Listing
 from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.scan import Tree, join
 from latentddae.data.sources.source import Item
+from latentddae.data.sources.split_names import split_of_folder
 
-SPLITS = {  # our name -> the names that data sets use
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 CLASSES = ("auto", "folders", "imagenet1k")
 """How class folders are numbered. folders: in their natural order; imagenet1k: by the 1,000 ids of
 ImageNet in canonical order; auto: imagenet1k if all folders are among those ids, else folders."""
-# What may follow the name of a split in a folder's name: train_images, val2017, test-set.
-AFTER = r"(?:[-_ ]?(?:set|data|images?|imgs?|split|folder|[0-9]+))*"
 OUTSIDE, ABOVE = "outside the split folders", "above the folders that name classes"
-
-
-def split_of_folder(name: str) -> str | None:
-    """The split that a folder is named after."""
-    for split, names in SPLITS.items():
-        if re.fullmatch(f"(?:{'|'.join(names)}){AFTER}", name.lower()):
-            return split
-    return None
-
-
-def split_of_file(name: str) -> str | None:
-    """The split that a file is named after: train-000000.tar, imagenet1k-validation-00.tar. None
-    if it is no split, or several."""
-    words = re.split(r"[^a-z]+", name.lower())
-    splits = {s for s, names in SPLITS.items() if any(word in names for word in words)}
-    return splits.pop() if len(splits) == 1 else None
 
 
 def wrappers(tree: Tree) -> list[str]:
@@ -109,6 +88,7 @@ def folder_listing(tree: Tree, options: SourceOptions) -> Listing:
         tree.notes.append(f"read from its folder {top}")
     splits = split_folders(tree, top, options.layout)
     listing = Listing(tree, "", {})
+    listing.uses = ("layout", "labels", "relabel", "skip_extensions")
     groups = [Group(split, folder, tree.below(folder)) for split, folder in splits.items()]
     if not splits:
         groups = [Group(ALL, top, tree.below(top))]
@@ -122,13 +102,36 @@ def folder_listing(tree: Tree, options: SourceOptions) -> Listing:
             )
         listing.reject(OUTSIDE, tree.name, outside)
     labelled = [g for g in groups if not g.is_flat and options.layout != "flat"]
+    if labelled:
+        listing.uses += ("class_level", "classes")
     kind = "class folders" if labelled else "images without class folders"
     listing.layout = f"{kind} below split folders" if splits else kind
     names = _class_names(tree, labelled, options, listing)
     for group in groups:
         listing.origins[group.split] = str(tree.root / group.top)
         _list_group(listing, group, names if group in labelled else {}, options)
+    if options.layout == "auto":
+        _check_common_classes(listing)
     return listing
+
+
+def _check_common_classes(listing: Listing) -> None:
+    """ConfigError if a labelled split has no class of train; classes that train lacks are noted."""
+    used = {
+        split: {item.label for item in items if item.label >= 0}
+        for split, items in listing.items.items()
+    }
+    for split, labels in used.items():
+        only = labels - used.get("train", labels)
+        if not only or not used.get("train"):
+            continue
+        names = ", ".join(listing.classes[label] for label in sorted(only)[:5])
+        if only == labels:
+            raise ConfigError(
+                f"{listing.tree.name}: {split} has none of the classes of train, but {names}; "
+                f"rename the folders, or say --layout splits to take all of them as classes"
+            )
+        listing.tree.notes.append(f"{len(only)} classes of {split} are not in train: {names}")
 
 
 def _class_names(
@@ -142,6 +145,8 @@ def _class_names(
         for folder, images in group.folders.items():
             depths[folder.count("/") + 1 if folder else 0] += len(images)
     listing.depth = ", ".join(f"{d} ({count:,} images)" for d, count in sorted(depths.items()))
+    if options.layout == "auto":
+        _check_inner_splits(tree, groups)
     level = class_level(tree, groups, depths, options)
     prefix_of: dict[str, str] = {}
     for group in groups:
@@ -154,12 +159,41 @@ def _class_names(
     last = {prefix: prefix.rsplit("/", 1)[-1] for prefix in prefixes}
     unique = len(set(last.values())) == len(prefixes)
     names = {folder: last[p] if unique else p for folder, p in prefix_of.items()}
+    if options.classes != "folders":
+        _check_spelling(tree, set(names.values()))
     listing.classes, listing.numbering = class_list(
         tree.root, natural_order(set(names.values())), options.classes
     )
     where = "the folder that holds the image" if not level else f"folder {level} below the split"
     listing.labels = "names of folders" if level == 1 else f"names of folders: {where}"
     return names
+
+
+def _check_inner_splits(tree: Tree, groups: Sequence[Group]) -> None:
+    """ConfigError if folders below those of classes or splits are named after several splits."""
+    inner: dict[str, str] = {}
+    for group in groups:
+        for folder in group.folders:
+            for part in folder.split("/")[1:]:
+                if split := split_of_folder(part):
+                    inner.setdefault(split, folder)
+    if len(inner) > 1:
+        raise ConfigError(
+            f"{tree.name}: {' and '.join(inner.values())} look like splits below other folders; "
+            f"put the splits on top, or say --layout classes to read all of them as one"
+        )
+
+
+def _check_spelling(tree: Tree, names: Iterable[str]) -> None:
+    """ConfigError if two classes differ in nothing but capitals or the bytes of an accent."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
+        if other != name:
+            raise ConfigError(
+                f"{tree.name}: are the folders {other!r} and {name!r} one class? rename one, or "
+                f"say --classes folders if they are two"
+            )
 
 
 def class_level(

@@ -195,12 +195,17 @@ def tiny_listing(tree: Tree, top: str) -> Listing:
     classes = sorted(tree.read(join(top, "wnids.txt")).decode().split())
     listing = Listing(tree, "Tiny-ImageNet", {}, tuple(classes))
     listing.labels, listing.numbering = "names of folders, val_annotations.txt", "by sorted ids"
+    listing.uses = ("skip_extensions",)
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     annotations = join(top, "val/val_annotations.txt")
     wnid_of: dict[str, str] = {}
     if "val_annotations.txt" in tree.files.get(join(top, "val"), ()):
-        rows = (row.split("\t") for row in tree.read(annotations).decode().splitlines())
-        wnid_of = {name: wnid for name, wnid, *_ in rows}
+        text = tree.read(annotations).decode(errors="replace")
+        rows = (row.split("\t") for row in text.splitlines() if row.strip())
+        try:
+            wnid_of = {name: wnid for name, wnid, *_ in rows}
+        except ValueError as error:
+            raise DataError(f"{tree.name}/{annotations}: a row has no two columns") from error
     for split in ("train", "val", "test"):
         items = []
         for folder, names in tree.below(join(top, split)).items():

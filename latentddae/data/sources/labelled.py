@@ -1,30 +1,20 @@
 """Images whose labels or splits are in text: label files, split files, CUB, iNaturalist."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.data.sources.folders import (
-    SPLITS,
-    class_list,
-    natural_order,
-    split_of_file,
-    split_of_folder,
-)
-from latentddae.data.sources.imagenet import TRUTH
+from latentddae.data.sources.folders import class_list, natural_order
 from latentddae.data.sources.listing import ALL, Listing, is_table, name_list, number_ids
 from latentddae.data.sources.options import SourceOptions
-from latentddae.data.sources.scan import Tree, join, text_files
-from latentddae.data.sources.source import Item
-from latentddae.data.sources.tables import Images, Row, mentions, read_rows
+from latentddae.data.sources.scan import Tree, join
+from latentddae.data.sources.split_files import open_table, read_split_files, split_name
+from latentddae.data.sources.split_names import split_of_file, split_of_folder
+from latentddae.data.sources.tables import Images, Row, read_rows
 
 UNNAMED = "not named by the label file"
-NO_SPLIT = "in none of the splits of the split file"
-GLANCE_BYTES = 1 << 16
-GLANCE_FILES = 100
-SPEAKS = 0.5  # of the rows of a label file name images
 CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-IGNORE = "none"
 
 
 def all_paths(tree: Tree) -> list[str]:
@@ -38,24 +28,43 @@ def is_cub(tree: Tree, top: str) -> bool:
 
 
 def cub_listing(tree: Tree, top: str) -> Listing:
-    """CUB-200-2011 by its own files."""
-    tables = [
-        dict(line.split(None, 1) for line in tree.read(join(top, name)).decode().splitlines())
-        for name in (*CUB, "classes.txt")
-        if name in tree.files[top]
-    ]
-    names, labels, in_train = tables[:3]
+    """CUB-200-2011, or a set in its format (NABirds), by its own files. Classes are those that
+    occur, in the order of their numbers."""
+    names, labels, in_train = (_pairs(tree, join(top, name)) for name in CUB)
+    if not names.keys() == labels.keys() == in_train.keys():
+        raise DataError(f"{tree.name}: {', '.join(CUB)} do not number the same images")
+    name_of: dict[str, str] = {}
+    if "classes.txt" in tree.files[top]:
+        name_of = _pairs(tree, join(top, "classes.txt"))
+        unnamed = next((n for n in labels.values() if n not in name_of), None)
+        if unnamed is not None:
+            raise DataError(f"{tree.name}: classes.txt does not name class {unnamed}")
+    try:
+        ids = sorted(set(labels.values()), key=int)
+    except ValueError as error:
+        raise DataError(f"{tree.name}: {CUB[1]}: {error}") from error
+    place = {number: label for label, number in enumerate(ids)}
     rows = [
-        Row(names[i], int(labels[i]) - 1, "train" if in_train[i].strip() == "1" else "test")
-        for i in names
+        Row(name, place[labels[i]], "train" if in_train[i] == "1" else "test")
+        for i, name in names.items()
     ]
-    classes = None
-    if len(tables) == 4:
-        classes = [name.strip() for _, name in sorted(tables[3].items(), key=lambda p: int(p[0]))]
-    listing = _listing(
-        tree, rows, "CUB-200-2011", ", ".join(CUB), classes, SourceOptions(source="")
-    )
-    return listing
+    classes = [name_of.get(number, number) for number in ids]
+    if len(set(classes)) < len(classes):  # NABirds calls several of its classes alike
+        classes = [f"{number} {name_of.get(number, '')}".strip() for number in ids]
+    return _listing(tree, rows, "CUB-200-2011", ", ".join(CUB), classes, SourceOptions(source=""))
+
+
+def _pairs(tree: Tree, path: str) -> dict[str, str]:
+    """Rows of a number and a text: number -> text. DataError for any other row."""
+    pairs = {}
+    for line in tree.read(path).decode(errors="replace").splitlines():
+        number, _, text = line.strip().partition(" ")
+        if not line.strip():
+            continue
+        if not text or number in pairs:
+            raise DataError(f"{tree.name}/{path}: the row {line!r} is not a number and a text")
+        pairs[number] = text.strip()
+    return pairs
 
 
 def coco_files(tree: Tree, top: str) -> dict[str, str]:
@@ -80,79 +89,79 @@ def coco_listing(tree: Tree, files: Mapping[str, str], options: SourceOptions) -
     return _listing(tree, rows, "split files in COCO's format", where, None, options, images)
 
 
-def label_listing(tree: Tree, options: SourceOptions, path: str, data: bytes) -> Listing:
-    """Images with the labels of a file, in its splits, or in those of their folders."""
-    column = options.labels.rpartition(":")[2] if _has_column(options.labels) else ""
+def label_listing(tree: Tree, options: SourceOptions) -> Listing:
+    """Images with the labels of files, in their splits, or in those of their folders."""
     images = Images(all_paths(tree))
-    rows = read_rows(path, data, images, column)
+    files = label_files(tree, options)
+    rows = [row for file in files for row in _rows_of(file, images)]
+    where = ", ".join(file.path for file in files)
     if not rows:
-        tree.notes.append(f"{path} holds no labels")
-    splits = {row.split for row in rows if row.split}
+        tree.notes.append(f"{where} holds no labels")
     if options.split_file:
         splits_of = read_split_files(tree, options.split_file, images)
         found = [(row, images.find(row.image)) for row in rows]
         rows = [Row(row.image, row.label, splits_of.get(image or "")) for row, image in found]
-    elif splits:
-        rows = [Row(row.image, row.label, _split_name(path, row.split)) for row in rows]
+        if any(row.split is None for row in rows):
+            count = sum(row.split is None for row in rows)
+            raise ConfigError(
+                f"{tree.name}: {count} images of {where} are in none of the splits of "
+                f"{', '.join(options.split_file)}; leave their rows out"
+            )
+    elif any(row.split for row in rows):
+        rows = [Row(row.image, row.label, split_name(where, row.split)) for row in rows]
     elif options.layout in ("auto", "splits"):
         rows = _splits_of_folders(rows, images)
-    labels = path if any(row.label is not None for row in rows) else "none"
-    return _listing(tree, rows, "images with a label file", labels, None, options, images)
-
-
-def split_listing(listing: Listing, options: SourceOptions) -> Listing:
-    """A listing without splits, in the splits of the split files."""
-    if listing.has_splits:
-        raise ConfigError(f"{listing.tree.name} has splits of its own; --split-file names others")
-    every = listing.items[ALL]
-    images = Images([item.path for item in every])
-    splits_of = read_split_files(listing.tree, options.split_file, images)
-    listing.items = {split: [] for split in dict.fromkeys(splits_of.values())}
-    for item in every:
-        split = splits_of.get(item.path)
-        if split is None:
-            listing.reject(NO_SPLIT, item.path)
-        else:
-            listing.items[split].append(item)
-    origin = listing.origins.get(ALL, str(listing.tree.root))
-    listing.origins = {split: origin for split in listing.items}
-    listing.layout = f"{listing.layout}, in the splits of {', '.join(options.split_file)}"
+    labels = where if any(row.label is not None for row in rows) else "none"
+    layout = f"images with {'a label file' if len(files) == 1 else 'label files'}"
+    listing = _listing(tree, rows, layout, labels, None, options, images)
+    listing.uses = ("labels", "split_file", "relabel", "skip_extensions", "classes", "layout")
     return listing
 
 
-def read_split_files(tree: Tree, files: Sequence[str], images: Images) -> dict[str, str]:
-    """Path of an image -> its split. ConfigError if a file names none, or an image is in two."""
-    splits: dict[str, str] = {}
-    for name in files:
-        path, data = open_table(tree, name)
-        own = split_of_file(path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-        for row in _split_rows(path, data, images, own):
-            image = images.find(row.image)
-            split = _split_name(path, row.split) if row.split else own
-            if split is None:
-                raise ConfigError(f"{path}: row {row.image!r} names no split, nor does the file")
-            if image is None:
-                raise DataError(f"{path} names {row.image}, which is not there")
-            if splits.setdefault(image, split) != split:
-                raise ConfigError(f"{path}: {image} is in {splits[image]} and in {split}")
-    return splits
+@dataclass(frozen=True)
+class LabelFile:
+    """A file that --labels names."""
+
+    path: str
+    data: bytes
+    column: str
+    """Which column holds the labels; "": the one that could."""
+    folder: str = ""
+    """What its rows are relative to; "": any end of an image's path will do."""
+    split: str | None = None
+    """The split that it is named after, where there are several such files."""
 
 
-def _split_rows(path: str, data: bytes, images: Images, own: str | None) -> list[Row]:
-    """Rows of a split file; where no column is called a split, the only other one is it."""
-    rows = read_rows(path, data, images)
-    if own is None and all(row.split is None for row in rows):
-        return [Row(row.image, None, None if row.label is None else str(row.label)) for row in rows]
-    return rows
+def label_files(tree: Tree, options: SourceOptions) -> list[LabelFile]:
+    """The files that --labels names. ConfigError if one is not there."""
+    files = []
+    names = options.labels.split(",")
+    for text in names:
+        column = text.rpartition(":")[2] if _has_column(text) else ""
+        name = text.rpartition(":")[0] if column else text
+        folders = [folder for folder, others in tree.files.items() if name in others]
+        split = split_of_file(Path(name).stem) if len(names) > 1 else None
+        if len(folders) > 1 and "" not in folders:
+            files += [
+                LabelFile(join(f, name), tree.read(join(f, name)), column, f)
+                for f in sorted(folders)
+            ]
+        else:
+            files.append(LabelFile(*open_table(tree, name), column, split=split))
+    return files
 
 
-def _split_name(path: str, text: str | None) -> str:
-    known = {name: split for split, names in SPLITS.items() for name in names}
-    known |= {"1": "train", "0": "test", "true": "train", "false": "test"}
-    split = known.get(str(text).lower())
-    if split is None:
-        raise ConfigError(f"{path}: {text!r} is the name of no split; known: {', '.join(known)}")
-    return split
+def _rows_of(file: LabelFile, images: Images) -> list[Row]:
+    """The rows of a file, with images as paths in the tree where they are relative to its
+    folder."""
+    known = images.below(file.folder) if file.folder else images
+    rows = read_rows(file.path, file.data, known, file.column)
+    if file.folder:
+        rows = [
+            replace(row, image=known.find(row.image) or join(file.folder, row.image))
+            for row in rows
+        ]
+    return [replace(row, split=row.split or file.split) for row in rows]
 
 
 def _splits_of_folders(rows: Sequence[Row], images: Images) -> list[Row]:
@@ -176,7 +185,7 @@ def _listing(
     images: Images | None = None,
 ) -> Listing:
     """A listing of the images that rows name; the others are left out for that reason."""
-    listing = Listing(tree, layout, {}, labels=where)
+    listing = Listing(tree, layout, {}, labels=where, uses=("relabel", "skip_extensions"))
     images = images or Images(all_paths(tree))
     numbers = _number(listing, rows, classes, options)
     taken: set[str] = set()
@@ -184,6 +193,11 @@ def _listing(
         split = row.split or ALL
         path = images.find(row.image)
         items = listing.items.setdefault(split, [])
+        if path is None and images.is_ambiguous(row.image):
+            raise ConfigError(
+                f"{tree.name}: {row.image} in {where} could be several images; name them by their "
+                f"paths, or put one such file into each folder"
+            )
         if path is None:
             reason = f"{where} names it, but it is not there"
             listing.missing.setdefault(split, []).append((row.image, reason))
@@ -234,66 +248,3 @@ def _number(
 
 def _has_column(text: str) -> bool:
     return ":" in text and "/" not in text.rpartition(":")[2] and not is_table(text)
-
-
-def label_file(tree: Tree, options: SourceOptions) -> tuple[str, bytes]:
-    """The file that --labels names: its path and its content."""
-    name = options.labels.rpartition(":")[0] if _has_column(options.labels) else options.labels
-    return open_table(tree, name)
-
-
-def open_table(tree: Tree, name: str) -> tuple[str, bytes]:
-    """A file given by its path, or by its path in the tree. ConfigError if it is not there."""
-    for folder in ("", *tree.files):
-        if name in tree.files.get(folder, ()) or join(folder, name.rpartition("/")[2]) == name:
-            inside = join(folder, name) if name in tree.files.get(folder, ()) else name
-            if inside.rpartition("/")[2] in tree.files.get(inside.rpartition("/")[0], ()):
-                return inside, tree.read(inside)
-    if Path(name).is_file():
-        return name, Path(name).read_bytes()
-    raise ConfigError(f"{name} is neither a file nor in {tree.name}")
-
-
-def unread_label_file(listing: Listing, folders: Sequence[str]) -> str | None:
-    """A file beside the images that gives them labels, or others than their folders do."""
-    tree = listing.tree
-    rows_of: dict[str, list[list[str]]] = {}
-    for path in text_files(tree, iter(folders)):
-        name = path.rpartition("/")[2]
-        if len(rows_of) < GLANCE_FILES and is_table(name) and not _is_read(listing, path):
-            rows_of[path] = list(mentions(tree.read(path)[:GLANCE_BYTES]))
-    words = {w.rsplit("/", 1)[-1] for rows in rows_of.values() for row in rows for w in row}
-    if not words:
-        return None
-    named = {  # what a row may call an image -> its class
-        name: listing.classes[item.label] if item.label >= 0 else ""
-        for items in listing.items.values()
-        for item in items
-        for name in _names(item)
-        if name in words
-    }
-    for path, rows in rows_of.items():
-        if _contradicts(rows, named):
-            return path
-    return None
-
-
-def _names(item: Item) -> tuple[str, str]:
-    name = item.path.rsplit("/", 1)[-1]
-    stem = name.rsplit(".", 1)[0]
-    return name, stem if len(stem) > 3 else name
-
-
-def _is_read(listing: Listing, path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return name in listing.labels or name in TRUTH or "submission" in name.lower()
-
-
-def _contradicts(rows: Sequence[Sequence[str]], named: Mapping[str, str]) -> bool:
-    """Whether rows give labels to images that have none, or other ones."""
-    speaking = 0
-    for row in rows:
-        classes = [named[w.rsplit("/", 1)[-1]] for w in row if w.rsplit("/", 1)[-1] in named]
-        if classes and (not classes[0] or not any(classes[0] in word for word in row)):
-            speaking += len(row) > 1
-    return speaking >= max(1, SPEAKS * (len(rows) - 1))

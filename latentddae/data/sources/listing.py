@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError
-from latentddae.data.sources.scan import LINKED, Tree, extension_of
+from latentddae.data.sources.scan import LINKED, Tree, extension_of, join
 from latentddae.data.sources.source import Item, Source, make_source
-from latentddae.data.sources.source_report import SourceReport, SplitCount
+from latentddae.data.sources.source_report import SourceReport, SplitCount, extensions_text
 
 ALL = "all"  # the name of the only split of a place without splits
 MAX_LABEL = 2**31
@@ -34,6 +34,8 @@ class Listing:
     """Split -> images that are named somewhere and not there, with the reason."""
     errors: dict[str, LatentddaeError] = field(default_factory=dict)
     """Split -> why it cannot be read."""
+    uses: tuple[str, ...] = ()
+    """The fields of SourceOptions that had a say."""
 
     @property
     def has_splits(self) -> bool:
@@ -91,6 +93,17 @@ class Listing:
                 kept.append(item)
             self.items[split] = kept
 
+    def nothing(self) -> DataError:
+        """The error for a place without images, which names what there is instead."""
+        tree = self.tree
+        text = f"source {tree.name} holds no images"
+        if tree.others:
+            text += f", but {extensions_text(tree.others)}"
+        packed = [join(f, n) for f, names in tree.files.items() for n in names if is_archive(n)]
+        if packed:
+            text += f"; give an archive itself, e.g. {join(tree.name, min(packed))}"
+        return DataError(text)
+
     def report(self) -> SourceReport:
         """The report."""
         tree = self.tree
@@ -127,8 +140,7 @@ class Listing:
             )
         items, missing = self.items[name], self.missing.get(name, [])
         if not items and not missing:
-            others = sum(self.tree.others.values())
-            raise DataError(f"source {self.tree.name} holds no images ({others} other files)")
+            raise self.nothing()
         return make_source(
             self.tree.name,
             self.classes,
@@ -158,7 +170,7 @@ def number_ids(
         )
         labels = [position.get(number, -1) if number is not None else -1 for number in ids]
         return labels, classes, "by the labels that occur, from 0 on (--relabel)"
-    top = distinct[-1] + 1 if distinct else 0
+    top = distinct[-1] + 1 if distinct else 0  # as many classes as positions
     if names is not None:
         if top > len(names):
             raise DataError(f"{place}: label {top - 1}, but {len(names)} class names beside it")
@@ -169,12 +181,18 @@ def number_ids(
             f"--relabel numbers those that occur; a list of {top} names in classes.txt keeps them"
         )
     classes = tuple(map(str, range(top)))
-    return [-1 if n is None else n for n in ids], classes, "by the labels themselves"
+    numbering = "by the labels themselves"
+    if distinct and distinct[0]:
+        numbering += f", of which {distinct[0]} is the first (--relabel begins with 0)"
+    return [-1 if n is None else n for n in ids], classes, numbering
 
 
 def name_list(path: str, data: bytes) -> tuple[str, ...]:
-    """Class names, one a line. DataError if one is blank or given twice."""
-    names = data.decode(errors="replace").rstrip("\r\n").splitlines()
+    """Class names, one a line. DataError if one is blank or given twice, or if it is no text."""
+    try:
+        names = data.decode("utf-8-sig").rstrip("\r\n").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
     blank = next((i for i, name in enumerate(names, 1) if not name.strip()), None)
     if blank is not None:
         raise DataError(f"{path}: line {blank} is blank; every line is the name of a class")
@@ -184,6 +202,14 @@ def name_list(path: str, data: bytes) -> tuple[str, ...]:
     return tuple(names)
 
 
+TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json", ".lst", ".list", ".data")
+
+
 def is_table(name: str) -> bool:
     """Whether a file name is that of a table of text."""
-    return extension_of(name) in (".csv", ".tsv", ".txt", ".jsonl", ".json")
+    return extension_of(name) in TABLES
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file name is that of an archive which can be a source itself."""
+    return name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))

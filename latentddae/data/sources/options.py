@@ -1,8 +1,11 @@
 """The settings that say where images are and how the place is to be read."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Literal
 
+IGNORE = "none"
+"""The value of `labels` that says: not by these files."""
 Layout = Literal["auto", "classes", "splits", "flat", "webdataset"]
 
 
@@ -22,8 +25,9 @@ class SourceOptions:
     class_level: str = "auto"
     """Which folder above an image names its class: first, leaf, or its number below the split."""
     labels: str = ""
-    """File with an image and its label in each row (csv, tsv, txt, jsonl, json), as FILE or
-    FILE:COLUMN; none: ignore such files."""
+    """Files with an image and its label in each row (csv, tsv, txt, jsonl, json), as FILE or
+    FILE:COLUMN, separated by commas; a bare name is that file in every folder that has it. Of
+    Parquet: the column; of tars: the key in their JSON members. none: ignore all of these."""
     split_file: tuple[str, ...] = ()
     """Files that say which image is in which split: a table with a column for it, or one list of
     images for each split, named after it."""
@@ -35,6 +39,15 @@ class SourceOptions:
     """Where named sets are kept."""
     download: bool = False
     """Fetch a named set, or one of the Hub, that is not there."""
+
+    def without_effect(self, used: Collection[str]) -> list[str]:
+        """The flags that were given although a reader of images uses only those in `used`."""
+        return [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(SourceOptions)
+            if field.name not in {"source", "root", "download", *used}
+            and getattr(self, field.name) != field.default
+        ]
 
     @property
     def skip(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ IMAGE_NAMES = frozenset(
 """Extensions of files that are believed to be images without a look at their content."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """What is decoded. No EPS: it would run Ghostscript."""
-MAX_PIXELS = 2**26  # 67 megapixels are 201 MB as RGB; checked in the header, before decoding
+MAX_PIXELS = 100_000_000  # are 300 MB as RGB; checked in the header, before decoding
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,13 +36,13 @@ class BadImageError(ValueError):
     """A file that cannot be decoded. The message is the reason, without the file's name."""
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of an encoded image as upright RGB. BadImageError gives the reason if not."""
     if not data:
         raise BadImageError("the file is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image)
+        _check_size(image, max_pixels)
         image.load()
         return to_rgb(image)
     except BadImageError:
@@ -53,11 +53,12 @@ def decode(data: bytes) -> Image.Image:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise BadImageError(
-            f"{width}x{height} pixels, more than {MAX_PIXELS} (decompression bomb?)"
+            f"{width}x{height} are more than {max_pixels / 1e6:g} megapixels: a decompression "
+            f"bomb? --max-megapixels raises the limit"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImageError(f"{width}x{height} pixels, thinner than {MAX_ASPECT}:1")

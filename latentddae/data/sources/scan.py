@@ -9,11 +9,11 @@ import struct
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentddae.core.errors import DataError, unreadable
+from latentddae.core.files import read_raw
 from latentddae.data.shard_format import FORMAT, MANIFEST
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.source import Item
@@ -25,12 +25,15 @@ SYSTEM_NAMES = frozenset(
 """Files and folders that operating systems and tools leave behind; so is every name that begins
 with a dot. What lies in them is counted and never read."""
 
-HEAD_BYTES = 32
+HEAD_BYTES = 132  # DICOM says so after 128
 MAGIC = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\xff\x0a"),
-    *(b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  "),
+    *(b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"II+\0", b"MM\0+"),
+    *(b"8BPS", b"v/1\1", b"DDS ", b"#?RADIANCE", b"qoif", b"FUJIFILM", b"BPG\xfb"),
 )
-BOXES = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")
+"""JPEG, PNG, GIF, TIFF (and most cameras' own formats), JPEG XL, JPEG 2000, BigTIFF, Photoshop,
+OpenEXR, DirectDraw, Radiance, QOI, Fujifilm, BPG: what is not decoded is a bad image."""
+BOXES = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 
 SYSTEM, SKIPPED, LINKED = (
     "in a system file or folder",
@@ -50,6 +53,7 @@ def is_image_head(head: bytes) -> bool:
         head.startswith(MAGIC)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in BOXES)
+        or head[128:132] == b"DICM"
         or (head[:2] == b"BM" and head[6:10] == bytes(4))
         or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in (b" ", b"\n", b"\r"))
     )
@@ -121,11 +125,11 @@ class Tree:
         names = (folder.split("/", 1)[0] for folder in self.below(top) if folder)
         return list(dict.fromkeys(names))
 
-    def read(self, path: str) -> bytes:
-        """A whole file. DataError if it cannot be read."""
+    def read(self, path: str, size: int = -1) -> bytes:
+        """A file, or its first `size` bytes. DataError if it cannot be read."""
         item = (self.members or {}).get(path) or Item(path, -1, os.path.join(self.root, path))
         try:
-            return item.read()
+            return item.read() if size < 0 else item.head(size)
         except OSError as error:
             raise unreadable(
                 f"{self.name}/{path} cannot be read: {error.strerror}", error
@@ -173,6 +177,9 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
+            if system and isinstance(error, PermissionError):  # lost+found is root's
+                tree.notes.append(f"folder {folder} is a system's and was not looked into")
+                continue
             raise unreadable(f"{path} cannot be read: {error.strerror}", error) from error
         if folder and _is_data_folder(path, entries):
             tree.notes.append(f"folder {folder} holds latent shards of ours")
@@ -206,8 +213,7 @@ def _add_file(
 
 def _head(path: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(HEAD_BYTES)
+        return read_raw(Path(path), HEAD_BYTES)
     except OSError:
         return b""
 
@@ -260,13 +266,6 @@ def add_member(tree: Tree, name: str, item: Item, skip: frozenset[str]) -> None:
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     path = "/".join(parts)
     tree.members[path] = item
-    is_image = extension_of(path) in IMAGE_NAMES or is_image_head(item.read()[:HEAD_BYTES])
+    is_image = extension_of(path) in IMAGE_NAMES or is_image_head(item.head(HEAD_BYTES))
     folder, _, last = path.rpartition("/")
     tree.add(folder, last, is_image, any(map(is_system, parts)), skip)
-
-
-def text_files(tree: Tree, folders: Iterator[str]) -> Iterator[str]:
-    """Paths of the other files directly in some folders."""
-    for folder in dict.fromkeys(folders):
-        for name in sorted(tree.files.get(folder, ())):
-            yield join(folder, name)

@@ -17,11 +17,12 @@ from latentddae.core.errors import ConfigError
 from latentddae.core.files import open_regular
 from latentddae.core.retry import retried
 from latentddae.data.shard_format import escape_path, invalid_key_reason, key_from_path
-from latentddae.data.sources.pixels import BadImageError, decode, to_rgb
+from latentddae.data.sources.pixels import MAX_PIXELS, BadImageError, decode, to_rgb
 from latentddae.data.sources.source_report import SourceReport
 
 KEY_HASH_BYTES = 16
 MAX_BYTES = 1 << 30  # of one image file
+DEFLATED_HEAD = 1 << 10  # compressed bytes beyond those asked for
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Source:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """The i-th image, RGB. BadImageError gives the reason if it is bad, UnavailableError is for
         one that cannot be read now."""
         try:
             data = retried(lambda: self.read(i), self.names[i])
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-        return decode(data) if isinstance(data, bytes) else to_rgb(data)
+        return decode(data, max_pixels) if isinstance(data, bytes) else to_rgb(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,20 @@ class Item:
     def location(self) -> str:
         """The file that holds its bytes."""
         return self.file + self.path if self.file.endswith("/") else self.file
+
+    def head(self, size: int) -> bytes:
+        """The first `size` bytes of the encoded image, or fewer. Raises OSError."""
+        with open_regular(self.location) as file:
+            count = size + DEFLATED_HEAD if self.deflated else size
+            data = os.pread(
+                file.fileno(), count if self.size < 0 else min(self.size, count), self.offset
+            )
+        if self.deflated:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+            except zlib.error:
+                return b""
+        return data[:size]
 
     def read(self) -> bytes:
         """The encoded image. Raises OSError."""

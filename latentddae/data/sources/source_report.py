@@ -67,7 +67,7 @@ class SourceReport:
         for reason, count in self.rejected.items():
             yield f"  left out  {count:,} {reason}, e.g. {self.examples.get(reason, '')}"
         if self.others:
-            yield f"  not used  {_extensions(self.others)}"
+            yield f"  not used  {extensions_text(self.others)}"
         for note in self.notes:
             yield f"  note      {note}"
 
@@ -85,7 +85,8 @@ def _split_text(split: SplitCount) -> str:
     return text
 
 
-def _extensions(others: Mapping[str, int]) -> str:
+def extensions_text(others: Mapping[str, int]) -> str:
+    """How many files that are no images there are of each kind, in words."""
     ranked = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
     shown = ", ".join(f"{count:,} {extension}" for extension, count in ranked[:EXTENSIONS_SHOWN])
     rest = sum(count for _, count in ranked[EXTENSIONS_SHOWN:])

@@ -14,8 +14,8 @@ from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.sources.scan import extension_of
 
 LABEL_NAMES = tuple(
-    "label labels class class_id class_name classname target category category_id species breed "
-    "diagnosis y fine_label".split()
+    "label labels cls class class_id class_index class_name classname target category category_id "
+    "species breed diagnosis y fine_label".split()
 )
 SPLIT_NAMES = ("split", "set", "partition", "data set", "dataset", "subset", "fold", "usage")
 LOOKED_AT = 200  # rows from which the meaning of columns is told
@@ -33,7 +33,7 @@ class Row:
 
 
 class Images:
-    """The images of a tree by whatever part of their paths is unique."""
+    """The images of a tree by whatever end of their paths is unique."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths: dict[str, str | None] = {}
@@ -48,13 +48,36 @@ class Images:
             self._paths[path] = path
 
     def find(self, text: str) -> str | None:
-        """The path of the image that a cell names, else None."""
-        parts = [part for part in text.strip().replace("\\", "/").split("/") if part not in ".."]
-        for start in range(len(parts)):
-            path = self._paths.get("/".join(parts[start:]))
+        """The path of the image that a cell names, else None: the cell is the end of that path, or
+        that path is the end of the cell."""
+        parts = _parts(text)
+        if not parts:
+            return None
+        path = self._paths.get("/".join(parts))
+        for start in range(1, len(parts)):
             if path is not None:
-                return path
-        return None
+                break
+            rest = "/".join(parts[start:])
+            path = self._paths.get(rest)
+            if path is not None and path.count("/") != rest.count("/"):
+                path = None
+        return path
+
+    def below(self, folder: str) -> "Images":
+        """Those below a folder."""
+        paths = dict.fromkeys(path for path in self._paths.values() if path is not None)
+        return Images([path for path in paths if path.startswith(f"{folder}/")])
+
+    def is_ambiguous(self, text: str) -> bool:
+        """Whether a cell could be the name of several images."""
+        name = "/".join(_parts(text))
+        return name in self._paths and self._paths[name] is None
+
+
+def _parts(text: str) -> list[str]:
+    return [
+        part for part in text.strip().replace("\\", "/").split("/") if part not in ("", ".", "..")
+    ]
 
 
 def read_rows(name: str, data: bytes, images: Images, column: str = "") -> list[Row]:
@@ -64,12 +87,12 @@ def read_rows(name: str, data: bytes, images: Images, column: str = "") -> list[
         extension = extension_of(name)
         if extension == ".json":
             return _json_rows(name, json.loads(data), images, column)
-        if extension == ".jsonl":
+        if extension in (".jsonl", ".ndjson"):
             lines = [json.loads(line) for line in data.splitlines() if line.strip()]
             return _record_rows(name, lines, images, column)
         return _text_rows(name, data.decode("utf-8-sig"), images, column)
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"{name} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+        raise DataError(f"{name} cannot be read: {type(error).__name__} {error}") from error
 
 
 def _json_rows(name: str, value: object, images: Images, column: str) -> list[Row]:
@@ -188,3 +211,8 @@ def mentions(data: bytes) -> Iterator[list[str]]:
         words = [word for word in re.split(r"[\s,;|\"':\[{(]+", row) if word]
         if words:
             yield words
+
+
+def label_keys(record: Mapping[str, object]) -> list[str]:
+    """The keys of a JSON object that are called after labels and hold something."""
+    return [k for k in record if k.lower() in LABEL_NAMES and record[k] not in (None, "")]

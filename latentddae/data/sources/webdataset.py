@@ -13,21 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.data.sources.folders import split_of_file, split_of_folder
-from latentddae.data.sources.listing import ALL, Listing, name_list, number_ids
-from latentddae.data.sources.options import SourceOptions
+from latentddae.data.sources.listing import ALL, Listing, is_table, name_list, number_ids
+from latentddae.data.sources.options import IGNORE, SourceOptions
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.scan import (
     HEAD_BYTES,
     SKIPPED,
     SYSTEM,
     Tree,
-    add_member,
     extension_of,
     is_image_head,
     is_system,
 )
 from latentddae.data.sources.source import Item
+from latentddae.data.sources.split_names import split_of_file, split_of_folder
+from latentddae.data.sources.tables import label_keys
 from latentddae.data.sources.tars import Member, members
 
 LABEL_BYTES = 1 << 16  # of a label or JSON member that are read
@@ -42,6 +42,8 @@ class TarListing:
     tree: Tree
     """Takes the counts."""
     skip: frozenset[str] = frozenset()
+    label_key: str = ""
+    """The key of the label in JSON members; "": `label`; "none": labels are not read."""
     images: list[tuple[str, str, Item]] = field(default_factory=list)
     """(tar, key, image), not yet labelled."""
     labels: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -76,10 +78,10 @@ class TarListing:
                 return
             item = Item(member.name, -1, str(packed), member.offset, member.size)
             self.images.append((str(tar), key or os.path.splitext(member.name)[0], item))
-        elif extension == "cls":
+        elif extension == "cls" and not self.label_key:
             self._label(tar, key, _integer(tar, member, handle))
-        elif extension == "json":
-            self._label(tar, key, _json_label(tar, member, handle))
+        elif extension == "json" and self.label_key != IGNORE:
+            self._label(tar, key, _json_label(tar, member, handle, self.label_key))
         else:
             self.texts[last or "without extension"] += 1
 
@@ -121,10 +123,18 @@ def tar_listing(
     """
     by_split = tars_by_split(tree, [tar for tar, _ in tars]) if splits else {}
     packed_of = dict(tars)
-    listing = Listing(tree, "WebDataset tars", {})
+    if is_table(options.labels):
+        raise ConfigError(
+            f"{tree.name}: labels of tars are in their .cls or .json members, {options.labels} is "
+            f"not read; --labels KEY names a key of the .json members"
+        )
+    uses = ("labels", "relabel", "split_file", "skip_extensions")
+    listing = Listing(tree, "WebDataset tars", {}, uses=uses)
+    if options.layout == "webdataset":
+        listing.uses += ("layout",)
     lists: dict[str, TarListing] = {}
     for split, paths in (by_split or {ALL: [tar for tar, _ in tars]}).items():
-        lists[split] = TarListing(tree, options.skip)
+        lists[split] = TarListing(tree, options.skip, options.labels)
         for tar in paths:
             lists[split].add(tar, packed_of[tar])
     ids: list[int | None] = []
@@ -176,20 +186,6 @@ def tars_by_split(tree: Tree, tars: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def archive_tree(name: Path, packed: Path, skip: frozenset[str]) -> Tree | None:
-    """A tar as a tree of folders, if it holds no labels and every image is in a folder."""
-    every = list(members(packed))
-    if any(extension_of(member.name) in (".cls", ".json") for member in every):
-        return None
-    tree = Tree(str(name), name, members={})
-    for member in every:
-        if ".." in member.name.split("/") or member.name.startswith("/"):
-            return None
-        item = Item(member.name, -1, str(packed), member.offset, member.size)
-        add_member(tree, member.name, item, skip)
-    return tree if tree.images and "" not in tree.images else None
-
-
 def _integer(tar: Path, member: Member, handle: int) -> int:
     text = os.pread(handle, min(member.size, LABEL_BYTES), member.offset)
     try:
@@ -198,13 +194,20 @@ def _integer(tar: Path, member: Member, handle: int) -> int:
         raise DataError(f"{tar}: {member.name} holds no integer label") from error
 
 
-def _json_label(tar: Path, member: Member, handle: int) -> int | None:
-    """The `label` of a JSON member; None if it has none."""
+def _json_label(tar: Path, member: Member, handle: int, key: str) -> int | None:
+    """The label of a JSON member; None if it has none. ConfigError if it could be under another
+    key than `label`."""
     text = os.pread(handle, min(member.size, LABEL_BYTES), member.offset)
     try:
         value = json.loads(text)
-        label = value.get("label") if isinstance(value, dict) else value
+        label = value.get(key or "label") if isinstance(value, dict) else value
         if label is None:
+            others = label_keys(value) if isinstance(value, dict) and not key else ()
+            if others:
+                raise ConfigError(
+                    f"{tar}: {member.name} has no `label`, but {', '.join(others)}; say --labels "
+                    f"{others[0]} to read that, or --labels {IGNORE}"
+                )
             return None
         if isinstance(label, bool) or int(label) != float(label):
             raise ValueError(label)

@@ -122,7 +122,22 @@ def open_shards(root: Path, split: str, checkpoint: Checkpoint) -> ShardSet:
     """One split of a data folder. ConfigError if the checkpoint was trained on other latents."""
     shards = ShardSet(root, split)
     check_data(checkpoint.latents, shards)
+    if (change := changed_data(checkpoint.info, shards)) and dist.world_from_environment().is_main:
+        print(change, file=sys.stderr)
     return shards
+
+
+def changed_data(info: Mapping[str, Any], shards: ShardSet) -> str | None:
+    """In words, that the split a network was trained on has been encoded again since; None if this
+    is that very split, or another data set."""
+    trained, now = info.get("data") or {}, shards.fingerprints
+    known = {"name": shards.root.resolve().name, "split": shards.split}
+    if info.get("data_set") != known or trained.get("content") == now["content"]:
+        return None
+    names = [name for name in now if trained.get(name) != now[name]]
+    return f"{shards.root}: split {shards.split} was encoded again since training: " + ", ".join(
+        f"{name} {trained.get(name)} then, {now[name]} now" for name in names
+    )
 
 
 def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:

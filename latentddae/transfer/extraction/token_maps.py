@@ -20,6 +20,7 @@ from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.imaging import IMAGE_SUFFIXES
 from latentddae.core.rng import key_positions
+from latentddae.data.content import content_hash
 from latentddae.data.encoding.autoencoder import PROBE_PIXELS, Autoencoder, open_matching
 from latentddae.data.sources.pixels import BadImageError, decode
 from latentddae.models.zoo import Checkpoint
@@ -113,14 +114,24 @@ class TokenMaps:
 def square(path: Path, resolution: int) -> np.ndarray:
     """An image file resized to resolution x resolution: (3, R, R) uint8. DataError names a bad
     file."""
+    resized = _decoded(path).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return np.asarray(resized).transpose(2, 0, 1).copy()
+
+
+def _decoded(path: Path) -> Image.Image:
     try:
-        image = decode(path.read_bytes())
+        return decode(path.read_bytes())
     except OSError as error:
         raise unreadable(f"cannot read {path}: {error.strerror}", error) from error
     except BadImageError as error:
         raise DataError(f"{path}: {error}") from error
-    resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    return np.asarray(resized).transpose(2, 0, 1).copy()
+
+
+def pixel_hash(path: Path) -> int:
+    """A hash of the decoded picture, whatever its file is called and however it was packed.
+    DataError names a bad file."""
+    image = _decoded(path)
+    return content_hash(np.asarray(image)) ^ content_hash(np.array(image.size))
 
 
 def image_names(folder: Path) -> list[str]:
@@ -164,6 +175,8 @@ class DenseOptions(CheckpointOptions):
     """Autoencoder that encodes the images. Default: the one that the checkpoint names."""
     seed: int = 0
     """Of the noise and of what is trained."""
+    allow_overlap: bool = False
+    """Score images that are compared with themselves, or were trained on, too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

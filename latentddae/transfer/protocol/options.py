@@ -7,7 +7,7 @@ from typing import Literal
 from latentddae.core.config import require
 from latentddae.core.errors import UsageError
 from latentddae.data.content import check_disjoint
-from latentddae.data.shards import ShardSet
+from latentddae.data.manifest import read_manifest
 from latentddae.data.subsets import Concat, SampleSet, labelled
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
@@ -100,8 +100,20 @@ def open_test(
     ConfigError if it shares images with the splits that are fitted on, unless `allow_overlap`.
     """
     if split is None:
-        manifest = ShardSet(root, "train").manifest
+        manifest = read_manifest(root)
         split = next((name for name in TEST_SPLITS if name in manifest["splits"]), "test")
     test = labelled(open_shards(root, split, checkpoint))
     check_disjoint(root, train_splits, split, allow_overlap)
     return test
+
+
+def check_splits(root: Path, train_splits: tuple[str, ...], allow_overlap: bool = False) -> None:
+    """Refuse, before a search over cells, what their probes would refuse: a test split that shares
+    images with train. So are train splits that share images: held-out ones would be among them.
+    Raises ConfigError."""
+    for number, split in enumerate(train_splits):
+        check_disjoint(root, train_splits[:number], split, allow_overlap)
+    manifest = read_manifest(root)
+    others = [s for s in TEST_SPLITS if s in manifest["splits"] and s not in train_splits]
+    for split in others[:1]:
+        check_disjoint(root, train_splits, split, allow_overlap)

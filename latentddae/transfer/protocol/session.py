@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 
 from latentddae.core import dist, progress
-from latentddae.core.errors import UsageError
 from latentddae.core.files import write_atomic
 from latentddae.core.rng import key_positions
 from latentddae.data.subsets import SampleSet, Subset
@@ -168,8 +167,6 @@ def _open(options: ProbeOptions, grid: Grid | None) -> ProbeSession:
         options.train_splits,
         options.allow_overlap,
     )
-    if test.split in options.train_splits:
-        raise UsageError(f"{test.split} is one of --train-splits: name another --test-split")
     info = options.describe(checkpoint)
     if grid:
         cells.check_grid(grid, info.model_hash, train)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.sources.open import open_split
 from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.source import Source
@@ -79,4 +79,44 @@ def test_columns_with_two_readings(photos: Path, tmp_path: Path) -> None:
     assert opened(path, labels="label").labels.tolist() == [0]
     pq.write_table(pa.table({"text": ["a"]}), path)
     with pytest.raises(ConfigError, match="which column holds the images"):
+        opened(path)
+
+
+LABELS = {  # column -> (labels, classes)
+    "texts": (pa.array(["dog", "cat", None, "cat10", "cat2"]), [3, 0, -1, 2, 1]),
+    "categories": (pa.array(["b", "a", None, "b", ""]).dictionary_encode(), [1, 0, -1, 1, -1]),
+    "floats of pandas": (pa.array([1.0, 0.0, float("nan"), 2.0, None]), [1, 0, -1, 2, -1]),
+    "bytes": (pa.array([1, 0, None, 2, 2], pa.int8()), [1, 0, -1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_every_type(photos: Path, tmp_path: Path, name: str) -> None:
+    images = [path.read_bytes() for path in sorted(photos.glob("*/*.jpg"))[:5]]
+    column, expected = LABELS[name]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": pa.array(images), "species": column, "w": [1] * 5}), path)
+    source = opened(path)
+    assert source.labels.tolist() == expected
+    assert source.report is not None
+    assert source.report.labels == "column species"
+    assert source.report.notes == ("columns that are not read: w",)
+    assert set(opened(path, labels="none").labels.tolist()) == {-1}
+    with pytest.raises(ConfigError, match="--labels x is no column of integers or texts"):
+        opened(path, labels="x")
+
+
+def test_columns_that_cannot_hold_labels_stop(photos: Path, tmp_path: Path) -> None:
+    image = next(photos.glob("1/*.jpg")).read_bytes()
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": pa.array([image]), "label": [[1, 2]]}), path)
+    with pytest.raises(ConfigError, match="which column holds the labels, label"):
+        opened(path)
+    pq.write_table(pa.table({"image": pa.array([image]), "label": [0.5]}), path)
+    with pytest.raises(DataError, match=r"0\.5 is neither an integer nor a text"):
+        opened(path)
+    data = bytearray(path.read_bytes())
+    data[10:60] = bytes(50)
+    path.write_bytes(data)
+    with pytest.raises(DataError):
         opened(path)

@@ -173,7 +173,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "32-bit tiff": (lambda: saved(Image.new("I", SIZE, 70000), "TIFF"), "32-bit"),
     "eps": (lambda: saved(picture(), "EPS"), "not an image of a known format"),
     "pdf": (lambda: saved(picture(), "PDF"), "not an image of a known format"),
-    "100 megapixels": (lambda: png_of(10_000, 10_000), "more than 67108864"),
+    "101 megapixels": (lambda: png_of(10_100, 10_000), "more than 100 megapixels"),
     "400 megapixels": (lambda: png_of(20_000, 20_000), ""),
     "20000x1": (lambda: saved(Image.new("L", (20_000, 1)), "PNG"), "thinner than 64:1"),
     "text bomb": (text_bomb, ""),

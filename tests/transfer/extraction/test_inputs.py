@@ -4,10 +4,13 @@ ones are named.
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from latentddae.core.errors import ConfigError
+from latentddae.data.shards import ShardSet, write_split
 from latentddae.transfer.extraction import inputs
 from tests.conftest import without_check
 
@@ -44,3 +47,28 @@ def test_a_control_says_its_weights_and_reads_images_only(train):
     assert (described.weights, described.images_seen) == ("random", None)
     with pytest.raises(ConfigError, match="reads images"):
         inputs.open_shards(train.root, "train", control)
+
+
+def test_data_encoded_again_since_training_is_said_with_both_fingerprints(
+    checkpoint, train, tmp_path, capsys
+):
+    """The same folder and split, the same sizes, other numbers; another folder is another set."""
+    root = tmp_path / "set"
+    keys, labels = train.keys(np.arange(96)), train.labels.tolist()
+    stored = train.gather(np.arange(96))
+    write_split(root, "train", train.spec, stored, labels, keys, train.classes)
+    then = ShardSet(root, "train").fingerprints
+    facts = {"data": then, "data_set": {"name": "set", "split": "train"}}
+    trained = replace(checkpoint, info={**checkpoint.info, **facts})
+    inputs.open_shards(root, "train", trained)
+    assert capsys.readouterr().err == ""
+    sizes = sorted(path.stat().st_size for path in root.glob("*.tar"))
+    write_split(root, "train", train.spec, stored[::-1].copy(), labels, keys, train.classes)
+    assert sorted(path.stat().st_size for path in root.glob("*.tar")) == sizes
+    inputs.open_shards(root, "train", trained)
+    now = ShardSet(root, "train").fingerprints
+    said = capsys.readouterr().err
+    assert "encoded again since training" in said
+    assert f"content {then['content']} then, {now['content']} now" in said
+    inputs.open_shards(train.root, "train", trained)  # transfer to another set is no news
+    assert capsys.readouterr().err == ""
