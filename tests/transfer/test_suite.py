@@ -230,7 +230,7 @@ def test_a_split_cannot_fit_and_be_scored(pets_and_flowers, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "export", ShardSet(data, "train"))
     common = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
     cell = ["--block", "1", "--level", "0.1", "--train-splits", "train,test"]
-    with pytest.raises(ConfigError, match="split test of .* is fitted on and would be scored"):
+    with pytest.raises(ConfigError, match=r"split test of .* is fitted on and would be scored"):
         linear.main([*common, *cell])
     with pytest.raises(UsageError, match="name data folders"):
         suite.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])
