@@ -30,7 +30,6 @@ DATA_FOLDER = FolderKind(
         "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar",
         "*-[0-9]*.idx.npy",
         "*.content.npy",
-        "*.content.npy",
         "*.names.json",
         ".encode-*/",
     ),
@@ -83,6 +82,8 @@ class EncodingFacts(TypedDict, total=False):
     """What the keys are relative to: the same key and origin is the same file."""
     shared: dict[str, int]
     """Other split -> images of this one that are in it, too."""
+    source_options: dict[str, object]
+    """The flags that decided how the source was read."""
     source_report: dict[str, object]
     """How the source was read, see `sources.source_report`."""
     content_sha256: str

@@ -19,7 +19,8 @@ from latentddae.core.outputs import Output
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.manifest import read_manifest
 from latentddae.data.shards import ShardSet
-from latentddae.data.sources.open import open_source
+from latentddae.data.sources.open import open_split
+from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.pixels import CROPS, BadImageError
 from latentddae.data.sources.source import Source
 
@@ -77,11 +78,14 @@ def source_crops(
 
 def find_source(shards: ShardSet, name: str | None) -> Source | None:
     """The named source, else the manifest's; None if that is no longer available."""
-    path = name or shards.manifest["splits"][shards.split].get("source")
+    entry = shards.manifest["splits"][shards.split]
+    path = name or entry.get("source")
     if path is None:
         return None
+    options = entry.get("source_options", {}).items()
+    told = {field: tuple(value) if isinstance(value, list) else value for field, value in options}
     try:
-        return open_source(path, shards.split)
+        return open_split(SourceOptions(source=path, **told), shards.split)  # type: ignore[arg-type]
     except LatentddaeError as error:
         if name is not None:
             raise

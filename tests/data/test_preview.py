@@ -64,6 +64,28 @@ def test_pixels_are_shown_exactly_and_sources_may_be_gone(
     assert cells(png).shape[1] == 3
 
 
+def test_the_source_is_read_as_it_was_told_to_be(photos: Path, tmp_path: Path) -> None:
+    rows = "".join(f"1/img_{i:02d}.jpg,a\n" for i in range(10))
+    (photos / "other.csv").write_text(f"file,kind\n{rows}")
+    config = EncodeConfig(
+        source=str(photos),
+        out=str(tmp_path / "out"),
+        autoencoder="none",
+        resolution=32,
+        labels="other.csv:kind",
+        skip_extensions=("heic",),
+    )
+    assert encode(config)["source_options"] == {
+        "labels": "other.csv:kind",
+        "skip_extensions": ("heic",),
+    }
+    png = tmp_path / "preview.png"
+    assert run_command("preview", preview, [str(tmp_path / "out"), "--out", str(png)]) == 0
+    shown = cells(png)
+    assert shown.shape[1] == 2
+    np.testing.assert_array_equal(shown[:, 0], shown[:, 1])
+
+
 def test_refusals(photos: Path, tmp_path: Path) -> None:
     data = encoded(photos, tmp_path / "out", None, "none")
     png = str(tmp_path / "p.png")

@@ -236,6 +236,8 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         "shared": shared,
         "settings": plan.settings,
     }
+    if decisions := config.decisions():
+        facts["source_options"] = decisions
     if plan.source.report is not None:
         facts["source_report"] = plan.source.report.to_dict()
     if hashed := hashed_names(plan.source):

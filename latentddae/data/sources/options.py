@@ -40,6 +40,15 @@ class SourceOptions:
     download: bool = False
     """Fetch a named set, or one of the Hub, that is not there."""
 
+    def decisions(self) -> dict[str, object]:
+        """What was said about the source besides its name, for the manifest."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(SourceOptions)
+            if field.name not in ("source", "download")
+            and getattr(self, field.name) != field.default
+        }
+
     def without_effect(self, used: Collection[str]) -> list[str]:
         """The flags that were given although a reader of images uses only those in `used`."""
         return [
