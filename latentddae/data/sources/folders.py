@@ -1,7 +1,6 @@
 """Folders of images: split folders, class folders, or neither."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,12 @@ from pathlib import Path
 
 from latentddae.core.errors import ConfigError, LatentddaeError
 from latentddae.data.sources import imagenet
+from latentddae.data.sources.ambiguities import (
+    check_common_classes,
+    check_inner_splits,
+    check_parallel,
+    check_spelling,
+)
 from latentddae.data.sources.listing import ALL, Listing
 from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.scan import Tree, join
@@ -111,27 +116,8 @@ def folder_listing(tree: Tree, options: SourceOptions) -> Listing:
         listing.origins[group.split] = str(tree.root / group.top)
         _list_group(listing, group, names if group in labelled else {}, options)
     if options.layout == "auto":
-        _check_common_classes(listing)
+        check_common_classes(listing)
     return listing
-
-
-def _check_common_classes(listing: Listing) -> None:
-    """ConfigError if a labelled split has no class of train; classes that train lacks are noted."""
-    used = {
-        split: {item.label for item in items if item.label >= 0}
-        for split, items in listing.items.items()
-    }
-    for split, labels in used.items():
-        only = labels - used.get("train", labels)
-        if not only or not used.get("train"):
-            continue
-        names = ", ".join(listing.classes[label] for label in sorted(only)[:5])
-        if only == labels:
-            raise ConfigError(
-                f"{listing.tree.name}: {split} has none of the classes of train, but {names}; "
-                f"rename the folders, or say --layout splits to take all of them as classes"
-            )
-        listing.tree.notes.append(f"{len(only)} classes of {split} are not in train: {names}")
 
 
 def _class_names(
@@ -146,7 +132,9 @@ def _class_names(
             depths[folder.count("/") + 1 if folder else 0] += len(images)
     listing.depth = ", ".join(f"{d} ({count:,} images)" for d, count in sorted(depths.items()))
     if options.layout == "auto":
-        _check_inner_splits(tree, groups)
+        folders = [folder for group in groups for folder in group.folders]
+        check_inner_splits(tree, folders)
+        check_parallel(tree, {folder.split("/")[0] for folder in folders})
     level = class_level(tree, groups, depths, options)
     prefix_of: dict[str, str] = {}
     for group in groups:
@@ -160,40 +148,13 @@ def _class_names(
     unique = len(set(last.values())) == len(prefixes)
     names = {folder: last[p] if unique else p for folder, p in prefix_of.items()}
     if options.classes != "folders":
-        _check_spelling(tree, set(names.values()))
+        check_spelling(tree, set(names.values()))
     listing.classes, listing.numbering = class_list(
         tree.root, natural_order(set(names.values())), options.classes
     )
     where = "the folder that holds the image" if not level else f"folder {level} below the split"
     listing.labels = "names of folders" if level == 1 else f"names of folders: {where}"
     return names
-
-
-def _check_inner_splits(tree: Tree, groups: Sequence[Group]) -> None:
-    """ConfigError if folders below those of classes or splits are named after several splits."""
-    inner: dict[str, str] = {}
-    for group in groups:
-        for folder in group.folders:
-            for part in folder.split("/")[1:]:
-                if split := split_of_folder(part):
-                    inner.setdefault(split, folder)
-    if len(inner) > 1:
-        raise ConfigError(
-            f"{tree.name}: {' and '.join(inner.values())} look like splits below other folders; "
-            f"put the splits on top, or say --layout classes to read all of them as one"
-        )
-
-
-def _check_spelling(tree: Tree, names: Iterable[str]) -> None:
-    """ConfigError if two classes differ in nothing but capitals or the bytes of an accent."""
-    seen: dict[str, str] = {}
-    for name in sorted(names):
-        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
-        if other != name:
-            raise ConfigError(
-                f"{tree.name}: are the folders {other!r} and {name!r} one class? rename one, or "
-                f"say --classes folders if they are two"
-            )
 
 
 def class_level(

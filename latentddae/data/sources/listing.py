@@ -76,20 +76,27 @@ class Listing:
     def _drop_links(self) -> None:
         root = os.path.realpath(self.tree.root)
         links = {os.path.join(str(self.tree.root), link) for link in self.tree.links}
-        every = [item for items in self.items.values() for item in items]
         seen = {
-            os.path.join(root, os.path.relpath(item.location, self.tree.root))
-            for item in every
+            os.path.join(root, os.path.relpath(item.location, self.tree.root)): split
+            for split, items in self.items.items()
+            for item in items
             if item.location not in links
         }
         for split, items in self.items.items():
             kept = []
             for item in items:
                 target = os.path.realpath(item.location) if item.location in links else ""
-                if target and target in seen:
+                other = seen.get(target)
+                if other not in (None, split):
+                    raise ConfigError(
+                        f"{self.tree.name}: {item.path} of split {split} is a link to an image of "
+                        f"split {other}; remove such links, or read one folder with --source"
+                    )
+                if other is not None:
                     self.reject(LINKED, item.path)
                     continue
-                seen.add(target)
+                if target:
+                    seen[target] = split
                 kept.append(item)
             self.items[split] = kept
 

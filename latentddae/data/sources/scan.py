@@ -40,6 +40,7 @@ SYSTEM, SKIPPED, LINKED = (
     "left out by --skip-extensions",
     "a link to an image that is listed",
 )
+IN_TAR = "a link inside a tar: only files are read"
 
 
 def is_system(name: str) -> bool:
@@ -98,6 +99,11 @@ class Tree:
             self.reject(SKIPPED, join(folder, name))
         else:
             self.images.setdefault(folder, []).append(name)
+
+    def reject_link(self, name: str) -> None:
+        """Count an image that is a link in a tar."""
+        if extension_of(name) in IMAGE_NAMES:
+            self.reject(IN_TAR, name)
 
     def reject(self, reason: str, path: str, count: int = 1) -> None:
         """Count images that are left out."""

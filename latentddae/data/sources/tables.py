@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.scan import extension_of
 
 LABEL_NAMES = tuple(
@@ -160,14 +161,8 @@ def _cells(text: str) -> Iterator[list[str]]:
 def _rows(
     name: str, header: Sequence[str], cells: Sequence[Sequence[str]], images: Images, column: str
 ) -> list[Row]:
-    sample = cells[:LOOKED_AT]
-    hits = [
-        sum(1 for row in sample if i < len(row) and images.find(row[i])) for i in range(len(header))
-    ]
-    if not any(hits):
-        raise ConfigError(f"{name}: none of its columns ({', '.join(header)}) names the images")
-    image = hits.index(max(hits))
     low = [text.lower().strip() for text in header]
+    image = _image_column(name, header, cells[:LOOKED_AT], images, column)
     split = next((low.index(text) for text in SPLIT_NAMES if text in low), None)
     label = _label_column(name, header, low, {image, split}, column)
     return [
@@ -179,6 +174,27 @@ def _rows(
         for row in cells
         if image < len(row)
     ]
+
+
+def _image_column(
+    name: str, header: Sequence[str], sample: Sequence[Sequence[str]], images: Images, column: str
+) -> int:
+    """The column with the images' names; the label 1 may be the name of 1.jpg, too."""
+    scores = []
+    for place, title in enumerate(header):
+        named = [row[place] for row in sample if place < len(row) and images.find(row[place])]
+        full = sum(extension_of(text) in IMAGE_NAMES for text in named)
+        is_label = title.lower().strip() in LABEL_NAMES or title == column
+        scores.append((bool(named) and not is_label, full, len(named)))
+    best = max(scores)
+    if not best[2]:
+        raise ConfigError(f"{name}: none of its columns ({', '.join(header)}) names the images")
+    if scores.count(best) > 1:
+        same = ", ".join(
+            title for title, score in zip(header, scores, strict=True) if score == best
+        )
+        raise ConfigError(f"{name}: which of its columns names the images, {same}? leave one")
+    return scores.index(best)
 
 
 def _label_column(

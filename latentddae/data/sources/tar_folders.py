@@ -26,9 +26,10 @@ def unpacked_tree(
     tars: in several folders) or the tars are classes. ConfigError where both are possible.
     """
     archives: list[Archive] = []
+    links: list[str] = []
     for tar, packed in tars:
         inside = []
-        for member in members(packed):
+        for member in members(packed, on_link=links.append):
             if extension_of(member.name) in LABELLED:
                 return None
             inside.append(member)
@@ -45,6 +46,8 @@ def unpacked_tree(
     folders = set(merged.images)
     if not folders or folders & {"", *by_split} or (len(tars) > 1 and len(folders) == 1):
         return None
+    for link in links:
+        merged.reject_link(link)
     merged.files |= tree.files  # lists of classes, label files
     merged.others += tree.others
     merged.notes += tree.notes

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,14 @@ class Member:
     size: int
 
 
-def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Regular members of an uncompressed tar, or of the tar inside it at `start`; links and devices
-    are skipped.
+def members(
+    tar: Path,
+    start: int = 0,
+    size: int | None = None,
+    on_link: Callable[[str], None] | None = None,
+) -> Iterator[Member]:
+    """Regular members of an uncompressed tar, or of the tar inside it at `start`; devices are
+    skipped, and so are links, of whose names `on_link` hears.
 
     DataError names a tar that is damaged, compressed or truncated (also between two members).
     """
@@ -38,6 +43,8 @@ def members(tar: Path, start: int = 0, size: int | None = None) -> Iterator[Memb
                     last = start + member.offset_data + blocks
                     if last > end:
                         raise tarfile.ReadError(f"{member.name} is cut short")
+                    if on_link is not None and (member.islnk() or member.issym()):
+                        on_link(member.name)
                     if member.isreg() and not member.sparse:
                         yield Member(member.name, start + member.offset_data, member.size)
             if os.pread(file.fileno(), len(END), last) != END:

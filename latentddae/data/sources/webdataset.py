@@ -55,7 +55,7 @@ class TarListing:
         """List the members of one tar, whose plain bytes are in `packed`. DataError if it or a
         label is damaged."""
         with open(packed, "rb") as file:
-            for member in members(packed):
+            for member in members(packed, on_link=self.tree.reject_link):
                 self._add_member(tar, packed, member, file.fileno())
 
     def _add_member(self, tar: Path, packed: Path, member: Member, handle: int) -> None:

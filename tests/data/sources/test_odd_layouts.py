@@ -1,6 +1,8 @@
 """Layouts that say more than folders do: read rightly, or refused with the flag that decides."""
 
+import io
 import json
+import tarfile
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -144,6 +146,22 @@ def test_labels_that_begin_with_one_are_said(tmp_path: Path) -> None:
     assert opened(root, labels="t.csv", relabel=True).labels.tolist() == [0, 1, 2]
 
 
+def test_labels_that_are_names_of_images_are_no_images(tmp_path: Path) -> None:
+    """0.jpg, 1.jpg, 2.jpg with the labels 2, 1, 0, in any order of columns."""
+    paths = [f"{i}.jpg" for i in range(3)]
+    tables = {
+        "a.csv": "label,id\n2,0\n1,1\n0,2\n",
+        "b.csv": "y,image\n2,0.jpg\n1,1.jpg\n0,2.jpg\n",
+        "c.txt": "0.jpg 2\n1.jpg 1\n2.jpg 0\n",
+        "d.csv": "x,image\n2,0.jpg\n1,1.jpg\n0,2.jpg\n",
+    }
+    root = write(tmp_path, *paths, files=tables)
+    for name in tables:
+        assert labels(opened(root, labels=name)) == {"0": "2", "1": "1", "2": "0"}, name
+    write(root, files={"e.csv": "x,z\n2,0\n1,1\n0,2\n"})
+    refused(root, "which of its columns names the images, x, z", labels="e.csv")
+
+
 DAMAGED = {
     "t.json": ("[1, 2, 3]", "[[1, 2], 3]", '{"labels": [1, 2]}', '{"a.jpg": {"b": 1}}', "[" * 9999),
     "t.jsonl": ("[1]\n", "1\n", '{"a": \n'),
@@ -200,6 +218,26 @@ def test_splits_without_a_common_class_stop(tmp_path: Path) -> None:
     assert "1 classes of val are not in train: eel" in notes(root)
 
 
+def test_pictures_beside_their_masks_stop(tmp_path: Path) -> None:
+    root = write(tmp_path, *(f"{f}/{i}.png" for f in ("images", "masks") for i in range(2)))
+    refused(root, "are images, masks classes.*--layout classes")
+    assert len(opened(root, layout="classes").classes) == 2
+    assert len(opened(root / "images")) == 2
+
+
+def test_links_from_one_split_to_another_stop(tmp_path: Path) -> None:
+    root = write(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "val/a/3.jpg")
+    (root / "val" / "a" / "4.jpg").symlink_to(root / "train" / "a" / "1.jpg")
+    refused(root, "val is a link to an image of split train")
+    (root / "val" / "a" / "4.jpg").unlink()
+    pool = write(tmp_path / "pool", "all/1.jpg", "all/2.jpg")
+    for split, name in (("train", "1.jpg"), ("val", "2.jpg")):
+        (pool / split).mkdir()
+        (pool / split / name).symlink_to(pool / "all" / name)
+    refused(pool, "--layout classes or --layout splits")
+    assert len(opened(pool, "val", layout="splits")) == 1
+
+
 # Tars
 
 
@@ -228,6 +266,22 @@ def test_a_tar_for_each_class(tmp_path: Path) -> None:
     refused(tmp_path / "pets", "--layout classes or --layout webdataset")
     assert opened(tmp_path / "pets", layout="classes").labels.tolist() == [0] * 3 + [1] * 4
     assert set(opened(tmp_path / "pets", layout="webdataset").labels.tolist()) == {-1}
+
+
+def test_links_in_tars_are_counted(tmp_path: Path) -> None:
+    for labelled in (False, True):
+        path = tmp_path / f"{labelled}.tar"
+        with tarfile.open(path, "w") as tar:
+            for name, data in (("a/1.jpg", picture(0)), ("a/1.cls", b"0"), ("b/2.jpg", picture(1))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                if labelled or not name.endswith(".cls"):
+                    tar.addfile(info, io.BytesIO(data))
+            link = tarfile.TarInfo("b/3.jpg")
+            link.type, link.linkname = tarfile.LNKTYPE, "a/1.jpg"
+            tar.addfile(link)
+        source = opened(path)
+        assert (len(source), sum(source.report.rejected.values())) == (2, 1)
 
 
 def test_labels_under_other_keys_stop(tmp_path: Path) -> None:
