@@ -141,7 +141,7 @@ def label_files(tree: Tree, options: SourceOptions) -> list[LabelFile]:
         name = text.rpartition(":")[0] if column else text
         folders = [folder for folder, others in tree.files.items() if name in others]
         split = split_of_file(Path(name).stem) if len(names) > 1 else None
-        if len(folders) > 1 and "" not in folders:
+        if len(folders) > 1:
             files += [
                 LabelFile(join(f, name), tree.read(join(f, name)), column, f)
                 for f in sorted(folders)

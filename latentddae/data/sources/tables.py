@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.data.sources.options import IGNORE
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.scan import extension_of
 
@@ -20,6 +21,7 @@ LABEL_NAMES = tuple(
 )
 SPLIT_NAMES = ("split", "set", "partition", "data set", "dataset", "subset", "fold", "usage")
 LOOKED_AT = 200  # rows from which the meaning of columns is told
+MANY = 10  # so many different texts are captions rather than classes
 SUFFIXES = 4  # last parts of a path by which a row may name an image
 
 
@@ -119,10 +121,14 @@ def _json_rows(name: str, value: object, images: Images, column: str) -> list[Ro
 def _coco_rows(value: Mapping[str, list]) -> list[Row]:
     """COCO's format, as iNaturalist uses it: the name of a category is its label."""
     names = {c["id"]: str(c["name"]) for c in value.get("categories", [])}
-    label_of = {
-        a["image_id"]: names.get(a["category_id"], a["category_id"])
-        for a in value["annotations"] or []
-    }
+    label_of: dict[object, str | int] = {}
+    for a in value["annotations"] or []:
+        label = names.get(a["category_id"], a["category_id"])
+        if label_of.setdefault(a["image_id"], label) != label:
+            raise ValueError(
+                f"image {a['image_id']} has several labels, {label_of[a['image_id']]} and {label}: "
+                "objects in scenes are no classes of images"
+            )
     return [Row(str(i["file_name"]), label_of.get(i["id"])) for i in value["images"]]
 
 
@@ -165,6 +171,13 @@ def _rows(
     image = _image_column(name, header, cells[:LOOKED_AT], images, column)
     split = next((low.index(text) for text in SPLIT_NAMES if text in low), None)
     label = _label_column(name, header, low, {image, split}, column)
+    if label is not None and not column and low[label] not in LABEL_NAMES:
+        values = [_cell(row, label) for row in cells]
+        if len(values) >= MANY and len(set(values)) == len(values):
+            raise ConfigError(
+                f"{name}: {header[label]!r} is different for every image: captions? say --labels "
+                f"{name}:{header[label]} if these are classes, or --labels {IGNORE}"
+            )
     return [
         Row(
             row[image],

@@ -149,6 +149,8 @@ def tar_listing(
     position = iter(labels)
     for split, items in listing.items.items():
         listing.items[split] = [replace(item, label=next(position)) for item in items]
+    if options.labels not in ("", IGNORE) and not any(label >= 0 for label in labels):
+        raise ConfigError(f"{tree.name}: no .json member has the key {options.labels!r}")
     if any(label >= 0 for label in labels):
         listing.labels = f".cls or .json members{where}"
     else:

@@ -146,6 +146,26 @@ def test_labels_that_begin_with_one_are_said(tmp_path: Path) -> None:
     assert opened(root, labels="t.csv", relabel=True).labels.tolist() == [0, 1, 2]
 
 
+def test_captions_are_no_classes(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i:04d}.jpg", "text": f"a picture of {i}"} for i in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    root = write(tmp_path, *(row["file_name"] for row in rows), files={"metadata.jsonl": text})
+    refused(root, r"--labels metadata\.jsonl .*or --labels none")
+    refused(root, "'text' is different for every image: captions", labels="metadata.jsonl")
+    assert len(opened(root, labels="metadata.jsonl:text").classes) == 12
+    assert set(labels(opened(root, labels="none")).values()) == {""}
+
+
+def test_scenes_with_several_objects_have_no_class(tmp_path: Path) -> None:
+    """COCO: an image is no example of the last object in it."""
+    annotations = [{"image_id": 0, "category_id": c} for c in (1, 1, 2)]
+    coco = {"images": [{"id": 0, "file_name": "0001.jpg"}], "annotations": annotations}
+    root = write(tmp_path, "train2017/0001.jpg", "val2017/0002.jpg")
+    write(root, files={"annotations/instances_train2017.json": json.dumps(coco)})
+    refused(root, r"annotations/instances_train2017\.json speaks of the images")
+    damaged(root, "several labels, 1 and 2", labels="annotations/instances_train2017.json")
+
+
 def test_labels_that_are_names_of_images_are_no_images(tmp_path: Path) -> None:
     """0.jpg, 1.jpg, 2.jpg with the labels 2, 1, 0, in any order of columns."""
     paths = [f"{i}.jpg" for i in range(3)]
@@ -289,6 +309,7 @@ def test_labels_under_other_keys_stop(tmp_path: Path) -> None:
     tar.write_bytes(tar_of({"a.jpg": picture(0), "a.json": '{"class_id": 1, "url": "u"}'}))
     refused(tar, "has no `label`, but class_id; say --labels class_id")
     assert opened(tar, labels="class_id").labels.tolist() == [1]
+    refused(tar, "no .json member has the key 'klass'", labels="klass")
     assert opened(tar, labels="none").labels.tolist() == [-1]
     write(tmp_path, files={"labels.csv": "key,label\na,1\n"})
     refused(tar, r"labels\.csv is not read", labels="labels.csv")
