@@ -159,8 +159,10 @@ def test_captions_are_no_classes(tmp_path: Path) -> None:
 def test_scenes_with_several_objects_have_no_class(tmp_path: Path) -> None:
     """COCO: an image is no example of the last object in it."""
     annotations = [{"image_id": 0, "category_id": c} for c in (1, 1, 2)]
-    coco = {"images": [{"id": 0, "file_name": "0001.jpg"}], "annotations": annotations}
-    root = write(tmp_path, "train2017/0001.jpg", "val2017/0002.jpg")
+    names = [f"{i:04d}.jpg" for i in range(8)]
+    pictures = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    coco = {"images": pictures, "annotations": annotations}
+    root = write(tmp_path, *(f"train2017/{name}" for name in names), "val2017/x.jpg")
     write(root, files={"annotations/instances_train2017.json": json.dumps(coco)})
     refused(root, r"annotations/instances_train2017\.json speaks of the images")
     damaged(root, "several labels, 1 and 2", labels="annotations/instances_train2017.json")
