@@ -23,7 +23,7 @@ from latentddae.data.inspect_source import main as inspect
 PAGE = Path(__file__).parent / "data.md"
 BEGIN = "<!-- Written by docs/generate_listings.py (`make reference`); do not edit. -->\n"
 END = "<!-- End of what is written. -->\n"
-MANY, SHOWN = 4, 2  # of more files in a folder, so many are drawn
+MANY, SHOWN = 8, 2  # of more files in a folder, so many are drawn
 
 Content = str | bytes
 

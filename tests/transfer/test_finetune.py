@@ -284,7 +284,7 @@ def test_refusals(start, tmp_path, ranks, capfd) -> None:
         ("level=2", "noise level"),
         ("mix.smoothing=1", "smoothing"),
         ("checkpoint=/nowhere", "/nowhere"),
-        ("test_split=train", "both 'train'"),
+        ("test_split=train", "split train of"),
     ):
         assert start(tmp_path / "run", override) in (2, 78)
         assert said in capfd.readouterr().err

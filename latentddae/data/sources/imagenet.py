@@ -192,7 +192,7 @@ def is_tiny(tree: Tree, top: str) -> bool:
 
 def tiny_listing(tree: Tree, top: str) -> Listing:
     """Tiny-ImageNet; its 200 ids, sorted, are the classes; test has no labels."""
-    classes = sorted(tree.read(join(top, "wnids.txt")).decode().split())
+    classes = sorted(tree.use(join(top, "wnids.txt")).decode().split())
     listing = Listing(tree, "Tiny-ImageNet", {}, tuple(classes))
     listing.labels, listing.numbering = "names of folders, val_annotations.txt", "by sorted ids"
     listing.uses = ("skip_extensions",)
@@ -200,7 +200,7 @@ def tiny_listing(tree: Tree, top: str) -> Listing:
     annotations = join(top, "val/val_annotations.txt")
     wnid_of: dict[str, str] = {}
     if "val_annotations.txt" in tree.files.get(join(top, "val"), ()):
-        text = tree.read(annotations).decode(errors="replace")
+        text = tree.use(annotations).decode(errors="replace")
         rows = (row.split("\t") for row in text.splitlines() if row.strip())
         try:
             wnid_of = {name: wnid for name, wnid, *_ in rows}

@@ -57,7 +57,7 @@ def cub_listing(tree: Tree, top: str) -> Listing:
 def _pairs(tree: Tree, path: str) -> dict[str, str]:
     """Rows of a number and a text: number -> text. DataError for any other row."""
     pairs = {}
-    for line in tree.read(path).decode(errors="replace").splitlines():
+    for line in tree.use(path).decode(errors="replace").splitlines():
         number, _, text = line.strip().partition(" ")
         if not line.strip():
             continue
@@ -83,7 +83,7 @@ def coco_listing(tree: Tree, files: Mapping[str, str], options: SourceOptions) -
     rows = [
         Row(row.image, row.label, split)
         for split, path in files.items()
-        for row in read_rows(path, tree.read(path), images)
+        for row in read_rows(path, tree.use(path), images)
     ]
     where = ", ".join(files.values())
     return _listing(tree, rows, "split files in COCO's format", where, None, options, images)
@@ -143,7 +143,7 @@ def label_files(tree: Tree, options: SourceOptions) -> list[LabelFile]:
         split = split_of_file(Path(name).stem) if len(names) > 1 else None
         if len(folders) > 1:
             files += [
-                LabelFile(join(f, name), tree.read(join(f, name)), column, f)
+                LabelFile(join(f, name), tree.use(join(f, name)), column, f)
                 for f in sorted(folders)
             ]
         else:
@@ -232,7 +232,7 @@ def _number(
     if all(text is None or text.removeprefix("-").isdecimal() for text in texts):
         beside = names
         if beside is None and "classes.txt" in listing.tree.files.get("", ()):
-            beside = name_list("classes.txt", listing.tree.read("classes.txt"))
+            beside = name_list("classes.txt", listing.tree.use("classes.txt"))
         ids = [None if text is None else int(text) for text in texts]
         numbers, listing.classes, listing.numbering = number_ids(
             ids, beside, options.relabel, listing.labels

@@ -84,6 +84,8 @@ class Tree:
     notes: list[str] = field(default_factory=list)
     links: set[str] = field(default_factory=set)
     """Images that are symbolic links."""
+    used: set[str] = field(default_factory=set)
+    """Other files that were read."""
     members: dict[str, Item] | None = None
     """Path -> where its bytes are; None: the files lie below `root`."""
 
@@ -140,6 +142,16 @@ class Tree:
             raise unreadable(
                 f"{self.name}/{path} cannot be read: {error.strerror}", error
             ) from error
+
+    def use(self, path: str) -> bytes:
+        """A whole file that has a say in how the images are read. DataError if it cannot be
+        read."""
+        data = self.read(path)
+        if path not in self.used:
+            self.used.add(path)
+            self.others[extension_of(path) or "without extension"] -= 1
+            self.others += Counter()  # drops zeros
+        return data
 
     def item(self, path: str, key: str, label: int) -> Item:
         """The image at a path as an item with the name `key`."""

@@ -75,12 +75,12 @@ def open_table(tree: Tree, name: str) -> tuple[str, bytes]:
     if it is not there, or if several folders of the tree have it."""
     folder, _, last = name.rpartition("/")
     if last in tree.files.get(folder, ()):
-        return name, tree.read(name)
+        return name, tree.use(name)
     inside = [join(f, name) for f, others in tree.files.items() if name in others]
     if len(inside) > 1:
         raise ConfigError(f"{tree.name} holds several {name}: {', '.join(sorted(inside)[:3])}")
     if inside:
-        return inside[0], tree.read(inside[0])
+        return inside[0], tree.use(inside[0])
     if Path(name).is_file():
         return name, read_bytes(Path(name), "a table")
     raise ConfigError(f"{name} is neither a file nor in {tree.name}")

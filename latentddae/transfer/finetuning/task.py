@@ -121,8 +121,6 @@ def open_inputs(config: FinetuneConfig, device: torch.device) -> Opened:
     test = open_test(
         root, config.test_split, checkpoint, (config.data.split,), config.allow_overlap
     )
-    if test.split == train.split:
-        raise ConfigError(f"data.split and test_split are both {test.split!r}")
     split = split_train(train, holdout=config.holdout, seed=config.seed, limit=config.limit)
     return Opened(checkpoint, train, test, split)
 
