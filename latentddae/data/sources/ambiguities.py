@@ -43,8 +43,8 @@ def check_inner_splits(tree: Tree, folders: Iterable[str]) -> None:
                 inner.setdefault(split, folder)
     if len(inner) > 1:
         raise ConfigError(
-            f"{tree.name}: {' and '.join(sorted(inner.values()))} look like splits below other folders; "
-            f"put the splits on top, or say --layout classes to read all of them as one"
+            f"{tree.name}: {' and '.join(sorted(inner.values()))} look like splits below other "
+            f"folders; put the splits on top, or say --layout classes to read all of them as one"
         )
 
 

@@ -144,7 +144,12 @@ def tar_listing(
         ids += [one.labels.get((tar, key)) for tar, key, _ in one.images]
         for extension, count in one.texts.items():
             tree.others[extension] += count
-    names, where = class_names([tars[0][0].parent, tree.root, tars[0][0].parent.parent])
+    names, list_file = class_names([tars[0][0].parent, tree.root, tars[0][0].parent.parent])
+    where = f", {list_file.name}" if list_file else ""
+    if list_file and list_file.is_relative_to(tree.root):
+        inside = str(list_file.relative_to(tree.root))
+        if list_file.name in tree.files.get(inside.rpartition("/")[0], ()):
+            tree.use(inside)
     labels, listing.classes, listing.numbering = number_ids(ids, names, options.relabel, tree.name)
     position = iter(labels)
     for split, items in listing.items.items():
@@ -218,13 +223,13 @@ def _json_label(tar: Path, member: Member, handle: int, key: str) -> int | None:
         raise DataError(f"{tar}: {member.name} holds no integer label") from error
 
 
-def class_names(folders: Sequence[Path]) -> tuple[tuple[str, ...] | None, str]:
+def class_names(folders: Sequence[Path]) -> tuple[tuple[str, ...] | None, Path | None]:
     """Class names beside tars: one per line of a text file, or `classes` at the top level of a
-    JSON file; and where they were found, in words."""
+    JSON file; and that file."""
     for folder in dict.fromkeys(folders):
         for name in NAME_FILES:
             if (folder / name).is_file():
-                return name_list(str(folder / name), (folder / name).read_bytes()), f", {name}"
+                return name_list(str(folder / name), (folder / name).read_bytes()), folder / name
         for name in ("README.json", "dataset_info.json", "_info.json"):
             if (folder / name).is_file():
                 try:
@@ -233,5 +238,5 @@ def class_names(folders: Sequence[Path]) -> tuple[tuple[str, ...] | None, str]:
                     raise DataError(f"{folder / name} is not valid JSON: {error}") from error
                 classes = info.get("classes") if isinstance(info, dict) else None
                 if isinstance(classes, list):
-                    return tuple(map(str, classes)), f", {name}"
-    return None, ""
+                    return tuple(map(str, classes)), folder / name
+    return None, None
