@@ -47,7 +47,7 @@ from latentddae.data.manifest import (
     read_manifest,
 )
 from latentddae.data.sources.open import open_splits
-from latentddae.data.sources.source import hashed_names, relabel
+from latentddae.data.sources.source import Source, hashed_names, relabel
 
 TIMEOUT_S = 3 * 86400.0  # ranks wait for each other only at the end, hours apart
 BAD_NAMED = 1000  # bad images named in the manifest; all are counted
@@ -101,10 +101,13 @@ def encode_splits(
     reports = [_report(plan) for plan, entry in zip(plans, finished, strict=True) if not entry]
     for report in dict.fromkeys(filter(None, reports)):
         _say(world, report)
-    return [
-        entry or encode_plan(plan, autoencoder, world)
-        for plan, entry in zip(plans, finished, strict=True)
-    ]
+    entries = []
+    for plan, entry in zip(plans, finished, strict=True):
+        if entry is None and plan.config.channel_stats == MEASURED:
+            with dist.errors_on_all_ranks():
+                plan = planned(plan.config, plan.source, autoencoder)
+        entries.append(entry or encode_plan(plan, autoencoder, world))
+    return entries
 
 
 def encode_plan(plan: Plan, autoencoder: Autoencoder, world: dist.World) -> SplitEntry:
@@ -152,11 +155,24 @@ def open_inputs(
             f"autoencoder {config.autoencoder} has weights {autoencoder.sha256[:12]}, expected "
             f"{config.autoencoder_sha256[:12]}: is the download truncated, or another version?"
         )
-    plans = []
-    for each, source in zip(configs, sources, strict=True):
-        spec = with_channel_stats(autoencoder.spec(each.resolution, each.views), each)
-        plans.append(make_plan(each, source, spec))
+    # What other splits take from train is there only when that has been encoded.
+    later = config.split == "train" and not (Path(config.out) / MANIFEST).exists()
+    plans = [
+        planned(each, source, autoencoder, later=later and each is not config)
+        for each, source in zip(configs, sources, strict=True)
+    ]
     return plans, autoencoder
+
+
+def planned(
+    config: EncodeConfig, source: Source, autoencoder: Autoencoder, later: bool = False
+) -> Plan:
+    """The plan of one split; `later`: to be made again once train has been encoded. ConfigError as
+    `with_channel_stats` raises it."""
+    spec = autoencoder.spec(config.resolution, config.views)
+    if not (later and config.channel_stats == MEASURED):
+        spec = with_channel_stats(spec, config)
+    return make_plan(config, source, spec)
 
 
 def finished_entry(plan: Plan) -> SplitEntry | None:

@@ -11,7 +11,7 @@ import torch
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.data.encoding.autoencoder import Autoencoder
 from latentddae.data.encoding.channel_stats import measured
-from latentddae.data.encoding.encode import encode
+from latentddae.data.encoding.encode import encode, encode_splits
 from latentddae.data.encoding.plan import EncodeConfig
 from latentddae.data.shards import ShardSet
 
@@ -76,3 +76,19 @@ def test_what_cannot_be_is_refused(
     sums = {"count": 4, "sum": [0.0, 0.0, 0.0, 4.0], "squares": [1.0, 1.0, 1.0, 4.0]}
     with pytest.raises(DataError, match="a channel does not vary"):
         measured(spec, [{"sums": sums}])  # type: ignore[list-item, typeddict-item]
+
+
+def test_several_splits_take_the_numbers_of_train(
+    photos: Path, tmp_path: Path, small_autoencoder: Autoencoder
+) -> None:
+    """Encoded together they are what they are one after the other."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    parts = [{"split": split, "test_share": 0.2} for split in ("train", "test")]
+    encode_splits([settings(photos, together, **part) for part in parts], small_autoencoder)
+    for part in parts:
+        encode(settings(photos, alone, **part), small_autoencoder)
+    for split in ("train", "test"):
+        one, two = ShardSet(together, split), ShardSet(alone, split)
+        assert one.spec == two.spec
+        assert one.spec.latents_std
+        assert torch.equal(stored(one), stored(two))
