@@ -28,6 +28,7 @@ from latentddae.core import config
 from latentddae.core.config import Tree
 from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.outputs import Output, check, claimed
+from latentddae.core.redaction import without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -72,7 +73,7 @@ class Command(Generic[Config]):
             self._check_ranks()
             for output in self.outputs(settings):
                 check(output)
-            print(self.plan(settings))
+            print(without_secrets(self.plan(settings)))
         else:
             self.execute(settings)
 
@@ -82,7 +83,8 @@ class Command(Generic[Config]):
         from latentddae.core import dist  # imports torch
 
         is_main = self._check_ranks().is_main
-        with dist.leaving_together(), claimed(self.outputs(settings), is_main=is_main):
+        outputs = claimed(self.outputs(settings), is_main=is_main, purpose=self.name)
+        with dist.leaving_together(), outputs:
             return self.run(settings)
 
     def _check_ranks(self) -> "World":

@@ -22,6 +22,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
+from latentddae.core.launcher import follow_launcher
 from latentddae.core.ports import holder_of
 
 Parameters = ParamSpec("Parameters")
@@ -131,6 +132,7 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
 
     `timeout_s` is that of collectives on tensors; rank 0's work is waited for much longer.
     """
+    follow_launcher()
     world = world_from_environment()
     device = device_for(world)
     export_launcher_variables(world, device)

@@ -9,10 +9,13 @@ import errno
 import http.client
 import json
 import re
+import socket
 import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO, cast
+
+from latentddae.core.redaction import without_secrets
 
 
 class LatentddaeError(Exception):
@@ -83,6 +86,8 @@ def is_transient(error: BaseException) -> bool:
         return error.code >= 500 or error.code in (408, 425, 429)
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         return is_transient(error.reason)
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN  # no name server answers
     if isinstance(error, (ConnectionError, TimeoutError, http.client.HTTPException)):
         return not isinstance(error, BrokenPipeError)
     if isinstance(error, OSError) and error.errno is not None:
@@ -169,6 +174,7 @@ def run_command(
     try:
         with _stderr_ignoring_write_errors():
             main(None if argv is None else list(argv))
+            sys.stdout.flush()  # a full disk under it is found here, not while Python ends
     except BrokenPipeError:  # `latentddae info DIR | head`
         sys.stderr.close()
         return 1
@@ -176,7 +182,7 @@ def run_command(
         shown = as_user_error(error)
         if shown is None:  # a bug of ours: its traceback is wanted
             raise
-        message = " ".join(str(shown).split())
+        message = without_secrets(" ".join(str(shown).split()))
         # One write: the lines of ranks that fail together stay apart.
         with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
             sys.stderr.write(f"latentddae {name}: error: {message}\n")

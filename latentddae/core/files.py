@@ -11,10 +11,13 @@ import secrets
 import shutil
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from latentddae.core.errors import ConfigError, DataError, InUseError, WriteErro
 from latentddae.core.retry import retried, unavailable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -93,6 +97,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     retried(write, path)
 
 
+def write_npy(path: Path, array: "np.ndarray") -> None:
+    """An array of any shape and of plain numbers as an .npy file, written atomically."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
+
+
 def write_json(path: Path, value: object) -> None:
     """JSON with a stable layout, written atomically."""
     write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
@@ -106,6 +119,11 @@ def read_json(path: Path, what: str) -> Any:
     return parse_json(read_bytes(path, what), f"{path} ({what})")
 
 
+ZIP_ERRORS: tuple[type[Exception], ...] = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError),
+    *(NotImplementedError, RuntimeError, UnicodeError, IndexError, struct.error),
+)
+"""What `zipfile`, and numpy on top of it, raise about damaged bytes."""
 MAX_BYTES = 1 << 30
 """Of a file that is read as a whole: manifests of millions of samples have 10 MB."""
 
@@ -147,6 +165,15 @@ def open_regular(path: Path | str) -> io.BufferedReader:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return open(handle, "rb")
+
+
+def inside(folder: Path, name: object, where: object) -> Path:
+    """The path of a file that a foreign file names. DataError for a name that leads out of the
+    folder; `where` is the file that has the name."""
+    parts = Path(str(name)).parts
+    if not parts or Path(str(name)).is_absolute() or ".." in parts or "\0" in str(name):
+        raise DataError(f"{where} names {str(name)!r}, which is not a file inside {folder}")
+    return folder / str(name)
 
 
 def read_text(path: Path, what: str = "", limit: int = MAX_BYTES) -> str:
@@ -195,9 +222,19 @@ def checked(value: object, label: object) -> dict[str, Any]:
     return value
 
 
-def append_json_line(path: Path, value: object) -> None:
-    """One JSON object per line; each line is written with a single call."""
-    line = (json.dumps(value) + "\n").encode()
+def json_line(row: Mapping[str, object]) -> str:
+    """A row as a line of a log, with the hash of its content."""
+    return json.dumps(with_check(row)) + "\n"
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A whole log, written atomically."""
+    write_atomic(path, "".join(map(json_line, rows)))
+
+
+def append_json_line(path: Path, row: Mapping[str, object]) -> None:
+    """One JSON object per line, with its hash; each line is written with a single call."""
+    line = json_line(row).encode()
 
     def append() -> None:
         with write_errors(path):
@@ -212,22 +249,29 @@ def append_json_line(path: Path, value: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; a line cut off by a kill is left out, and any other damaged one is named
-    on stderr."""
-    if not path.exists():
+    """All complete rows, without their hashes; lines that are damaged or cut off are left out and
+    counted on stderr."""
+    if not retried(lambda: is_there(path), path):
         return []
-    rows, torn = [], 0
-    lines = read_bytes(path).split(b"\n")
-    for line in lines:
+    rows, damaged = [], 0
+    for line in read_bytes(path).split(b"\n"):
         try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row, torn = None, torn + (line is not lines[-1])
-        if isinstance(row, dict):
-            rows.append(row)
-    if torn:
-        warn(f"warning: {path}: {torn} damaged line{'s' if torn > 1 else ''} left out")
+            rows += [checked(parse_json(line, "line"), "line")] if line.strip() else []
+        except DataError:
+            damaged += 1
+    if damaged:
+        warn(f"warning: {path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
     return rows
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file exists. Raises OSError where that cannot be found out: `Path.exists` says no
+    for some of what a file system answers that cannot answer now."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def keep_damaged(path: Path) -> None:
@@ -238,8 +282,8 @@ def keep_damaged(path: Path) -> None:
     data = read_bytes(path)
     for line in data.split(b"\n")[:-1]:
         try:
-            json.loads(line or b"null")
-        except (ValueError, RecursionError):
+            checked(parse_json(line or b"{}", "line"), "line")
+        except DataError:
             aside = path.with_name(f"{path.name}.damaged-{hashlib.sha256(data).hexdigest()[:8]}")
             write_atomic(aside, data)
             warn(f"warning: {path} has damaged lines; as it was it is kept as {aside.name}")
@@ -301,41 +345,98 @@ def text_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_held: dict[str, int] = {}
+"""Folder that this process holds from beside it -> its process id, which a fork does not share."""
+
+
 @contextlib.contextmanager
-def exclusive(folder: Path, purpose: str) -> Iterator[IO[str]]:
+def exclusive(folder: Path, purpose: str, *, beside: bool = False) -> Iterator[None]:
     """Hold a folder for this process; a second holder gets an InUseError naming the first.
 
     The kernel's lock ends with the process, however it died. On a file system without locks, a file
-    that the holder touches replaces it. A folder that was made for the lock and is still empty at
-    the end is removed again. Raises WriteError if the folder cannot be written.
+    that the holder touches replaces it. The lock is the file `.lock` in the folder, which is made
+    for it and removed again if it stays empty; or, `beside` the folder, `.lock-NAME`, which is
+    removed at the end, and which a process may take more than once. Raises WriteError if it cannot
+    be written.
     """
-    new, path = not folder.exists(), folder / ".lock"
+    name = str(folder.resolve())
+    if beside and _held.get(name) == os.getpid():
+        yield
+        return
+    path = Path(name).parent / f".lock-{Path(name).name}" if beside else folder / ".lock"
+    new = not path.parent.exists()
     me = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(_opened_lock(path, folder))
+        try:
+            _lock(handle, path)
+        except BlockingIOError as error:
+            raise _in_use(folder, os.pread(handle.fileno(), 1 << 10, 0).decode()) from error
+        except OSError as error:  # e.g. Lustre mounted without -o flock
+            if is_transient(error):
+                raise unavailable(path, error) from error
+            stack.enter_context(_claimed(path, folder, me))
+        try:
+            if beside:
+                _held[name] = os.getpid()
+            handle.truncate(0)
+            handle.write(me.encode())
+            yield
+        finally:
+            handle.truncate(0)
+            if beside:
+                del _held[name]
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir() if new else None
+            elif new and {entry.name for entry in folder.iterdir()} <= {path.name, CLAIM}:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+WAIT_S = 0.5
+
+
+@contextlib.contextmanager
+def waited_for(folder: Path, purpose: str, *, beside: bool = False) -> Iterator[None]:
+    """`exclusive`, once the process that holds the folder has given it back."""
+    with contextlib.ExitStack() as lock:
+        while True:
+            try:
+                lock.enter_context(exclusive(folder, purpose, beside=beside))
+                break
+            except InUseError:
+                time.sleep(WAIT_S)
+        yield
+
+
+@contextlib.contextmanager
+def _opened_lock(path: Path, folder: Path) -> Iterator[io.FileIO]:
+    """The file of a lock, made if it is not there; a link is not followed."""
+
+    def opened() -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+        number = retried(opened, path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ConfigError(f"{path} is a link: remove it") from error
         raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise _in_use(folder, handle.read()) from error
-        except OSError:  # e.g. Lustre mounted without -o flock
-            stack.enter_context(_claimed(folder, me))
-        try:
-            handle.truncate(0)
-            handle.write(me)
-            handle.flush()
-            yield handle
-        finally:
-            handle.truncate(0)
-            if new and {entry.name for entry in folder.iterdir()} <= {path.name, CLAIM}:
-                shutil.rmtree(folder, ignore_errors=True)
+    with open(number, "rb+", buffering=0) as handle:
+        yield handle
+
+
+def _lock(handle: io.FileIO, path: Path) -> None:
+    """Take the kernel's lock. BlockingIOError if another process has it, or has just removed the
+    file when it gave it back."""
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        same = os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise BlockingIOError(errno.EAGAIN, "given back at this moment", str(path))
 
 
 def _in_use(folder: Path, holder: str) -> InUseError:
@@ -349,9 +450,10 @@ BEATS = 6  # a claim that does not change for so many beats has lost its holder
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, me: str) -> Iterator[None]:
-    """Hold a folder by a file in it, touched every BEAT_S; no other machine's clock is trusted."""
-    claim, stop = folder / CLAIM, threading.Event()
+def _claimed(lock: Path, folder: Path, me: str) -> Iterator[None]:
+    """Hold a folder by a file beside its lock, touched every BEAT_S; no other machine's clock is
+    trusted."""
+    claim, stop = lock.with_name(lock.name.replace(".lock", CLAIM)), threading.Event()
     if claim.exists():
         if _is_alive(claim):
             raise _in_use(folder, claim.read_text())

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latentddae.core.errors import unreadable
-from latentddae.core.files import write_atomic
+from latentddae.core.files import open_regular, write_atomic
 from latentddae.core.outputs import FileKind
 
 SIGNATURE = ("Software", "latentddae")
 """Text in every PNG file that we write; no other picture is replaced."""
 PNG_FILE = FileKind("a picture", lambda head: "\0".join(SIGNATURE).encode() in head[:200])
+IMAGE_ERRORS = (ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises about damaged bytes, besides OSError."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -57,7 +60,7 @@ def data_url(png: bytes) -> str:
 def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8. Raises DataError naming an unreadable file."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, *IMAGE_ERRORS) as error:
         raise unreadable(f"{path} is not a readable image: {error}", error) from error

@@ -18,13 +18,16 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
-from latentddae.core.errors import ConfigError, WriteError
+from latentddae.core.errors import ConfigError, WriteError, is_transient
+from latentddae.core.files import create, exclusive
+from latentddae.core.retry import retried
 
 MARK = ".latentddae"
 """The file that marks a folder; its text is the kind's `what`."""
-ALWAYS = (MARK, ".lock", ".claim", ".tmp-*")
+ALWAYS = (MARK, ".lock", ".lock-*", ".claim", ".claim-*", ".tmp-*")
 """Names that any folder of ours may hold."""
 HEAD = 1 << 16
 DEPTH = 8
@@ -84,26 +87,32 @@ class Output:
 
 def check(output: Output) -> None:
     """Raise ConfigError unless the output may be written. Changes nothing."""
+    with _refusing(output.path):
+        retried(partial(_check, output), output.path)
+
+
+def _check(output: Output) -> None:
     path, kind = output.path, output.kind
-    with _refusing(path):
-        _check_inputs(path, output.inputs)
-        _check_surroundings(path)
-        if not os.path.lexists(path):
-            return
-        mode = path.stat().st_mode
-        if isinstance(kind, FileKind):
-            if not stat.S_ISREG(mode):
-                raise ConfigError(f"{path} is not a file: choose another name for {kind.what}")
-            if kind == NEW_FILE:
-                raise ConfigError(f"{path} exists already: choose another name")
-            if not kind.proof(head(path)):
-                raise ConfigError(
-                    f"{path} exists and is not {kind.what} of latentddae: choose another name"
-                )
-            return
-        if not stat.S_ISDIR(mode):
-            raise ConfigError(f"{path} is not a folder: choose another --out")
-        check_content(path, kind)
+    _check_inputs(path, output.inputs)
+    _check_surroundings(path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    mode = path.stat().st_mode
+    if isinstance(kind, FileKind):
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path} is not a file: choose another name for {kind.what}")
+        if kind == NEW_FILE:
+            raise ConfigError(f"{path} exists already: choose another name")
+        if not kind.proof(head(path)):
+            raise ConfigError(
+                f"{path} exists and is not {kind.what} of latentddae: choose another name"
+            )
+        return
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{path} is not a folder: choose another --out")
+    check_content(path, kind)
 
 
 def claim(output: Output) -> None:
@@ -112,32 +121,49 @@ def claim(output: Output) -> None:
     kind = output.kind
     if not isinstance(kind, FolderKind) or not kind.is_marked:
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        output.path.mkdir(parents=True, exist_ok=True)
-        with open(os.open(output.path / MARK, flags, 0o644), "w") as file:
-            file.write(f"{kind.what}\n")
-    except FileExistsError:
-        pass
+        retried(partial(_mark, output.path, kind), output.path)
     except OSError as error:
         raise WriteError(f"{output.path} cannot be written: {error.strerror}") from error
 
 
+def _mark(folder: Path, kind: FolderKind) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError), create(folder / MARK) as file:
+        file.write(f"{kind.what}\n".encode())
+
+
 @contextlib.contextmanager
-def claimed(outputs: Sequence[Output], *, is_main: bool = True) -> Iterator[None]:
-    """Claim outputs for a block; a folder that the block leaves with nothing but the mark, because
-    it failed, is removed again. Ranks other than the main one only check."""
+def claimed(
+    outputs: Sequence[Output], *, is_main: bool = True, purpose: str = "write"
+) -> Iterator[None]:
+    """Claim and hold outputs for a block; a folder that the block leaves with nothing but the mark,
+    because it failed, is removed again. Ranks other than the main one only check.
+
+    Raises InUseError if another process holds one of them.
+    """
     new = [output.path for output in outputs if is_main and not os.path.lexists(output.path)]
     for output in outputs:
         check(output)
-    for output in outputs if is_main else ():
-        claim(output)
-    try:
-        yield
-    except BaseException:
-        for path in new:
-            withdraw(path)
-        raise
+    with contextlib.ExitStack() as locks:
+        for output in outputs if is_main else ():
+            _hold(output, purpose, locks)
+            claim(output)
+        try:
+            yield
+        except BaseException:
+            for path in new:
+                withdraw(path)
+            raise
+
+
+def _hold(output: Output, purpose: str, locks: contextlib.ExitStack) -> None:
+    """Hold a folder that belongs to one command at a time. A folder that others write into, too,
+    is held by the command that it belongs to."""
+    if not isinstance(output.kind, FolderKind) or output.kind.is_shared:
+        return
+    inside = output.path.is_dir() and not os.access(output.path.resolve().parent, os.W_OK)
+    locks.enter_context(exclusive(output.path, purpose, beside=not inside))
 
 
 def withdraw(folder: Path) -> None:
@@ -246,7 +272,9 @@ def _begins_with(path: Path, texts: Sequence[bytes]) -> bool:
     """Whether the first bytes of a file hold all of these; False if there is none."""
     try:
         first = head(path)
-    except OSError:
+    except OSError as error:
+        if is_transient(error):
+            raise
         return False
     return all(text in first for text in texts)
 

@@ -12,6 +12,8 @@ from latentddae.core.errors import ConfigError, DataError, UnavailableError, is_
 
 PAUSES = (0.05, 0.2, 1.0, 3.0)
 """Seconds before the second, third, ... try."""
+LIMIT_S = 30.0
+"""No further try after so many seconds: what answers nothing is not waited for by minutes."""
 VISIBLE_S = 90.0
 """Seconds in which a network file system shows what another node has written: NFS remembers for up
 to 60 that a name did not exist."""
@@ -28,30 +30,34 @@ def retried(
     `what` is named in the UnavailableError or DataError that is raised in the end. Every other
     error passes at once. `action` must be one that can be repeated.
     """
-    for pause in (*PAUSES, None):
+    began = time.monotonic()
+    for tries, planned in enumerate((*PAUSES, None), start=1):
         try:
             return action()
         except Exception as error:
             transient = is_transient(error)
+            pause = planned if time.monotonic() - began < LIMIT_S else None
             if getattr(error, "is_final", False) or not (transient or isinstance(error, also)):
                 raise
             if pause is None and transient:
-                final = unavailable(what, error)
+                final = unavailable(what, error, tries)
                 final.is_final = True
                 raise final from error
             if pause is None:
-                tries = len(PAUSES) + 1
                 raise DataError(f"{what} cannot be fetched ({tries} tries): {error}") from error
         time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def unavailable(what: object, error: BaseException) -> UnavailableError:
+def unavailable(what: object, error: BaseException, tries: int = 1) -> UnavailableError:
     """The error for what has been tried often enough."""
+    while isinstance(error, UnavailableError) and error.__cause__ is not None:
+        error = error.__cause__
     reason = getattr(error, "strerror", None) or error
+    times = "once" if tries == 1 else f"{tries} times"
     return UnavailableError(
-        f"{what} is not available now ({reason}), {len(PAUSES) + 1} tries; nothing is known to be "
-        "damaged: give the same command again"
+        f"{what} is not available now ({reason}), tried {times}; nothing is known to be damaged: "
+        "give the same command again"
     )
 
 

@@ -7,11 +7,9 @@ RUN/tensorboard/       the same numbers for TensorBoard
 RUN/wandb_id           the run of Weights & Biases that gets them too, if asked for
 """
 
-import json
 import math
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 from latentddae import __version__
 from latentddae.core import files
 from latentddae.core.errors import ConfigError
+from latentddae.core.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
 WANDB_TIMEOUT_S = 20
@@ -60,30 +59,6 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None
-
-
-SECRET = re.compile(
-    r"(?i)((?:^|[.?&\-])(?:(?:hf|auth|access|api)_?)?(?:token|key|secret\w*|passw(?:or)?d)=)[^&\s]+"
-)
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-QUERY = re.compile(r"(?<=[?&])([^=&#\s]+)=[^&#\s]*")
-
-
-def without_secrets(text: str) -> str:
-    """A word of a command line, or an address, without what may be a key: user and password and
-    the values of a query, and values of settings that are named like one."""
-    if "://" in text:
-        text = QUERY.sub(r"\1=...", CREDENTIALS.sub("...@", text))
-    return SECRET.sub(r"\1...", text)
-
-
-def without_secrets_below(value: Any) -> Any:
-    """`without_secrets` for every text in nested settings."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets_below(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets_below(inner) for inner in value]
-    return without_secrets(value) if isinstance(value, str) else value
 
 
 def environment(device: str, world_size: int) -> dict[str, object]:
@@ -123,7 +98,7 @@ class RunLog:
         self.path = run / "metrics.jsonl"
         files.keep_damaged(self.path)
         kept = [row for row in files.read_json_lines(self.path) if _images_of(row) <= images]
-        files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write_json_lines(self.path, kept)
         lost = images + 1 if images else None  # TensorBoard forgets the points from there on
         self._failed: set[str] = set()
 

@@ -10,10 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from latentddae.core.files import create
+from latentddae.core.retry import retried
 
 DTYPES = {
     torch.float64: "F64",
@@ -46,9 +50,15 @@ def entry(tensor: Tensor) -> Entry:
 
 
 def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
-    """Write and fsync a file; its sha256. Raises OSError."""
+    """Write and fsync a file, again where storage does not answer; its sha256. A file of that name
+    is replaced, a link is not followed. Raises OSError, UnavailableError."""
+    return retried(partial(_write, path, entries, metadata), path)
+
+
+def _write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    path.unlink(missing_ok=True)
+    with create(path) as file:
         for part in _parts(entries, metadata):
             digest.update(part)
             file.write(part)

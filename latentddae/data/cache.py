@@ -3,61 +3,99 @@
     shards = open_set("https://host/imagenet256", "train", cache="/scratch")
 
 One process of a node copies, the others wait for it; every file is checked against the manifest's
-hash before it appears. A set that is larger than the disk can be streamed (stream.py).
+hash before it appears, and again when a later start uses it. A set that is larger than the disk can
+be streamed (stream.py).
 """
 
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from latentddae.core.errors import ConfigError, InUseError
-from latentddae.core.files import exclusive, sha256, text_hash, write_atomic, write_errors
-from latentddae.data.manifest import MANIFEST, ShardEntry, read_manifest, split_info
-from latentddae.data.remote import fetch, is_remote
-from latentddae.data.shard_format import index_path
-from latentddae.data.shards import Access, ShardSet
+from latentddae.core.errors import ConfigError, DataError, InUseError
+from latentddae.core.files import (
+    exclusive,
+    sha256,
+    text_hash,
+    waited_for,
+    warn,
+    write_atomic,
+    write_errors,
+)
+from latentddae.core.redaction import without_secrets
+from latentddae.core.retry import retried
+from latentddae.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, split_info
+from latentddae.data.remote import fetch, is_remote, label_of, read_all, retried_errors
+from latentddae.data.shard_format import index_bytes, index_path
+from latentddae.data.shards import HASH_THREADS, Access, ShardSet
 
 MARK = ".latentddae-cache"  # only folders with this file are ever deleted
-POLL_S = 0.5
+CHECKED_FOR_S = 3600.0
+"""A shard's hash is compared at a start, but not by every process and after every restart."""
 
 
-def cached(root: str, split: str, cache: Path | str, limit: float) -> Path:
+def cached(
+    root: str, split: str, cache: Path | str, limit: float, *, is_trusted: bool = True
+) -> Path:
     """A local copy of one split (with all its shards) below `cache`, which holds at most `limit`
     bytes; the sets used longest ago are deleted for it.
 
-    ConfigError if the split alone is larger, DataError if it is damaged at its source.
+    Shards that have not been compared with their hashes lately are, all of them if the copy is not
+    `is_trusted`; damaged ones are fetched again. ConfigError if the split alone is larger,
+    DataError if it is damaged at its source.
     """
-    name = root if is_remote(root) else str(Path(root).resolve())
+    name = without_secrets(root) if is_remote(root) else str(Path(root).resolve())
     folder = Path(cache) / f"set-{text_hash(name)}"
-    with _locked(folder):
+    with waited_for(folder, "fill the cache"):
         with write_errors(folder):
             (folder / MARK).touch()  # its time says when the set was last used
-        fetch(root, MANIFEST, folder / MANIFEST, None, None)
-        shards = split_info(read_manifest(folder), root, split).shards
-        missing = [shard for shard in shards if not _is_complete(folder, shard)]
+            for left in folder.glob(".tmp-*"):  # of a copy that was killed
+                left.unlink()
+        shards = split_info(_fetch_manifest(root, folder), root, split).shards
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            is_complete = partial(_is_complete, folder, is_trusted=is_trusted)
+            complete = list(pool.map(is_complete, shards))
+        missing = [shard for shard, is_there in zip(shards, complete, strict=True) if not is_there]
         needed = sum(shard["bytes"] for shard in shards)
         if needed > limit:
             raise ConfigError(
-                f"split {split} of {root} has {needed / 1e9:.2f} GB, the cache may hold "
-                f"{limit / 1e9:.2f} GB; allow more, or stream it (data.stream=true)"
+                f"split {split} of {without_secrets(root)} has {needed / 1e9:.2f} GB, the cache "
+                f"may hold {limit / 1e9:.2f} GB; allow more, or stream it (data.stream=true)"
             )
         _make_room(Path(cache), folder, sum(shard["bytes"] for shard in missing), limit)
         for shard in tqdm(missing, desc=f"cache {split}", unit="shard", disable=None):
-            index = index_path(folder / shard["file"])
-            fetch(root, index.name, index, None, shard["index_sha256"])
-            path = folder / shard["file"]
-            _note(path).unlink(missing_ok=True)
-            fetch(root, shard["file"], path, shard["bytes"], shard["sha256"])
-            write_atomic(_note(path), _noted_text(path, shard["sha256"]))
+            _fetch_shard(root, folder, shard)
     return folder
 
 
+def _fetch_manifest(root: str, folder: Path) -> Manifest:
+    """The manifest of a set, which replaces the cached one only if it is whole."""
+
+    def fetched() -> tuple[bytes, Manifest]:
+        data = read_all(root, MANIFEST)
+        return data, parse_manifest(label_of(root, MANIFEST), data)
+
+    data, manifest = retried(fetched, label_of(root, MANIFEST), also=retried_errors(root))
+    write_atomic(folder / MANIFEST, data)
+    return manifest
+
+
+def _fetch_shard(root: str, folder: Path, shard: ShardEntry) -> None:
+    """Copy a shard and its index, and note the hash that the copy has."""
+    path = folder / shard["file"]
+    index = index_path(path)
+    _note(path).unlink(missing_ok=True)
+    fetch(root, index.name, index, index_bytes(shard["samples"]), shard["index_sha256"])
+    fetch(root, shard["file"], path, shard["bytes"], shard["sha256"])
+    write_atomic(_note(path), _noted_text(path, shard["sha256"]))
+
+
 def open_set(
-    root: str, split: str, cache: str = "", cache_gb: float = 100.0, access: Access = "mmap"
+    root: str, split: str, cache: str = "", cache_gb: float = 100.0, access: Access = "auto"
 ) -> ShardSet:
     """A split of a local folder, or, with a cache folder, of one at any address or slow path.
 
@@ -70,22 +108,33 @@ def open_set(
                 f"(data.cache_dir), or stream it (data.stream=true)"
             )
         return ShardSet(root, split, access)
-    shards = ShardSet(cached(root, split, cache, cache_gb * 1e9), split, access)
+    folder = cached(root, split, cache, cache_gb * 1e9)
+    try:
+        shards = ShardSet(folder, split, access)
+    except DataError as error:
+        warn(f"warning: {error}; the cached copy is compared with its source")
+        cached(root, split, cache, cache_gb * 1e9, is_trusted=False)
+        shards = ShardSet(folder, split, access)
     if not is_remote(root):
         shards.root = Path(root)  # other splits are looked for there
     return shards
 
 
-def _is_complete(folder: Path, shard: ShardEntry) -> bool:
+def _is_complete(folder: Path, shard: ShardEntry, *, is_trusted: bool) -> bool:
     """Whether the cache holds this very shard, by its hash. A shard that has not been touched since
-    it was fetched has the hash that was noted then; any other is read."""
+    its hash was last compared, less than CHECKED_FOR_S ago, is not read again."""
     path = folder / shard["file"]
     index, noted = index_path(path), _note(path)
-    if not (path.exists() and index.exists() and noted.exists()):
+    if not (path.exists() and index.exists()) or sha256(index) != shard["index_sha256"]:
         return False
-    if noted.read_text() != _noted_text(path, shard["sha256"]) and sha256(path) != shard["sha256"]:
+    if is_trusted and noted.exists():
+        age = time.time() - noted.stat().st_mtime
+        if age < CHECKED_FOR_S and noted.read_bytes() == _noted_text(path, shard["sha256"]):
+            return True
+    if sha256(path) != shard["sha256"]:
         return False
-    return sha256(index) == shard["index_sha256"]
+    write_atomic(noted, _noted_text(path, shard["sha256"]))
+    return True
 
 
 def _note(shard: Path) -> Path:
@@ -93,9 +142,9 @@ def _note(shard: Path) -> Path:
     return shard.with_suffix(".sha256")
 
 
-def _noted_text(shard: Path, digest: str) -> str:
+def _noted_text(shard: Path, digest: str) -> bytes:
     status = shard.stat()
-    return f"{digest} {status.st_size} {status.st_mtime_ns}"
+    return f"{digest} {status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _make_room(cache: Path, keep: Path, needed: int, limit: float) -> None:
@@ -111,16 +160,3 @@ def _make_room(cache: Path, keep: Path, needed: int, limit: float) -> None:
         with contextlib.suppress(InUseError), exclusive(path, "make room in the cache"):
             shutil.rmtree(path)
             total -= sizes[path]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder of the cache; waits for the process that has it."""
-    with contextlib.ExitStack() as lock:
-        while True:
-            try:
-                lock.enter_context(exclusive(folder, "fill the cache"))
-                break
-            except InUseError:
-                time.sleep(POLL_S)
-        yield

@@ -210,7 +210,8 @@ def content_fingerprint(shards: Sequence[ShardEntry]) -> str:
 def is_data_folder(folder: Path) -> bool:
     """Whether a folder is a data set, or one that `latentddae encode` has begun, and each of its
     shards belongs to a split of it."""
-    begun = {path.name.removeprefix(".encode-") for path in folder.glob(".encode-*/plan.json")}
+    plans = folder.glob(".encode-*/plan.json")
+    begun = {path.parent.name.removeprefix(".encode-") for path in plans}
     named: set[str] = set()
     if (folder / MANIFEST).is_file():
         splits = read_manifest(folder)["splits"].values()

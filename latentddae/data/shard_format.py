@@ -31,6 +31,12 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".idx.npy")
 
 
+def index_bytes(samples: int) -> int:
+    """Size of the index of a shard."""
+    shape = (samples, 2)
+    return len(npy_header(INDEX_DTYPE, shape)) + samples * 2 * INDEX_DTYPE.itemsize
+
+
 def key_from_path(path: str) -> str:
     """A path relative to the data set as a key: escaped, without extension."""
     return escape_path(path[: len(path) - len(os.path.splitext(path)[1])])

@@ -17,6 +17,7 @@ from latentddae.core.files import (
     write_atomic,
     write_errors,
 )
+from latentddae.core.retry import retried
 from latentddae.data.content import content_hash
 from latentddae.data.latents import LatentSpec
 from latentddae.data.manifest import ChannelStats, ShardEntry
@@ -48,7 +49,7 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self._stats = ChannelStats(spec)
         with write_errors(self.path):
-            self._file = create(self._temporary)
+            self._file = retried(lambda: create(self._temporary), self.path)
 
     def add(self, key: str, stored: np.ndarray, label: int, content: int | None = None) -> None:
         """Add one sample: `stored` (V, *stored_shape) in the stored dtype, and the hash of its

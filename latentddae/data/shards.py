@@ -25,6 +25,7 @@ import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import read_raw, sha256, write_checked_json
+from latentddae.core.mounts import is_local
 from latentddae.core.retry import retried
 from latentddae.data import content
 from latentddae.data.latents import LatentSpec
@@ -48,7 +49,7 @@ from latentddae.data.shard_format import (
 )
 from latentddae.data.shard_writer import ShardWriter
 
-Access = Literal["mmap", "pread"]
+Access = Literal["auto", "mmap", "pread"]
 ACCESS = get_args(Access)
 HASH_BELOW = 2**28  # bytes of a split whose hashes are checked whenever it is opened (0.3 s)
 HASH_THREADS = 4
@@ -89,12 +90,15 @@ class ShardSet:
 
     Sizes, indexes and array headers are checked here; the hashes of all bytes, too, if the split is
     smaller than HASH_BELOW (see `check_hashes`). `access="mmap"` gathers from memory maps; "pread"
-    is slower, but a file that vanishes is then an error instead of a bus error.
+    is slower, but a file that vanishes or is cut is then an error that names it instead of a bus
+    error. "auto" is mmap on disks of this machine and pread on everything else.
     """
 
-    def __init__(self, root: Path | str, split: str, access: Access = "mmap") -> None:
+    def __init__(self, root: Path | str, split: str, access: Access = "auto") -> None:
         if access not in ACCESS:
             raise ConfigError(f"access is {access!r}, allowed: {', '.join(ACCESS)}")
+        if access == "auto":
+            access = "mmap" if is_local(root) else "pread"
         self.root, self.split = Path(root), split
         self.manifest = read_manifest(self.root)
         self.info = split_info(self.manifest, str(self.root), split)

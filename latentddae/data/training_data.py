@@ -13,6 +13,9 @@ from latentddae.data.shards import Access, ShardSet
 from latentddae.data.stream import StreamLoader, open_stream
 from latentddae.data.subsets import SampleSet
 
+MAX_WORKERS = 256
+MAX_LANES = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -32,9 +35,9 @@ class DataConfig:
     """Threads that gather batches in advance; 0: none."""
     group_shards: int = 0
     """Shuffle within groups of this many shards, for slow file systems; 0: fully at random."""
-    access: Access = "mmap"
-    """How shards are read: mmap, or pread (slower, but a file that vanishes is an error and not a
-    bus error)."""
+    access: Access = "auto"
+    """How shards are read: mmap, pread (slower, but a file that vanishes is an error and not a bus
+    error), or auto: mmap on disks of this machine, pread elsewhere."""
     stream: bool = False
     """Read shards sequentially instead of at random, for sets too large for a local disk."""
     stream_lanes: int = 8
@@ -42,7 +45,12 @@ class DataConfig:
     sample order depends on it. Each lane holds two shards in memory."""
 
     def __post_init__(self) -> None:
-        require(self, positive=("cache_gb", "stream_lanes"), non_negative=("workers",))
+        require(
+            self,
+            positive=("cache_gb", "stream_lanes"),
+            non_negative=("workers", "group_shards"),
+            at_most={"workers": MAX_WORKERS, "stream_lanes": MAX_LANES},
+        )
         address = urlsplit(self.path)
         if address.scheme in ("http", "https") and "@" in address.netloc:  # the run folder keeps it
             raise ValueError("path must be an address without name or password")

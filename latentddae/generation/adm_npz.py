@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from latentddae.core.errors import DataError, unreadable
-from latentddae.core.files import atomic_path
+from latentddae.core.files import ZIP_ERRORS, atomic_path, open_regular
 from latentddae.core.imaging import IMAGE_SUFFIXES, read_image
 from latentddae.data.shards import npy_header
 
@@ -74,11 +74,15 @@ def read_npz_images(path: Path, batch: int) -> Iterator[np.ndarray]:
 @contextlib.contextmanager
 def _open_images(path: Path) -> Iterator[tuple[tuple[int, int, int, int], IO[bytes]]]:
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+        with (
+            open_regular(path) as file,
+            zipfile.ZipFile(file) as archive,
+            archive.open("arr_0.npy") as member,
+        ):
             read_header = NPY_HEADERS[np.lib.format.read_magic(member)]
             shape, fortran_order, dtype = read_header(member)
             if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran_order:
                 raise DataError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
             yield shape, member
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, *ZIP_ERRORS) as error:
         raise unreadable(f"{path} is not an .npz of images in arr_0: {error}", error) from error

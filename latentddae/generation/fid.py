@@ -23,7 +23,7 @@ from latentddae.core import dist
 from latentddae.core.command import Command
 from latentddae.core.config import positional, require
 from latentddae.core.errors import ConfigError, DataError, run_command, unreadable
-from latentddae.core.files import append_json_line, sha256
+from latentddae.core.files import ZIP_ERRORS, append_json_line, open_regular, sha256
 from latentddae.core.outputs import FileKind, FolderKind, Output
 from latentddae.generation import inception as metrics
 from latentddae.generation.frechet import frechet_distance, moments
@@ -161,11 +161,12 @@ def measure_features(
 def feature_array(path: Path) -> np.ndarray:
     """(N, D) from a `.npy`; more dimensions are flattened. DataError if it is not one."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with open_regular(path) as file:
+            array = np.load(file, allow_pickle=False)
+    except (OSError, *ZIP_ERRORS) as error:
         raise unreadable(f"{path} is not a readable .npy: {error}", error) from error
-    if array.ndim < 2:
-        raise DataError(f"{path} has shape {array.shape}, expected (N, D)")
+    if not isinstance(array, np.ndarray) or array.ndim < 2:
+        raise DataError(f"{path} has shape {getattr(array, 'shape', '?')}, expected (N, D)")
     return array.reshape(len(array), -1)
 
 

@@ -4,6 +4,7 @@ A set is a folder of images, an ADM `.npz` with `arr_0`, a pixel data set, or a 
 (`mu`, `sigma`) that ADM or `latentddae fid --save-reference` has made.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 
 from latentddae.core import progress
 from latentddae.core.errors import ConfigError, DataError, unreadable
-from latentddae.core.files import atomic_path, sha256
+from latentddae.core.files import ZIP_ERRORS, atomic_path, open_regular, sha256
 from latentddae.core.imaging import read_image
 from latentddae.data.manifest import MANIFEST
 from latentddae.data.shards import ShardSet
@@ -66,7 +67,7 @@ def inspect_source(source: Path) -> ImageSetStats:
     if not source.exists():
         raise ConfigError(f"{source} does not exist")
     if is_statistics(source):
-        with np.load(source, allow_pickle=False) as archive:
+        with _opened_npz(source) as archive:
             count = int(archive["count"]) if "count" in archive.files else 0
             return ImageSetStats(source, sha256(source), count, arrays=tuple(archive.files))
     if source.is_file():
@@ -84,10 +85,20 @@ def is_statistics(path: Path) -> bool:
     """Whether a file is an `.npz` with `mu` and `sigma`. DataError for an unreadable `.npz`."""
     if path.suffix != ".npz" or not path.is_file():
         return False
+    with _opened_npz(path) as archive:
+        return {"mu", "sigma"} <= set(archive.files)
+
+
+@contextlib.contextmanager
+def _opened_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The arrays of an `.npz`. DataError for a file that is damaged or something else, which may
+    turn out when an array is read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {"mu", "sigma"} <= set(archive.files)
-    except (OSError, ValueError) as error:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            yield archive
+    except (OSError, *ZIP_ERRORS) as error:
         raise unreadable(f"{path} is not a readable .npz: {error}", error) from error
 
 
@@ -170,7 +181,7 @@ def from_statistics(
     Images in the file serve KID, precision and recall only, as in ADM's evaluator.
     """
     stats = inspect_source(path)
-    with np.load(path, allow_pickle=False) as archive:
+    with _opened_npz(path) as archive:
 
         def stored_moments(mean: str, covariance: str) -> Moments:
             return Moments(

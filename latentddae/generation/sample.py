@@ -24,7 +24,7 @@ from latentddae.core import dist, progress
 from latentddae.core.command import Command
 from latentddae.core.config import require, to_dict
 from latentddae.core.errors import ConfigError, run_command
-from latentddae.core.files import read_checked_json, write_checked_json
+from latentddae.core.files import read_checked_json, write_checked_json, write_npy
 from latentddae.core.imaging import image_sheet, read_image, write_png
 from latentddae.core.outputs import FolderKind, Output, head
 from latentddae.core.precision import DTYPES, resolve_precision
@@ -172,15 +172,12 @@ def make_images(
     rank_indices = missing[world.rank :: world.size]
     if not rank_indices:
         return
-    if config.latents:
-        (config.out / "latents").mkdir(parents=True, exist_ok=True)
     with progress.images(len(rank_indices), "sample", show=world.is_main) as bar:
         for indices, x0 in generate_batches(checkpoint, rank_indices, config, config.batch):
             images = decode(checkpoint, x0, autoencoder, config.batch)
             for index, image, latent in zip(indices, images, x0, strict=True):
                 if config.latents:
-                    path = latent_path(config.out, index)
-                    np.save(path, latent.cpu().numpy(), allow_pickle=False)
+                    write_npy(latent_path(config.out, index), latent.cpu().numpy())
                 write_png(image_path(config.out, index), image)
             bar.update(len(indices))
 

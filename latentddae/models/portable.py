@@ -6,6 +6,8 @@ fingerprints, and hashes of the weights and of itself. It is written under a tem
 renamed, so it is complete or absent.
 """
 
+import contextlib
+import glob
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +22,12 @@ from torch import Tensor
 from latentddae.core import config, safetensors_stream
 from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import (
+    move,
     read_checked_json,
     sha256,
     sync_folder,
+    temporary_path,
+    waited_for,
     write_checked_json,
     write_errors,
 )
@@ -100,16 +105,23 @@ def save(
         "latents": latents.to_dict(),
         **info,
     }
-    temporary = folder.with_name(f".tmp-{folder.name}")
+    with waited_for(folder, "write a checkpoint", beside=True):
+        _remove_leftovers(folder)
+        return _save(folder, settings, weights)
+
+
+def _save(
+    folder: Path,
+    settings: Mapping[str, object],
+    weights: Mapping[str, Mapping[str, Tensor | Entry]],
+) -> Path:
+    temporary = temporary_path(folder)
     hashes: dict[str, str] = {}
     try:
         with write_errors(folder):
-            if temporary.exists():
-                check_content(temporary, PARTIAL_FOLDER)
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, state in weights.items():
-                labels = {"weights": name, "images_seen": str(info.get("images_seen", ""))}
+                labels = {"weights": name, "images_seen": str(settings.get("images_seen", ""))}
                 file = temporary / WEIGHT_FILES[name]
                 digest = safetensors_stream.write(file, _entries(state), labels)
                 hashes[file.name] = digest
@@ -118,6 +130,14 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers of this checkpoint left beside it."""
+    for left in folder.parent.glob(f".tmp-*-{glob.escape(folder.name)}"):
+        with contextlib.suppress(OSError, ConfigError):
+            check_content(left, PARTIAL_FOLDER)
+            shutil.rmtree(left)
 
 
 def _entries(state: Mapping[str, Tensor | Entry]) -> dict[str, Entry]:
@@ -131,8 +151,8 @@ def _replace_folder(folder: Path, new: Path) -> None:
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
+        move(folder, old)
+    move(new, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

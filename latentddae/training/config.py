@@ -8,6 +8,7 @@ from latentddae.core import config as configuration
 from latentddae.core import dist
 from latentddae.core.config import require, transient
 from latentddae.core.errors import ConfigError
+from latentddae.core.redaction import without_secrets_below
 from latentddae.data.manifest import SplitInfo
 from latentddae.data.subsets import SampleSet
 from latentddae.data.training_data import DataConfig
@@ -244,7 +245,7 @@ def is_safe_to_change(key: str) -> bool:
 
 def contract(config: RunConfig, data: SampleSet | SplitInfo) -> dict[str, object]:
     """What must not change while a run is continued (see `is_safe_to_change`)."""
-    fixed: dict[str, object] = configuration.to_dict(config)
+    fixed: dict[str, object] = without_secrets_below(configuration.to_dict(config))
     fixed["data_fingerprints"] = data.fingerprints
     if config.optim.schedule == "cosine":  # a longer run would have had other learning rates
         fixed["schedule_end"] = config.total_images

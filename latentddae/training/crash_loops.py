@@ -5,7 +5,6 @@ saved, and every orderly end. After three starts in a row at the same number of 
 saved nor ended orderly, the next one is refused.
 """
 
-import json
 import socket
 import time
 from pathlib import Path
@@ -54,6 +53,6 @@ def withdraw_start(run: Path) -> None:
     """Remove the last start: it was refused and does not count as an attempt."""
     rows = files.read_json_lines(run / FILE)[:-1]
     if rows:
-        files.write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_json_lines(run / FILE, rows)
     else:
         (run / FILE).unlink(missing_ok=True)

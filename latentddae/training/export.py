@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentddae.core import config as configuration
 from latentddae.core.command import Command
 from latentddae.core.config import positional
 from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.files import warn
 from latentddae.core.outputs import Output
 from latentddae.core.precision import DTYPES
 from latentddae.core.safetensors_stream import Entry
@@ -55,12 +57,23 @@ class ExportConfig:
 
 
 def run_export(config: ExportConfig) -> None:
-    """Export a state of a run and say where the checkpoint is."""
-    state = _find_state(config)
+    """Export a state of a run and say where the checkpoint is, and which state it is of.
+
+    A run that is being trained deletes old states: one that goes while it is read is followed by
+    the newest one.
+    """
     out = config.out or config.run / "export"
     dtype = DTYPES[config.precision]
-    folder = export(state, out, WEIGHTS[config.weights], dtype, config.halflife)
-    print(f"{config.weights} weights after {state.images:,} images: {folder}")
+    while True:
+        state = _find_state(config)
+        try:
+            folder = export(state, out, WEIGHTS[config.weights], dtype, config.halflife)
+            break
+        except (DataError, OSError, SafetensorError):
+            if config.state is not None or state.path.exists():
+                raise
+            warn(f"{state.path} was deleted by its run meanwhile: taking a newer one")
+    print(f"{config.weights} weights after {state.images:,} images ({state.path.name}): {folder}")
 
 
 def plan(config: ExportConfig) -> str:

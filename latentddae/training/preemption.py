@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: remembered when they arrive, acted on between steps.
 
-SIGUSR1 (Slurm's warning), SIGTERM (preemption) and Ctrl-C only set a flag. All ranks then agree at
-the end of a step, save once and leave with exit status 75. Further signals change nothing, not even
-while saving; only a second Ctrl-C stops immediately.
+SIGUSR1 (Slurm's warning), SIGTERM (preemption, a launcher that has gone) and Ctrl-C only set a
+flag. All ranks then agree at the end of a step, save once and leave with exit status 75. Further
+signals change nothing, not even while saving; only a second Ctrl-C stops immediately.
 
 A file named STOP in the run folder does the same. It is a request to the running process: one that
 exists at the start was meant for an earlier process, and one that was obeyed is removed, so that a
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from latentddae.core.errors import RequeueError
+from latentddae.core.launcher import follow_launcher, is_orphan, launchers
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 POLL_S = 1.0  # shortest time between two checks for the STOP file
@@ -26,6 +27,7 @@ _early: list[str] = []  # signals that came before a run could listen
 
 def listen_early() -> None:
     """Remember signals from now on: during the imports, which take seconds, one would kill."""
+    follow_launcher()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda n, _: _early.append(signal.Signals(n).name))
 
@@ -38,6 +40,7 @@ class StopRequest:
         self.reason: str | None = _early[0] if _early else None
         self.obeyed = False
         self._saved = ""
+        self._launchers = launchers()
         self._next_check = 0.0
         self._previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
 
@@ -45,7 +48,10 @@ class StopRequest:
         del frame
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        name = signal.Signals(number).name
+        if is_orphan(self._launchers):
+            name += " after its launcher had gone"
+        self.reason = self.reason or name
         if self._saved:
             raise self.error(self._saved)
 

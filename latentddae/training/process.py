@@ -16,7 +16,7 @@ from tqdm import tqdm
 from latentddae.core import dist, files
 from latentddae.core.errors import RequeueError
 from latentddae.core.outputs import FolderKind, head
-from latentddae.training import crash_loops
+from latentddae.training import bus_errors, crash_loops
 from latentddae.training.preemption import StopRequest
 from latentddae.training.watchdog import Watchdog
 
@@ -74,7 +74,8 @@ def distributed_run(
         dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog reports first
         watchdog.meet(dist.clone_store())
         with contextlib.ExitStack() as stack:
-            dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)) and None)
+            stack.enter_context(bus_errors.named(world.rank, watchdog.part))
+            dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)))
             context = RunContext(run, world, dist.device_for(world), stop, watchdog, retry)
             if world.is_main and stop.remove_file():
                 context.say(f"{stop.file} is from before this start: removed")

@@ -148,7 +148,7 @@ def compare_runs(config: CurveConfig) -> None:
     """
     runs = {path: losses(path) for path in config.runs}
     if config.write is not None:
-        files.write_json(config.write, make_reference(list(runs.values()), config.recipe))
+        files.write_checked_json(config.write, make_reference(list(runs.values()), config.recipe))
         return
     assert config.reference is not None
     reference = read_reference(config.reference)
@@ -182,8 +182,8 @@ def plan(config: CurveConfig) -> str:
 
 def read_reference(path: Path) -> Reference:
     """A reference curve; ConfigError if there is no such file, DataError if it is another one."""
-    reference = files.read_json(path, "a reference curve")
-    if not isinstance(reference, dict) or reference.get("format") != FORMAT:
+    reference = files.read_checked_json(path, "a reference curve")
+    if reference.get("format") != FORMAT:
         raise DataError(f"{path} is not a reference curve of format {FORMAT}")
     return cast(Reference, reference)
 

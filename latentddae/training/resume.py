@@ -5,7 +5,7 @@ from pathlib import Path
 
 from latentddae.core import config as configuration
 from latentddae.core import dist, files
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.training import crash_loops, states
 from latentddae.training.config import is_safe_to_change
 from latentddae.training.process import RunContext
@@ -15,7 +15,8 @@ from latentddae.training.states import State
 def find_state(context: RunContext, contract: Mapping[str, object]) -> State | None:
     """The newest intact state of the run, or None for a new run (a collective).
 
-    Raises ConfigError if the run has lost all its states, or was trained under another contract.
+    Raises DataError if all states of the run are damaged, ConfigError if it has lost them or was
+    trained under another contract.
     """
     state, faults = states.newest_intact(context.run / "state", context.world)
     for fault in faults.values():
@@ -30,7 +31,11 @@ def _check(
 ) -> None:
     if state is None:
         started = files.read_json_lines(run / "metrics.jsonl")
-        if faults or (started and not crash_loops.has_never_saved(run)):
+        if faults:
+            raise DataError(
+                f"{run} has no intact state: {next(iter(faults.values()))}; nothing was changed"
+            )
+        if started and not crash_loops.has_never_saved(run):
             raise ConfigError(
                 f"{run} holds a run but no intact state in {run / 'state'}; "
                 "choose another run folder or delete this one"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentddae.core import config as configuration
-from latentddae.core import dist, files, runlog
+from latentddae.core import dist, files, redaction, runlog
 from latentddae.data.loader import Batch
 from latentddae.planning.flops import peak_flops
 from latentddae.training.job import Job, Step
@@ -54,10 +54,10 @@ class RunLogger:
     def open(self, images: int, precision: str) -> None:
         """Open the run's log files after `images` images and record this start (a collective)."""
         config, run, world = self.job.config, self.context.run, self.context.world
-        settings = runlog.without_secrets_below(configuration.to_dict(config))
+        settings = redaction.without_secrets_below(configuration.to_dict(config))
         self._log = runlog.RunLog(run, images, config.wandb, settings)
         files.write_atomic(
-            run / "config.yaml", runlog.without_secrets(configuration.to_yaml(config))
+            run / "config.yaml", redaction.without_secrets(configuration.to_yaml(config))
         )
         record = runlog.environment(str(self.context.device), world.size) | {
             "precision": precision,

@@ -37,7 +37,7 @@ class SaveConfig:
     """When the resume state is written, and what is kept; the end of the run always writes one."""
 
     every_images: int = 1_000_000
-    """Images between two resume states."""
+    """A resume state is written at the multiples of this many images."""
     keep_last: int = 2
     """Number of resume states that are kept."""
     keep_every: int = 0
@@ -103,8 +103,8 @@ class Saver:
 
     def due(self, images: int) -> bool:
         """Whether a state is to be written after the step that ends at `images`."""
-        due = images - self.last_images >= self.config.every_images
-        return due or is_milestone(images, self.config.keep_every, self.engine.global_batch)
+        config, batch = self.config, self.engine.global_batch
+        return any(is_milestone(images, n, batch) for n in (config.every_images, config.keep_every))
 
     def save(self, images: int) -> None:
         """Write a state of this moment; with `background` it returns before the files are written.
@@ -232,9 +232,12 @@ def is_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
-def is_milestone(images: int, keep_every: int, batch: int) -> bool:
-    """Whether the step that ends at `images` reached a multiple of `keep_every`."""
-    return keep_every > 0 and images % keep_every < batch
+def is_milestone(images: int, every: int, batch: int) -> bool:
+    """Whether the step that ends at `images` reached a multiple of `every`; 0: never.
+
+    Multiples, not distances: an interrupted run saves where an uninterrupted one does.
+    """
+    return every > 0 and images % every < batch
 
 
 def prune(folder: Path, keep_last: int, needed: Sequence[State] = ()) -> None:

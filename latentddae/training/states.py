@@ -129,7 +129,7 @@ def write_rank_file(hidden: Path, images: int, content: RankState) -> RankFile:
         for name, value in content.non_trainable.items()
     }
     labels = _labels(world.rank, world.size, images)
-    digest = retried(lambda: safetensors_stream.write(hidden / name, entries, labels), hidden)
+    digest = safetensors_stream.write(hidden / name, entries, labels)
     sums = checksums(content.names, content.fragments, content.values)
     return RankFile(name, digest, (hidden / name).stat().st_size, list(content.values), sums)
 
@@ -289,12 +289,20 @@ def set_aside(path: Path) -> None:
 
 
 def find(folder: Path, images: int | None = None) -> State:
-    """The newest intact state, or the one at `images`; raises ConfigError if there is none."""
+    """The newest intact state, whose newer ones are named on stderr, or the one at `images`.
+
+    Raises ConfigError if there is none, DataError if there are only damaged ones.
+    """
     if images is None:
         state, faults = newest_intact(folder)
+        while any(not path.exists() for path in faults):  # a run at work deletes old ones
+            state, faults = newest_intact(folder)
+        if state is None and faults:
+            raise DataError(f"{folder} holds no intact state: {next(iter(faults.values()))}")
         if state is None:
-            reason = f": {next(iter(faults.values()))}" if faults else ""
-            raise ConfigError(f"{folder} holds no intact state{reason}")
+            raise ConfigError(f"{folder} holds no state")
+        for fault in faults.values():
+            files.warn(f"warning: {fault}; using an older state, {state.path.name}")
         return state
     path = folder / folder_name(images)
     if not path.is_dir():

@@ -67,6 +67,10 @@ class Watchdog:
         """A part begins; `detail` is called only if the part hangs."""
         self._part, self._detail, self._since = part, detail, time.monotonic()
 
+    def part(self) -> str:
+        """What this rank is doing."""
+        return self._part
+
     def meet(self, store: torch_dist.Store | None) -> None:
         """Enable peer queries over a private connection to the rendezvous store. `None` for
         single-process runs."""

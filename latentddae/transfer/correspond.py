@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentddae.core.command import Command
-from latentddae.core.errors import ConfigError, DataError, run_command
-from latentddae.core.files import read_json, text_hash
+from latentddae.core.errors import ConfigError, DataError, run_command, unreadable
+from latentddae.core.files import inside, open_regular, read_json, read_text, text_hash
+from latentddae.core.imaging import IMAGE_ERRORS
 from latentddae.transfer import results
 from latentddae.transfer.extraction.token_maps import (
     DenseOptions,
@@ -146,6 +147,8 @@ def open_inputs(config: CorrespondConfig) -> Opened:
     maps = open_maps(config)
     pairs = read_pairs(config.data / PAIRS)
     names = sorted({name for pair in pairs for name in (pair.source, pair.target)})
+    for name in names:
+        inside(config.data / "images", name, config.data / PAIRS)
     if not config.allow_overlap:
         check_distinct(pairs, config.data / "images", names)
     return Opened(maps, pairs, names)
@@ -171,8 +174,11 @@ def measure(opened: Opened, config: CorrespondConfig) -> Values:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            return image.size
+    except (OSError, *IMAGE_ERRORS) as error:
+        raise unreadable(f"{path} is not a readable image: {error}", error) from error
 
 
 def describe_result(opened: Opened, config: CorrespondConfig) -> Result:
@@ -185,7 +191,7 @@ def describe_result(opened: Opened, config: CorrespondConfig) -> Result:
         cell=opened.maps.cell_info,
         data=DataInfo(
             name=config.data.resolve().name,
-            test={"pairs": text_hash((config.data / PAIRS).read_text())},
+            test={"pairs": text_hash(read_text(config.data / PAIRS, "pairs"))},
         ),
         seed=config.seed,
         n_seen={"pairs": len(opened.pairs), "images": len(opened.names), "points": points},

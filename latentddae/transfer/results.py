@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 from latentddae import __version__
 from latentddae.core import outputs
 from latentddae.core.errors import DataError
-from latentddae.core.files import append_json_line, read_text, text_hash, write_atomic
+from latentddae.core.files import append_json_line, checked, read_text, text_hash, write_atomic
 
 FORMAT = 2
 RESULTS = "results.jsonl"
@@ -342,8 +342,7 @@ def read(path: Path) -> list[Result]:
             if number == len(lines) and not text.endswith("\n"):
                 break
             raise DataError(f"{where} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+        row = checked(row, where)
         result = from_dict(row, where)
         if (row["id"], row["key"]) != (result.id, result.key):
             raise DataError(f"{where} is damaged or was edited: its id is not that of its content")

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from latentddae.core.command import Command
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, run_command, unreadable
-from latentddae.core.files import text_hash
+from latentddae.core.files import open_regular, read_text, text_hash
+from latentddae.core.imaging import IMAGE_ERRORS
 from latentddae.data.loader import order
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer import results
@@ -106,9 +107,9 @@ def check_disjoint(train: SegmentationSet, test: SegmentationSet) -> None:
 def read_mask(path: Path) -> np.ndarray:
     """Class ids (H, W) uint8. DataError for anything but one 8-bit channel (grey or palette)."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             mask = np.array(image)
-    except OSError as error:
+    except (OSError, *IMAGE_ERRORS) as error:
         raise unreadable(f"cannot read mask {path}: {error}", error) from error
     if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_):
         raise DataError(f"{path}: a mask has one 8-bit channel, this is {mask.dtype} {mask.shape}")
@@ -119,7 +120,7 @@ def class_count(data: Path, masks: Sequence[np.ndarray]) -> int:
     """Lines of classes.txt, else the largest id in the masks (H, W) plus one."""
     listed = data / "classes.txt"
     if listed.is_file():
-        return len(listed.read_text().splitlines())
+        return len(read_text(listed, "class names").splitlines())
     return 1 + max(int(mask[mask != IGNORED].max(initial=0)) for mask in masks)
 
 

@@ -216,6 +216,7 @@ def test_no_reader_takes_a_stale_handle_for_damage(tmp_path, monkeypatch, name):
     with pytest.raises(DataError):
         READERS[name](path)
     monkeypatch.setattr("builtins.open", Failing(open, errno.ESTALE, 1000, name))
+    monkeypatch.setattr(os, "open", Failing(os.open, errno.ESTALE, 1000, name))
     with pytest.raises(UnavailableError, match=name):
         READERS[name](path)
 

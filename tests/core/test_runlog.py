@@ -51,7 +51,7 @@ def test_lines_are_json_even_when_numbers_are_not(tmp_path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    seen = json.loads(text, parse_constant=refuse)
+    seen = files.checked(json.loads(text, parse_constant=refuse), "row")
     assert seen == {"images": 1, "loss": None, "grad_norm": None, "levels": [1.0, None]}
     assert board(tmp_path) == {"levels/1": [(1, 1.0)]}
 

@@ -45,7 +45,8 @@ def run_export(*arguments: object) -> int:
 def test_the_export_is_the_state(stage, runs, tmp_path, content, capsys) -> None:
     """Key set of the model, values of the fp32 masters and their average, buffers bit-equal."""
     assert run_export(runs[stage], "--out", tmp_path / "out") == 0
-    assert f"both weights after 64 images: {tmp_path / 'out'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"both weights after 64 images (images-000000000064): {tmp_path / 'out'}" in said
     kept = content(runs[stage])
     for name, kind in (("model", "master"), ("ema", "ema")):
         found = zoo.load(tmp_path / "out", weights=name)  # type: ignore[arg-type]

@@ -256,9 +256,10 @@ def test_nothing_is_trained_when_no_state_is_intact(run, ranks, start, capfd) ->
     for images in (OLDER, NEWEST):
         cut(rank_file(run, 0, images), 100)
     before = sorted(p.relative_to(run) for p in run.rglob("*"))
-    assert ranks(lambda: start(run), 2) == [78, 78]
+    assert ranks(lambda: start(run), 2) == [65, 65]
     error = capfd.readouterr().err
     assert error.count("is damaged") == 2 and "no intact state" in error
+    assert error.count(str(rank_file(run, 0))) == 2
     assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
 
 

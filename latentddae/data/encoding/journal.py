@@ -11,6 +11,7 @@ from typing import cast
 from latentddae.core.config import differences
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import read_checked_json, sha256, warn, write_checked_json
+from latentddae.core.retry import retried
 from latentddae.data.encoding.plan import Plan
 from latentddae.data.manifest import ShardEntry
 from latentddae.data.shard_format import index_path, shard_name
@@ -93,7 +94,8 @@ class Journal:
 
     def mark_failed(self, rank: int) -> None:
         """Tell the other ranks that this one has given up."""
-        (self.folder / f"failed-{rank}").touch()
+        mark = self.folder / f"failed-{rank}"
+        retried(mark.touch, mark)
 
     def any_failed(self) -> bool:
         """Whether a rank has given up."""

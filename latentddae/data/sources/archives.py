@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from latentddae.core.errors import DataError
-from latentddae.core.files import write_errors
+from latentddae.core.errors import unreadable
+from latentddae.core.files import open_regular, write_errors
 
 GZIPPED = (".tar.gz", ".tgz")
 CHUNK = 1 << 20
@@ -52,8 +52,8 @@ def plain_tar(path: Path) -> Path:
 
 def _unzipped(path: Path) -> Iterator[bytes]:
     try:
-        with gzip.open(path, "rb") as packed:
+        with open_regular(path) as file, gzip.open(file, "rb") as packed:
             while chunk := packed.read(CHUNK):
                 yield chunk
     except (EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path} is no whole .tar.gz: {error}") from error
+        raise unreadable(f"{path} is no whole .tar.gz: {error}", error) from error

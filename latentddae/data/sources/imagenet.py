@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, unreadable
+from latentddae.core.files import read_bytes, read_text
 from latentddae.data.sources.listing import Listing
 from latentddae.data.sources.scan import Tree, join
 from latentddae.data.sources.source import Item
@@ -138,7 +139,7 @@ def _devkit_archive(path: Path) -> dict[int, str]:
 def _devkit_folder(path: Path) -> dict[int, str]:
     data = path / "data"
     truth = data / "ILSVRC2012_validation_ground_truth.txt"
-    return _devkit((data / "meta.mat").read_bytes(), truth.read_bytes())
+    return _devkit(read_bytes(data / "meta.mat"), read_bytes(truth))
 
 
 def _devkit(meta: bytes, truth: bytes) -> dict[int, str]:
@@ -154,18 +155,18 @@ def _devkit(meta: bytes, truth: bytes) -> dict[int, str]:
 
 def _wnid_lines(path: Path) -> dict[int, str]:
     """One WordNet id per line, in the order of the images."""
-    return dict(enumerate(path.read_text().split(), 1))
+    return dict(enumerate(read_text(path).split(), 1))
 
 
 def _name_and_index(path: Path) -> dict[int, str]:
     """`ILSVRC2012_val_00000001.JPEG 65`: canonical index, from 0."""
-    rows = (line.split() for line in path.read_text().splitlines() if line.strip())
+    rows = (line.split() for line in read_text(path).splitlines() if line.strip())
     return {_number(name): wnids()[int(label)] for name, label in rows}
 
 
 def _kaggle(path: Path) -> dict[int, str]:
     """`ILSVRC2012_val_00048981,n03995372 85 1 499 272`: WordNet id, then boxes."""
-    rows = (line.split(",") for line in path.read_text().splitlines()[1:] if line.strip())
+    rows = (line.split(",") for line in read_text(path).splitlines()[1:] if line.strip())
     return {_number(f"{name}.JPEG"): boxes.split()[0] for name, boxes in rows}
 
 

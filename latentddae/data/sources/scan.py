@@ -8,12 +8,17 @@ import os
 import struct
 import sys
 import zipfile
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from latentddae.core.errors import DataError, unreadable
-from latentddae.core.files import read_raw
+from latentddae.core.files import ZIP_ERRORS, open_regular, read_raw
+from latentddae.core.retry import retried
 from latentddae.data.shard_format import FORMAT, MANIFEST
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.source import Item
@@ -34,6 +39,8 @@ MAGIC = (
 """JPEG, PNG, GIF, TIFF (and most cameras' own formats), JPEG XL, JPEG 2000, BigTIFF, Photoshop,
 OpenEXR, DirectDraw, Radiance, QOI, Fujifilm, BPG: what is not decoded is a bad image."""
 BOXES = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
+
+UNKNOWN_INODES = (0, 2**32 - 1, 2**64 - 1)  # of file systems without them
 
 SYSTEM, SKIPPED, LINKED = (
     "in a system file or folder",
@@ -86,6 +93,8 @@ class Tree:
     """Images that are symbolic links."""
     used: set[str] = field(default_factory=set)
     """Other files that were read."""
+    inodes: array = field(default_factory=lambda: array("Q"))
+    """Inode numbers of the images that are not, as their folders give them."""
     members: dict[str, Item] | None = None
     """Path -> where its bytes are; None: the files lie below `root`."""
 
@@ -193,7 +202,8 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
             continue
         seen.add(identity)
         try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+            found = retried(partial(_entries, path), path)
+            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             if system and isinstance(error, PermissionError):  # lost+found is root's
                 tree.notes.append(f"folder {folder} is a system's and was not looked into")
@@ -212,7 +222,34 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
                 _add_file(tree, folder, entry, hidden, skip)
     for names in tree.images.values():
         names.sort()
+    _drop_hard_links(tree)
     return tree
+
+
+def _entries(path: str) -> list[os.DirEntry]:
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
+def _drop_hard_links(tree: Tree) -> None:
+    """List each file once, by its first path, however many names it has."""
+    numbers, counts = np.unique(np.frombuffer(tree.inodes, np.uint64), return_counts=True)
+    tree.inodes = array("Q")
+    if not np.isin(numbers[counts > 1], UNKNOWN_INODES, invert=True).any():
+        return
+    seen: dict[tuple[int, int], str] = {}
+    for folder in sorted(tree.images):
+        kept = []
+        for name in tree.images[folder]:
+            path = join(folder, name)
+            status = os.lstat(os.path.join(tree.root, path))
+            identity = status.st_dev, status.st_ino
+            if status.st_nlink > 1 and seen.setdefault(identity, path) != path:
+                tree.reject(LINKED, path)
+            else:
+                kept.append(name)
+        tree.images[folder] = kept
+    tree.images = {folder: names for folder, names in tree.images.items() if names}
 
 
 def _add_file(
@@ -226,12 +263,16 @@ def _add_file(
     is_image = named or is_image_head(_head(entry.path))
     if is_image and is_link and not system:
         tree.links.add(join(folder, entry.name))
+    elif is_image and not system:
+        tree.inodes.append(entry.inode())
     tree.add(folder, entry.name, is_image, system, skip)
 
 
-def _head(path: str) -> bytes:
+def _head(path: str, size: int = HEAD_BYTES) -> bytes:
+    """The first bytes of a file; none of one that cannot be read. UnavailableError if it cannot be
+    read now."""
     try:
-        return read_raw(Path(path), HEAD_BYTES)
+        return read_raw(Path(path), size)
     except OSError:
         return b""
 
@@ -247,8 +288,7 @@ def _is_data_folder(path: str, entries: list[os.DirEntry]) -> bool:
     manifest = os.path.join(path, MANIFEST)
     if not any(entry.name == MANIFEST for entry in entries):
         return False
-    with open(manifest, "rb") as file:
-        return FORMAT.encode() in file.read(4096)
+    return FORMAT.encode() in _head(manifest, 4096)
 
 
 def scan_zip(path: Path, skip: frozenset[str] = frozenset()) -> Tree:
@@ -256,7 +296,7 @@ def scan_zip(path: Path, skip: frozenset[str] = frozenset()) -> Tree:
     tree = Tree(str(path), path, members={})
     assert tree.members is not None
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 if info.is_dir() or (info.external_attr >> 28) not in (0, 8):
                     continue
@@ -273,8 +313,8 @@ def scan_zip(path: Path, skip: frozenset[str] = frozenset()) -> Tree:
                     info.compress_type == 8,
                 )
                 add_member(tree, info.filename, item, skip)
-    except (zipfile.BadZipFile, OSError, struct.error) as error:
-        raise DataError(f"{path} is no whole .zip: {error}") from error
+    except (*ZIP_ERRORS, OSError, struct.error) as error:
+        raise unreadable(f"{path} is no whole .zip: {error}", error) from error
     return tree
 
 

@@ -21,8 +21,8 @@ from latentddae.data.sources.pixels import MAX_PIXELS, BadImageError, decode, to
 from latentddae.data.sources.source_report import SourceReport
 
 KEY_HASH_BYTES = 16
-MAX_BYTES = 1 << 30  # of one image file
 DEFLATED_HEAD = 1 << 10  # compressed bytes beyond those asked for
+MAX_BYTES = 1 << 28  # of one image, as it is stored: more than MAX_PIXELS without compression
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,25 @@ class Item:
     def read(self) -> bytes:
         """The encoded image. Raises OSError."""
         with open_regular(self.location) as file:
-            if self.size < 0:
-                data = file.read(MAX_BYTES + 1)
-                if len(data) > MAX_BYTES:
-                    raise OSError(f"it has more than {MAX_BYTES:,} bytes")
-                return data
-            data = os.pread(file.fileno(), self.size, self.offset)
-        if not self.deflated:
-            return data
-        try:
-            return zlib.decompress(data, -zlib.MAX_WBITS)
-        except zlib.error as error:
-            raise OSError(f"its compressed bytes are damaged: {error}") from error
+            size = os.fstat(file.fileno()).st_size if self.size < 0 else self.size
+            if size > MAX_BYTES:
+                raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+            data = os.pread(file.fileno(), size, self.offset)
+        return _inflated(data) if self.deflated else data
+
+
+def _inflated(data: bytes) -> bytes:
+    """The uncompressed bytes of a member of a .zip. OSError if they are damaged or too many."""
+    reader = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        out = reader.decompress(data, MAX_BYTES)
+    except zlib.error as error:
+        raise OSError(f"its compressed bytes are damaged: {error}") from error
+    if reader.unconsumed_tail:
+        raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+    if not reader.eof:
+        raise OSError("its compressed bytes are cut short")
+    return out
 
 
 def keys_of(paths: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentddae.core.errors import unreadable
+from latentddae.core.files import open_regular
 
 END = bytes(1024)  # two zero blocks close every whole tar
 
@@ -32,10 +33,10 @@ def members(
 
     DataError names a tar that is damaged, compressed or truncated (also between two members).
     """
-    end = start + (tar.stat().st_size - start if size is None else size)
     last = start
     try:
-        with open(tar, "rb") as file:
+        with open_regular(tar) as file:
+            end = os.fstat(file.fileno()).st_size if size is None else start + size
             window = _Window(file.fileno(), start, end)
             with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
                 for member in archive:

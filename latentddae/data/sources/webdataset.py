@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import open_regular, read_bytes, read_json
 from latentddae.data.sources.listing import ALL, Listing, is_table, name_list, number_ids
 from latentddae.data.sources.options import IGNORE, SourceOptions
 from latentddae.data.sources.pixels import IMAGE_NAMES
@@ -54,7 +55,7 @@ class TarListing:
     def add(self, tar: Path, packed: Path) -> None:
         """List the members of one tar, whose plain bytes are in `packed`. DataError if it or a
         label is damaged."""
-        with open(packed, "rb") as file:
+        with open_regular(packed) as file:
             for member in members(packed, on_link=self.tree.reject_link):
                 self._add_member(tar, packed, member, file.fileno())
 
@@ -229,13 +230,11 @@ def class_names(folders: Sequence[Path]) -> tuple[tuple[str, ...] | None, Path |
     for folder in dict.fromkeys(folders):
         for name in NAME_FILES:
             if (folder / name).is_file():
-                return name_list(str(folder / name), (folder / name).read_bytes()), folder / name
+                data = read_bytes(folder / name, "class names")
+                return name_list(str(folder / name), data), folder / name
         for name in ("README.json", "dataset_info.json", "_info.json"):
             if (folder / name).is_file():
-                try:
-                    info = json.loads((folder / name).read_text())
-                except ValueError as error:
-                    raise DataError(f"{folder / name} is not valid JSON: {error}") from error
+                info = read_json(folder / name, "the description of a set")
                 classes = info.get("classes") if isinstance(info, dict) else None
                 if isinstance(classes, list):
                     return tuple(map(str, classes)), folder / name

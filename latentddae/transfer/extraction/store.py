@@ -29,6 +29,7 @@ from latentddae.core.files import (
     sync_folder,
     write_checked_json,
     write_errors,
+    write_npy,
 )
 from latentddae.core.outputs import FolderKind, check_content, head
 from latentddae.core.retry import wait_until_visible
@@ -218,7 +219,9 @@ def _prepare(extraction: Extraction, partial: Path, plan: Provenance) -> None:
                 for cell, width in widths.items():
                     path = partial / file_name(split, level, cell)
                     np.lib.format.open_memmap(path, "w+", np.float16, (len(samples), width))
-            np.save(partial / f"{split}-labels.npy", np.asarray(samples.labels, np.int64))
+                    with open(path, "rb+") as file:  # a full disk is an error now, not a bus error
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            write_npy(partial / f"{split}-labels.npy", np.asarray(samples.labels, np.int64))
         write_checked_json(partial / PLAN, plan)  # last: without it the folder is made anew
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, unreadable
+from latentddae.core.files import MAX_BYTES, read_raw
 from latentddae.core.imaging import IMAGE_SUFFIXES
 from latentddae.core.rng import key_positions
 from latentddae.data.content import content_hash
@@ -120,7 +121,7 @@ def square(path: Path, resolution: int) -> np.ndarray:
 
 def _decoded(path: Path) -> Image.Image:
     try:
-        return decode(path.read_bytes())
+        return decode(read_raw(path, MAX_BYTES))
     except OSError as error:
         raise unreadable(f"cannot read {path}: {error.strerror}", error) from error
     except BadImageError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from latentddae.core.config import read_file
 from latentddae.core.errors import ConfigError
-from latentddae.core.files import read_checked_json, read_json, read_json_lines
+from latentddae.core.files import inside, read_checked_json, read_json, read_json_lines
 from latentddae.training.origin import lineage
 from latentddae.transfer import results
 from latentddae.transfer.grids import Grid, read_grid
@@ -289,7 +289,7 @@ def read_starts(path: Path) -> list[Start]:
 def _pictures(run: Path) -> list[tuple[str, Path]]:
     """(caption, file) of pictures.json, else the sheets of `latentddae sample`."""
     recorded = [
-        (str(entry["caption"]), path.parent / entry["file"])
+        (str(entry["caption"]), inside(path.parent, entry["file"], path))
         for path in _files(run, PICTURES)
         for entry in read_json(path, "list of pictures")
     ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from latentddae import __version__
 from latentddae.core.errors import DataError, unreadable
+from latentddae.core.files import MAX_BYTES, read_raw
 from latentddae.transfer import results
 from latentddae.transfer.grids import Grid
 from latentddae.transfer.reporting import plots, tables
@@ -464,7 +465,7 @@ def sheets(pictures: Sequence[tuple[str, Path]]) -> list[Part]:
     shown = []
     for caption, path in pictures:
         try:
-            data = path.read_bytes()
+            data = read_raw(path, MAX_BYTES)
         except OSError as error:
             raise unreadable(f"picture {path} cannot be read: {error.strerror}", error) from error
         if not data.startswith(PNG_SIGNATURE):
