@@ -119,7 +119,7 @@ def read_json(path: Path, what: str) -> Any:
     return parse_json(read_bytes(path, what), f"{path} ({what})")
 
 
-ZIP_ERRORS: tuple[type[Exception], ...] = (
+ZIP_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError),
     *(NotImplementedError, RuntimeError, UnicodeError, IndexError, struct.error),
 )

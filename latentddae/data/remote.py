@@ -15,7 +15,6 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
-from email.message import Message
 from pathlib import Path
 from typing import IO, cast
 from urllib.parse import urlsplit
@@ -70,7 +69,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         fp: IO[bytes],
         code: int,
         msg: str,
-        headers: Message,
+        headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
