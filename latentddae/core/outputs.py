@@ -197,9 +197,13 @@ def check_content(folder: Path, kind: FolderKind) -> None:
 
 
 def head(path: Path) -> bytes:
-    """The first bytes of a regular file, b"" of anything else."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        return file.read(HEAD) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+    """The first bytes of a regular file, b"" of anything else. Raises OSError, UnavailableError."""
+
+    def read() -> bytes:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.read(HEAD) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+
+    return retried(read, path)
 
 
 def _is_marked(folder: Path, kind: FolderKind) -> bool:

@@ -97,6 +97,8 @@ def _opened_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
+            if OWN_ARRAYS[0] in archive.files and set(archive.files) != set(OWN_ARRAYS):
+                raise ValueError(f"it holds {', '.join(archive.files)}")
             yield archive
     except (OSError, *ZIP_ERRORS) as error:
         raise unreadable(f"{path} is not a readable .npz: {error}", error) from error
@@ -204,6 +206,10 @@ def _npz_features(path: Path, inception: Inception, batch: int) -> np.ndarray:
     return np.concatenate([inception(images).pooled for images in read_npz_images(path, batch)])
 
 
+OWN_ARRAYS = tuple(
+    "latentddae mu sigma mu_s sigma_s count features source pixels_sha256 inception".split()
+)
+"""What a file of statistics that we wrote holds; an archive has no hash of the names in it."""
 STATISTICS_MARK = "latentddae.npy"
 """Member of files of statistics that we wrote; no other file is replaced."""
 

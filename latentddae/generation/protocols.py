@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError
-from latentddae.core.files import read_json
+from latentddae.core.files import read_checked_json
 from latentddae.generation.image_sets import ImageSetStats
 
 METRICS = ("fid", "sfid", "is", "kid", "pr")
@@ -138,7 +138,7 @@ def sample_settings(source: Path) -> dict[str, object]:
     folder = source if source.is_dir() else source.parent
     for path in (folder / "sample.json", folder.parent / "sample.json"):
         if path.is_file():
-            return _flat(read_json(path, "settings of samples"))
+            return _flat(read_checked_json(path, "settings of samples"))
     return {}
 
 

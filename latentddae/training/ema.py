@@ -6,6 +6,7 @@ lose every small update. Several half-lives can be kept at once, because which o
 known only at the end of a run.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class EmaConfig:
             raise ValueError(f"half-lives must be positive, got {halflives}")
         if len(set(halflives)) < 1 + len(self.extra_halflives_images or ()):
             raise ValueError(f"half-lives must differ, got {halflives}")
-        if self.rampup is not None and self.rampup <= 0:
+        if self.rampup is not None and not 0 < self.rampup < math.inf:
             raise ValueError(f"rampup must be positive or null, got {self.rampup}")
         if self.warmup_power is not None and (self.rampup is not None or self.warmup_power <= 0):
             raise ValueError(

@@ -1,11 +1,13 @@
 """A state with a value that is not finite is never written over a good one."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from latentddae import train
 from latentddae.core.config import load
 from latentddae.core.errors import ConfigError, DataError
 from latentddae.training.config import TrainConfig
@@ -36,6 +38,10 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path, kind):
         *("optim.lr=.inf", "optim.lr=inf", "optim.weight_decay=nan", "optim.weight_decay=.nan"),
         *("seed=-1", "global_batch=1e12", "hang_timeout_s=inf", "hang_timeout_s=1e30"),
         *("total_images=1e30", "seed=99999999999999999999"),
+        *("data.workers=100000", "data.workers=-1", "data.group_shards=-1", "data.cache_gb=inf"),
+        *("data.stream_lanes=1e9", "log_every_images=0", "max_bad_steps=0", "save.keep_last=0"),
+        *("optim.lr=-1", "optim.weight_decay=-.inf", "optim.betas=[0.9,nan]", "ema.rampup=inf"),
+        *("ema.halflife_images=inf", "save.every_images=nan", "label_dropout=nan"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting):
@@ -56,3 +62,26 @@ def test_settings_that_cannot_work_are_refused(setting):
 )
 def test_finite_is_a_property_of_elements(values, finite):
     assert is_finite(torch.tensor(values)) is finite
+
+
+def test_a_run_whose_steps_were_all_skipped_ends_with_65(
+    tmp_path, ranks, start, monkeypatch, capfd
+):
+    """Also when it is started again: it has nothing that another command could use."""
+    honest = train.Pretraining.job
+
+    def job(self):
+        made = honest(self)
+
+        def loss(*tensors):
+            value, level = made.loss(*tensors)
+            return value * torch.nan, level
+
+        return dataclasses.replace(made, loss=loss)
+
+    monkeypatch.setattr(train.Pretraining, "job", job)
+    run = tmp_path / "run"
+    for _ in range(2):
+        assert ranks(lambda: start(run, "total_images=64", "max_bad_steps=100")) == [65]
+        assert "every step was skipped" in capfd.readouterr().err
+    assert not (run / "export").exists()

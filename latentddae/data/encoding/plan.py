@@ -20,6 +20,7 @@ from latentddae.data.sources.pixels import CROPS, MAX_PIXELS
 from latentddae.data.sources.source import Source
 
 MEASURED = "measured"
+MAX_WORKERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class EncodeConfig(SourceOptions):
             self,
             positive=("resolution", "batch", "shard_size", "workers", "max_megapixels"),
             non_negative=("test_share",),
+            at_most={"workers": MAX_WORKERS},
         )
         for name in ("max_bad", "max_overlap"):
             allowance(name, getattr(self, name), 1)
