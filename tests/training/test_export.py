@@ -1,5 +1,6 @@
 """Portable weights out of any state: the model's own tensors, bit for bit, read one at a time."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,49 @@ def test_export_is_a_command_that_needs_no_deepspeed(runs, tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "export" in cli.COMMANDS
+
+
+def copied(run: Path, target: Path) -> Path:
+    return shutil.copytree(run, target)
+
+
+def test_a_damaged_newest_state_is_not_passed_over_in_silence(runs, tmp_path, capsys) -> None:
+    run = copied(runs["1"], tmp_path / "run")
+    newest, older = sorted((run / "state").iterdir(), reverse=True)[:2]
+    damaged = next(newest.glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run_export(run, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert f"({older.name})" in said.out
+    assert damaged.name in said.err
+    assert f"using an older state, {older.name}" in said.err
+    for path in older.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert run_export(run, "--out", tmp_path / "other") == 65
+    assert damaged.name in capsys.readouterr().err
+
+
+def test_the_export_of_a_run_at_work_takes_a_complete_state_and_says_which(
+    runs, tmp_path, monkeypatch, capsys
+) -> None:
+    """The run deletes the state while it is read, and has written another one."""
+    run = copied(runs["1"], tmp_path / "run")
+    newest, older = sorted((run / "state").iterdir(), reverse=True)[:2]
+    newest.rename(tmp_path / "later")
+    honest, calls = state_reader.StateReader.whole, []
+
+    def whole(self, kind, name):
+        calls.append(self.state.path)
+        if len(calls) == 2:
+            (tmp_path / "later").rename(newest)
+            shutil.rmtree(older)
+            raise OSError(2, "No such file or directory")
+        return honest(self, kind, name)
+
+    monkeypatch.setattr(state_reader.StateReader, "whole", whole)
+    assert run_export(run, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert f"({newest.name})" in said.out
+    assert f"{older} was deleted by its run meanwhile" in said.err
+    assert zoo.load(tmp_path / "out").info["images_seen"] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
