@@ -20,7 +20,13 @@ from torch import Tensor
 from latentddae.core import config as configuration
 from latentddae.core.command import Command
 from latentddae.core.config import positional
-from latentddae.core.errors import ConfigError, DataError, UsageError, run_command
+from latentddae.core.errors import (
+    ConfigError,
+    DataError,
+    LatentddaeError,
+    UsageError,
+    run_command,
+)
 from latentddae.core.files import warn
 from latentddae.core.outputs import Output
 from latentddae.core.precision import DTYPES
@@ -69,7 +75,7 @@ def run_export(config: ExportConfig) -> None:
         try:
             folder = export(state, out, WEIGHTS[config.weights], dtype, config.halflife)
             break
-        except (DataError, OSError, SafetensorError):
+        except (LatentddaeError, OSError, SafetensorError):
             if config.state is not None or state.path.exists():
                 raise
             warn(f"{state.path} was deleted by its run meanwhile: taking a newer one")
