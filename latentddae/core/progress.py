@@ -1,8 +1,12 @@
 """The progress bar that all commands share."""
 
 import sys
+import threading
 
 from tqdm import tqdm
+
+# tqdm's own lock is shared with forked processes: one that is killed with it holds up all others.
+tqdm.set_lock(threading.RLock())
 
 
 def images(total: int, desc: str, show: bool = True, initial: int = 0) -> tqdm:

@@ -23,6 +23,7 @@ from latentddae.core import config, safetensors_stream
 from latentddae.core.errors import ConfigError, DataError, unreadable
 from latentddae.core.files import (
     move,
+    open_regular,
     read_checked_json,
     sha256,
     sync_folder,
@@ -212,6 +213,7 @@ def _verified(file: Path, recorded: Mapping[str, str]) -> str:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, of any shapes. Raises DataError naming a damaged file."""
     try:
+        open_regular(path).close()  # the library would wait at a pipe
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise unreadable(f"{path} cannot be read: {error}", error) from error

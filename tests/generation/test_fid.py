@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentddae.core import files
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError, UsageError
 from latentddae.generation import fid
 from latentddae.generation.frechet import frechet_distance, moments
@@ -74,8 +75,7 @@ def test_all_metrics_between_folders(
     assert same["fid"] < 1e-6
     assert same["sfid"] < 1e-6
     assert same["precision"] == same["recall"] == 1
-    lines = (tmp_path / "out" / "fid.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [result, same]
+    assert files.read_json_lines(tmp_path / "out" / "fid.jsonl") == [result, same]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError, DataError, unreadable
-from latentddae.core.files import sha256, text_hash
+from latentddae.core.files import open_regular, sha256, text_hash
 from latentddae.models.portable import Weights, read_safetensors
 
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -128,8 +128,9 @@ def read(path: Path) -> ForeignFile:
     """
     if path.suffix == ".safetensors":
         return ForeignFile(path, {"ema": _tensors(read_safetensors(path), path)}, bare=True)
-    mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 are no archives
     try:
+        with open_regular(path) as file:
+            mapped = zipfile.is_zipfile(file)  # files of before torch 1.6 are no archives
         with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
