@@ -167,6 +167,9 @@ def reports(root: Path) -> dict[str, Kind]:
     crash_loops.record_event(root, "saved")
     starts = root / crash_loops.FILE
 
+    def events() -> object:
+        return [(row.get("event"), row.get("images")) for row in files.read_json_lines(starts)]
+
     def logged() -> object:
         read = collect.read_log(log)
         pairs = zip(read.images.tolist(), map(repr, read.loss.tolist()), strict=True)
@@ -200,7 +203,7 @@ def reports(root: Path) -> dict[str, Kind]:
             root / "curve.json",
             lambda: reference_curve.read_reference(root / "curve.json")["points"],
         ),
-        "crash loops": Kind(starts, lambda: files.read_json_lines(starts), is_log=True),
+        "crash loops": Kind(starts, events, is_log=True),
     }
 
 

@@ -4,13 +4,11 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from latentddae.cli import COMMANDS
-from latentddae.core import errors
 from latentddae.core.config import build_choice
 from latentddae.core.errors import run_command
 from latentddae.data.latents import LatentSpec
@@ -121,16 +119,9 @@ def test_a_full_disk_under_stderr_changes_nothing():
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
-def failing(kind: type[Exception]) -> Callable[[object], None]:
-    def main(argv: object) -> None:
-        raise kind("x")
-
-    return main
-
-
-def test_the_net_itself_survives_a_full_disk(monkeypatch):
+def test_an_error_that_cannot_be_printed_keeps_its_status():
+    code = "import sys; from latentddae.core.errors import WriteError, run_command\n"
+    code += "def main(argv):\n raise WriteError('x')\n"
+    code += "sys.exit(run_command('x', main, []))"
     with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        assert errors.run_command("x", failing(errors.WriteError), []) == 73
-        monkeypatch.undo()
-        full.detach()
+        assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 73

@@ -94,7 +94,7 @@ def test_planted_keys_are_in_no_file(address, tiny_shards, tmp_path, ranks, monk
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("cannot open https://h/x?token=abc: 404", "cannot open https://h/x?token=...: 404"),
+        ("cannot open https://h/x?token=abc: 404", "cannot open https://h/x?token=... 404"),
         ("unknown key data.api_key=abc", "unknown key data.api_key=..."),
         ("model.register_tokens=4", "model.register_tokens=4"),
     ],

@@ -27,9 +27,8 @@ from latentddae.core.files import (
     write_errors,
 )
 from latentddae.core.redaction import without_secrets
-from latentddae.core.retry import retried
-from latentddae.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, split_info
-from latentddae.data.remote import fetch, is_remote, label_of, read_all, retried_errors
+from latentddae.data.manifest import MANIFEST, ShardEntry, split_info
+from latentddae.data.remote import fetch, is_remote, read_manifest
 from latentddae.data.shard_format import index_bytes, index_path
 from latentddae.data.shards import HASH_THREADS, Access, ShardSet
 
@@ -55,7 +54,9 @@ def cached(
             (folder / MARK).touch()  # its time says when the set was last used
             for left in folder.glob(".tmp-*"):  # of a copy that was killed
                 left.unlink()
-        shards = split_info(_fetch_manifest(root, folder), root, split).shards
+        data, manifest = read_manifest(root)
+        write_atomic(folder / MANIFEST, data)
+        shards = split_info(manifest, root, split).shards
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             is_complete = partial(_is_complete, folder, is_trusted=is_trusted)
             complete = list(pool.map(is_complete, shards))
@@ -70,18 +71,6 @@ def cached(
         for shard in tqdm(missing, desc=f"cache {split}", unit="shard", disable=None):
             _fetch_shard(root, folder, shard)
     return folder
-
-
-def _fetch_manifest(root: str, folder: Path) -> Manifest:
-    """The manifest of a set, which replaces the cached one only if it is whole."""
-
-    def fetched() -> tuple[bytes, Manifest]:
-        data = read_all(root, MANIFEST)
-        return data, parse_manifest(label_of(root, MANIFEST), data)
-
-    data, manifest = retried(fetched, label_of(root, MANIFEST), also=retried_errors(root))
-    write_atomic(folder / MANIFEST, data)
-    return manifest
 
 
 def _fetch_shard(root: str, folder: Path, shard: ShardEntry) -> None:

@@ -23,6 +23,7 @@ from latentddae.core.errors import ConfigError, DataError, LatentddaeError, unre
 from latentddae.core.files import create, move, open_regular, temporary_path, write_errors
 from latentddae.core.redaction import without_secrets
 from latentddae.core.retry import retried
+from latentddae.data.manifest import MANIFEST, Manifest, parse_manifest
 
 WEB = re.compile(r"https?://[A-Za-z0-9._~:/?#@!&=+%\-]+")
 # No "::" (fsspec chains file systems with it) and no characters that a shell or template expands.
@@ -120,6 +121,17 @@ def read_all(root: str, name: str, limit: int = MAX_BYTES) -> bytes:
             return b"".join(_chunks(file, label_of(root, name), limit))
 
     return retried(read, label_of(root, name), also=retried_errors(root))
+
+
+def read_manifest(root: str) -> tuple[bytes, Manifest]:
+    """The manifest of a set, as bytes and checked; asked for again if it arrives damaged."""
+    label = label_of(root, MANIFEST)
+
+    def read() -> tuple[bytes, Manifest]:
+        data = read_all(root, MANIFEST)
+        return data, parse_manifest(label, data)
+
+    return retried(read, label, also=retried_errors(root))
 
 
 def fetch(root: str, name: str, target: Path, size: int, sha256: str) -> None:

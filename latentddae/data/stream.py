@@ -26,8 +26,8 @@ from latentddae.core.errors import ConfigError, DataError, is_transient
 from latentddae.core.retry import retried
 from latentddae.data.latents import LatentSpec
 from latentddae.data.loader import Batch, order
-from latentddae.data.manifest import MANIFEST, ShardEntry, SplitInfo, parse_manifest, split_info
-from latentddae.data.remote import open_file, read_all, retried_errors
+from latentddae.data.manifest import ShardEntry, SplitInfo, split_info
+from latentddae.data.remote import open_file, read_manifest, retried_errors
 from latentddae.data.shard_format import MEMBERS, npy_header
 
 KEYS_KEPT = 3  # shards per lane whose keys are remembered, to name samples of the last batches
@@ -35,7 +35,7 @@ KEYS_KEPT = 3  # shards per lane whose keys are remembered, to name samples of t
 
 def open_stream(root: str, split: str) -> SplitInfo:
     """What the manifest at a path or address says about a split; nothing else is read."""
-    manifest = parse_manifest(f"{root}/{MANIFEST}", read_all(root, MANIFEST))
+    _, manifest = read_manifest(root)
     return split_info(manifest, root, split)
 
 

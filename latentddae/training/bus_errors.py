@@ -44,12 +44,13 @@ def named(rank: int, part: Callable[[], str]) -> Iterator[None]:
 
 
 def shortened_files() -> list[str]:
-    """Files that end before the memory into which this process has mapped them."""
+    """Files that end before the memory into which this process has mapped them to be shared: data,
+    not programs."""
     short = set()
     with open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.rstrip("\n").split(maxsplit=5)
-            if len(fields) < 6 or not fields[5].startswith("/"):
+            if len(fields) < 6 or not fields[5].startswith("/") or fields[1][3] != "s":
                 continue
             start, end = (int(number, 16) for number in fields[0].split("-"))
             last_page = int(fields[2], 16) + (end - start) - os.sysconf("SC_PAGE_SIZE")

@@ -168,9 +168,7 @@ def test_tries_end_after_the_limit_of_time(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "target", ["http://localhost:1/x", "ftp://127.0.0.1/x", "file:///etc/passwd"]
-)
+@pytest.mark.parametrize("target", ["http://localhost:1/x", "ftp://127.0.0.1/x", "ftp://other/x"])
 def test_redirects_to_other_hosts_are_refused_by_name(target, answering):
     address, requests = answering(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\n\r\n".encode())
     with pytest.raises(ConfigError, match="redirects to another host"):

@@ -4,12 +4,14 @@ A file is an image by its content; only names that end like an image's are belie
 that 1.3 million of them are listed in seconds (what cannot be decoded is a bad image later).
 """
 
+import errno
 import os
 import struct
 import sys
 import zipfile
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,7 +216,7 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
             continue
         for entry in entries:
             hidden = system or is_system(entry.name)
-            if entry.is_dir():
+            if _follows_to(entry.is_dir):
                 (linked if entry.is_symlink() else folders).append(
                     (join(folder, entry.name), hidden)
                 )
@@ -229,6 +231,16 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
 def _entries(path: str) -> list[os.DirEntry]:
     with os.scandir(path) as entries:
         return list(entries)
+
+
+def _follows_to(test: Callable[[], bool]) -> bool:
+    """The answer of `is_dir` or `is_file`; no for links that lead to each other."""
+    try:
+        return test()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _drop_hard_links(tree: Tree) -> None:
@@ -256,7 +268,7 @@ def _add_file(
     tree: Tree, folder: str, entry: os.DirEntry, system: bool, skip: frozenset[str]
 ) -> None:
     is_link = entry.is_symlink()
-    if not entry.is_file() and not (is_link and not os.path.exists(entry.path)):
+    if not _follows_to(entry.is_file) and not (is_link and not os.path.exists(entry.path)):
         tree.others["no regular file"] += 1  # pipes, sockets, devices
         return
     named = extension_of(entry.name) in IMAGE_NAMES
