@@ -142,7 +142,11 @@ RULES = {  # what is broken -> where, and how
     "a system folder is read": (scan, "is_system", lambda name: name.startswith("._")),
     "a link counts as another image": (Listing, "_drop_links", lambda self: None),
     "images without an extension are forgotten": (scan, "is_image_head", lambda head: False),
-    "a folder is read through every link": (scan, "_identity", lambda path: path),
+    "a folder is read through every link": (
+        scan,
+        "_identity",
+        lambda path, honest=scan._identity: path if path.count("/") < 12 else honest(path),
+    ),
     "images beside the class folders are forgotten": (
         folders,
         "_reject_above",
