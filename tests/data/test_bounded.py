@@ -13,6 +13,7 @@ from latentddae.data.encoding.encode import main as encode
 from latentddae.data.sources import source as sources
 from latentddae.data.sources import tars
 from latentddae.data.sources.open import open_source
+from latentddae.data.sources.pixels import BadImageError
 from latentddae.generation.adm_npz import npz_image_shape
 from latentddae.generation.fid import feature_array
 from latentddae.generation.image_sets import is_statistics
@@ -86,7 +87,7 @@ def test_a_member_that_unpacks_to_more_than_the_limit_is_a_bad_image(tmp_path, m
         archive.writestr("a/small.png", b"\x89PNG\r\n\x1a\n")
         archive.writestr("a/bomb.png", bytes(1 << 20))
     monkeypatch.setattr(sources, "MAX_BYTES", 1 << 16)
-    with pytest.raises(LatentddaeError, match="more than 65,536 bytes"):
+    with pytest.raises(BadImageError, match="more than 65,536 bytes"):
         open_source(str(tmp_path / "photos.zip"), "train").image(0)
 
 
