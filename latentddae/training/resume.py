@@ -19,7 +19,7 @@ def find_state(context: RunContext, contract: Mapping[str, object]) -> State | N
     trained under another contract.
     """
     state, faults = states.newest_intact(context.run / "state", context.world)
-    for fault in faults.values():
+    for fault in faults.values() if state else ():
         context.say(f"warning: {fault}; using an older state")
     _check(context.run, state, faults, contract)
     return state
