@@ -27,8 +27,9 @@ def whole(tmp_path, ranks, start) -> Path:
 
 
 def nothing_is_lost(run: Path) -> bool:
-    aside = [p for p in (run / "state").iterdir() if not p.name.startswith(states.PREFIX)]
-    return not aside and not list(run.glob("*.damaged-*"))
+    return not list((run / "state").glob(f"{states.DAMAGED}*")) and not list(
+        run.glob("*.damaged-*")
+    )
 
 
 def test_every_file_fails_once_and_the_run_goes_on(
