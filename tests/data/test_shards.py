@@ -244,7 +244,7 @@ def test_edited_manifests_are_refused(make_set: MakeSet) -> None:
         ('"size": 4', '"size": 8', ConfigError),
         ('"train-000000.tar"', '"../train-000000.tar"', DataError),
         ('"train-000000.tar"', '"pipe:touch x"', DataError),
-        ('"version": 2', '"version": 3', ConfigError),
+        ('"version": 3', '"version": 2', ConfigError),
         ('"samples": 20', '"samples": 21', DataError),
         ('"format"', "", DataError),
     ):
