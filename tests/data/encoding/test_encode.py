@@ -379,7 +379,7 @@ def test_kill_9_at_random_moments(
     encode(config)
     whole_seconds = time.monotonic() - start
     random = np.random.default_rng(0)
-    killed, out = 0, tmp_path / "out"
+    killed, done, out = 0, 0, tmp_path / "out"
     while killed < kills:
         seconds = random.uniform(0.02, 1.3) * whole_seconds
         statuses = killed_after(seconds, replace(config, out=str(out)), ranks, free_port())
@@ -388,7 +388,8 @@ def test_kill_9_at_random_moments(
         if 0 in statuses or killed == kills:  # done before the kill: compare, start over
             encode(replace(config, out=str(out)))
             assert contents(out) == contents(tmp_path / "whole")
-            out = tmp_path / f"out{killed}"
+            done += 1
+            out = tmp_path / f"out{done}"
 
 
 def free_port() -> int:
