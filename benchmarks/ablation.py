@@ -73,6 +73,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "ddpm": ("objective=ddpm",),
     "edm": ("objective=edm",),
     "Muon": MUON,
+    "Muon, 4 times the rate": (*MUON, "optim.lr=6e-3"),
     "Muon, all options": (*MUON, *ALL_OPTIONS),
 }
 UNTRAINED = "untrained, random gates"
