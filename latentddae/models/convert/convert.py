@@ -35,7 +35,8 @@ class ConvertConfig(CheckpointHints):
     """Write a checkpoint in another format."""
 
     src: str = positional()
-    """Portable checkpoint, run folder, or a file or folder of another project."""
+    """Portable checkpoint, run folder, or a file or folder of another project or its address
+    (https://HOST/FILE#sha256=HEX, hf://ORG/NAME)."""
     dst: Path = positional()
     """New folder, for dit a new `.pt` file."""
     to: Literal["latentddae", "dit", "diffusers"]

@@ -32,7 +32,8 @@ class PublishConfig(CheckpointHints):
     """Write a checkpoint with a model card."""
 
     src: str = positional()
-    """Portable checkpoint, run folder, or a file or folder of another project."""
+    """Portable checkpoint, run folder, or a file or folder of another project or its address
+    (https://HOST/FILE#sha256=HEX, hf://ORG/NAME)."""
     to: Path
     """New folder."""
     weights: Weights = "ema"

@@ -29,8 +29,9 @@ class CheckpointOptions(CheckpointHints):
     """A network, and a folder for results."""
 
     checkpoint: str
-    """Portable checkpoint, run folder, file of published weights, or a baseline:
-    timm:NAME@FILE (or @download, @random)."""
+    """Portable checkpoint, run folder, a file or folder of published weights or its address
+    (https://HOST/FILE#sha256=HEX, hf://ORG/NAME), or a baseline: timm:NAME@FILE (or @download,
+    @random)."""
     weights: Weights = "ema"
     """The averaged weights, or those of the last step."""
     out: Path
