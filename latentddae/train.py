@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports: they take seconds in which a s
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from latentddae.planning.flops import training_flops
 from latentddae.planning.outlook import outlook
 from latentddae.training import origin as origins
 from latentddae.training.config import TrainConfig, check_labels, contract, resolve
-from latentddae.training.deepspeed_config import derive
+from latentddae.training.deepspeed_config import compiles_draws, derive
 from latentddae.training.export import WEIGHTS, export
 from latentddae.training.job import Evaluation, Job
 from latentddae.training.loop import Loop
@@ -47,6 +48,8 @@ from latentddae.transfer.extraction.inputs import check_data
 from latentddae.transfer.protocol.run_probe import RunProbe
 
 MICRO_BATCH_RULE = "engine.micro_batch=null: what fits on a GPU, the whole share on a CPU"
+Draws = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""x0, t, noise, level, label, augmentation; see Pretraining._draws."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -121,6 +124,15 @@ class Pretraining:
         model = zoo.build(self.config.model, seed=config.seed)
         self.start, self.origin = self._begin(model)
         self.model = model.to(context.device)
+        self.draws, self.objective_loss = self._draws, self.config.objective.loss
+        self.network: Callable[..., Tensor] = self.model
+        if compiles_draws(self.config.engine, context.device):
+            half = torch.full((1,), 0.5, device=context.device)
+            objective = self.config.objective
+            objective.to_level(objective.sample_timesteps(half))  # computes its tables, if any
+            self.draws = torch.compile(self._draws, dynamic=False)
+            self.objective_loss = torch.compile(self.objective_loss, dynamic=False)
+            self.network = torch.compiler.disable(self.model)  # its blocks are compiled already
 
     def _begin(self, model: nn.Module) -> tuple[State | None, origins.Origin | None]:
         """The state of another run with which a new run begins, and its origin.
@@ -210,21 +222,22 @@ class Pretraining:
     def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and noise level (N,), (N,) of stored samples (N, *stored_shape), their labels (N,)
         and global positions (N,)."""
-        objective = self.config.objective
-        x0, t, noise, y = self._draw(moments, label, position)
-        return objective.loss(self.model, x0, y, t, noise), objective.to_level(t)
+        x0, t, noise, level, label, augment = self.draws(moments, label, position)
+        condition = Condition(label=label, augment=augment)
+        return self.objective_loss(self.network, x0, condition, t, noise), level
 
     def diagnostics(self, moments: Tensor, label: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Statistics of the network's activations, name -> (depth,), on what `loss` takes."""
         objective = self.config.objective
-        x0, t, noise, y = self._draw(moments, label, position)
+        x0, t, noise, _, label, augment = self._draws(moments, label, position)
         x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
-        return self.model.diagnostics(x, network_time, y)
+        condition = Condition(label=label, augment=augment)
+        return self.model.diagnostics(x, network_time, condition)
 
-    def _draw(
-        self, moments: Tensor, label: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Condition]:
-        """x0 (N, C, H, W), t (N,), noise (N, C, H, W), and what the network is told besides.
+    def _draws(self, moments: Tensor, label: Tensor, position: Tensor) -> Draws:
+        """What a micro-batch draws: moments (N, *stored_shape), labels (N,), positions (N,) -> x0
+        (N, C, H, W), t (N,), noise (N, C, H, W), level (N,), label (N,) or None, augmentation
+        (N, A) or None.
 
         Every draw is keyed by (seed, purpose, global position).
         """
@@ -233,11 +246,12 @@ class Pretraining:
         x0, augment = config.augmentation.augmented(x0, position, seed)
         t = config.objective.sample_timesteps(rng.uniform(seed, "time", position))
         noise = rng.normal(seed, "noise", position, spec.shape)
+        level = config.objective.to_level(t)
         if not config.conditional:
-            return x0, t, noise, Condition(augment=augment)
+            return x0, t, noise, level, None, augment
         dropped = rng.uniform(seed, "label drop", position) < config.label_dropout
         label = torch.where(dropped | (label < 0), config.model.num_classes, label)
-        return x0, t, noise, Condition(label=label, augment=augment)
+        return x0, t, noise, level, label, augment
 
     def score_samples(self, state: State) -> dict[str, float]:
         """Draw samples with the EMA weights of a state and score them; on rank 0."""

@@ -41,6 +41,7 @@ def philox(
     return c0, c1, c2, c3
 
 
+@torch.compiler.assume_constant_result
 def purpose_key(seed: int, purpose: str) -> tuple[int, int]:
     """The 64-bit generator key of a seed and a purpose, as two 32-bit words."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()

@@ -1,6 +1,5 @@
 """DDPM's noise schedules as tables over nodes: node 0 is clean, node n is the n-th timestep."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -29,10 +28,22 @@ class PosteriorCoefficients(NamedTuple):
     """ln(beta tilde), the posterior variance itself."""
 
 
-@functools.lru_cache(maxsize=32)
+_COMPUTED: dict[tuple[str, int, str, int | None], Tables] = {}
+
+
 def tables(schedule: str, steps: int, device: torch.device) -> Tables:
     """The tables of a `linear`, `cosine` or `ddae_ddim` schedule, computed once per schedule and
-    device."""
+    device.
+
+    Kept in a dictionary, which torch.compile reads; a cached function it would compute again.
+    """
+    key = (schedule, steps, device.type, device.index)
+    if key not in _COMPUTED:
+        _COMPUTED[key] = _tables_on(schedule, steps, device)
+    return _COMPUTED[key]
+
+
+def _tables_on(schedule: str, steps: int, device: torch.device) -> Tables:
     if schedule == "ddae_ddim":  # one beta more than timesteps: node 0 is not clean
         betas = torch.linspace(1e-4, 0.02, steps + 1, dtype=torch.float64)
         return _tables((1 - betas).cumprod(0), device)

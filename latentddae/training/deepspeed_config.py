@@ -70,6 +70,14 @@ def compiles(config: EngineConfig, device: torch.device) -> bool:
     return config.compile
 
 
+def compiles_draws(config: EngineConfig, device: torch.device) -> bool:
+    """Whether draws and losses are compiled on this device, which no stage forbids: as operations
+    one by one they launch hundreds of kernels in every micro-batch."""
+    if config.compile == "auto":
+        return device.type == "cuda" and not lacking_compiler()
+    return config.compile
+
+
 def lacking_compiler() -> str:
     """What torch.compile lacks on this machine to make CUDA kernels; empty: nothing."""
     if importlib.util.find_spec("triton") is None:

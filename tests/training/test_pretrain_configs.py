@@ -1,6 +1,7 @@
 """The shipped pretraining configurations: the published recipes, and networks
 of the published sizes."""
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import torch
 
 from latentddae.core import config as configuration
 from latentddae.models import zoo
+from latentddae.planning.memory import state_bytes
 from latentddae.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "pretrain"
-FILES = sorted(path for path in FOLDER.glob("dit_*.yaml") if path.stem != "dit_recipe")
+LARGE = FOLDER / "dit_xl_2_imagenet256_uncond_batch1024.yaml"
+FILES = sorted(
+    path for path in FOLDER.glob("dit_*.yaml") if path.stem != "dit_recipe" and path != LARGE
+)
 
 # Published totals at 32x32x4 with 1000 classes and learned variance. They count the fixed position
 # table.
@@ -45,7 +50,7 @@ def test_every_size_comes_with_and_without_labels() -> None:
     assert wanted | {f"{name}_uncond" for name in wanted} <= names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, LARGE], ids=lambda path: path.stem)
 def test_opens_with_its_commands(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0] == f"# deepspeed latentddae/train.py --config configs/pretrain/{path.name}"
@@ -90,6 +95,39 @@ def test_recipe_is_the_published_one(path: Path) -> None:
     epochs = config.total_images / 1_281_167
     assert epochs == pytest.approx(64 if lightning else 80, abs=0.1)
     assert config.conditional == ("uncond" not in path.stem)
+
+
+def test_a_larger_batch_changes_what_follows_from_it() -> None:
+    """By the square-root rule; the average counts images and stays."""
+    large, base = load(LARGE), load(FOLDER / "dit_xl_2_imagenet256_uncond.yaml")
+    changed = {
+        f.name for f in fields(TrainConfig) if getattr(large, f.name) != getattr(base, f.name)
+    }
+    assert changed == {"run", "global_batch", "optim"}
+    factor = large.global_batch / base.global_batch
+    assert large.optim.lr == pytest.approx(base.optim.lr * factor**0.5)
+    assert large.optim.betas[0] == base.optim.betas[0]
+    assert 1 - large.optim.betas[1] == pytest.approx(factor * (1 - base.optim.betas[1]))
+
+
+JOBS = sorted((ROOT / "slurm").glob("pretrain_dit_*.sh"))
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.stem)
+def test_a_job_asks_for_as_many_gpus_as_its_batch_fills(script: Path) -> None:
+    """And says what each of them gets: 32 images, and the state's bytes by the formula."""
+    text = script.read_text()
+    nodes, gpus = (int(re.search(rf"--{n}=(\d+)", text)[1]) for n in ("nodes", "gpus-per-node"))
+    config = load(ROOT / re.search(r"^pretrain (\S+)", text, re.MULTILINE)[1])
+    each = config.global_batch / (nodes * gpus)
+    assert each >= 32
+    weights = sum(p.numel() for p in network(config, 32).parameters())
+    state = state_bytes(weights, nodes * gpus, config.engine.zero_stage, "bf16").total / 1e9
+    line = (
+        f"# {config.global_batch} images a step on {nodes * gpus} GPUs are {each:.0f} each; "
+        f"the training state takes {state:.1f} GB of each by formula"
+    )
+    assert line in text
 
 
 LADDER = sorted((FOLDER / "lightningdit").glob("*.yaml"))
