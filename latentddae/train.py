@@ -222,16 +222,16 @@ class Pretraining:
     def loss(self, moments: Tensor, label: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and noise level (N,), (N,) of stored samples (N, *stored_shape), their labels (N,)
         and global positions (N,)."""
-        x0, t, noise, level, label, augment = self.draws(moments, label, position)
-        condition = Condition(label=label, augment=augment)
+        x0, t, noise, level, *told = self.draws(moments, label, position)
+        condition = Condition(label=told[0], augment=told[1])
         return self.objective_loss(self.network, x0, condition, t, noise), level
 
     def diagnostics(self, moments: Tensor, label: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Statistics of the network's activations, name -> (depth,), on what `loss` takes."""
         objective = self.config.objective
-        x0, t, noise, _, label, augment = self._draws(moments, label, position)
+        x0, t, noise, _, *told = self._draws(moments, label, position)
         x, network_time = objective.network_input(objective.add_noise(x0, t, noise), t)
-        condition = Condition(label=label, augment=augment)
+        condition = Condition(label=told[0], augment=told[1])
         return self.model.diagnostics(x, network_time, condition)
 
     def _draws(self, moments: Tensor, label: Tensor, position: Tensor) -> Draws:
