@@ -75,50 +75,64 @@ class Counted(Exception):
 @pytest.mark.parametrize(
     "kind", ["ddpm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("edm", "flow"))]
 )
-def test_draws_are_a_few_kernels_once_compiled(kind) -> None:
+def test_draws_are_a_few_kernels_once_compiled(kind, ranks) -> None:
     """Each node that is left after fusion is one Triton kernel on a GPU; hundreds one by one."""
-    with Launches() as eager:
-        draws(kind)(*micro_batch())
-    assert eager.count > 300
-    counts = []
 
-    def stop(nodes: list) -> list:
-        counts.append(sum(not node.is_template() and not node.is_foreach() for node in nodes))
-        raise Counted
+    def in_a_process_of_its_own() -> None:  # the compiler starts threads
+        with Launches() as eager:
+            draws(kind)(*micro_batch())
+        assert eager.count > 300
+        counts = []
 
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(_post_fusion_custom_pass=stop, fx_graph_cache=False):
-        with pytest.raises(Exception, match="Counted"):
-            torch.compile(draws(kind), dynamic=False, fullgraph=True)(*micro_batch())
-    print(f"{kind}: {eager.count} operations, {counts[0]} kernels")
-    assert 0 < counts[0] <= 20  # 16
+        def stop(nodes: list) -> list:
+            counts.append(sum(not node.is_template() and not node.is_foreach() for node in nodes))
+            raise Counted
+
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(_post_fusion_custom_pass=stop, fx_graph_cache=False):
+            with pytest.raises(Exception, match="Counted"):
+                torch.compile(draws(kind), dynamic=False, fullgraph=True)(*micro_batch())
+        print(f"{kind}: {eager.count} operations, {counts[0]} kernels")
+        assert 0 < counts[0] <= 20  # 16
+
+    assert ranks(in_a_process_of_its_own) == [0]
 
 
-def test_compiled_words_are_the_same_bits() -> None:
+def test_compiled_words_are_the_same_bits(ranks) -> None:
     """With the graph that the compiler sees, run by torch's kernels; keys are constants there."""
-    torch._dynamo.reset()
-    positions = torch.tensor([0, 1, 2**31, 2**40 + 7, -1, -(2**63), 2**63 - 1])
 
-    def drawn(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            rng.words(3, "noise", positions, 65),
-            rng.uniform(3, "time", positions, (9,)),
-            rng.normal(3, "posterior", positions, (4, 3)),
-        )
+    def in_a_process_of_its_own() -> None:  # the compiler starts threads
+        torch._dynamo.reset()
+        positions = torch.tensor([0, 1, 2**31, 2**40 + 7, -1, -(2**63), 2**63 - 1])
 
-    compiled = torch.compile(drawn, backend="aot_eager", dynamic=False, fullgraph=True)
-    for found, expected in zip(compiled(positions), drawn(positions), strict=True):
-        assert torch.equal(found, expected)
+        def drawn(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return (
+                rng.words(3, "noise", positions, 65),
+                rng.uniform(3, "time", positions, (9,)),
+                rng.normal(3, "posterior", positions, (4, 3)),
+            )
+
+        compiled = torch.compile(drawn, backend="aot_eager", dynamic=False, fullgraph=True)
+        for found, expected in zip(compiled(positions), drawn(positions), strict=True):
+            assert torch.equal(found, expected)
+
+    assert ranks(in_a_process_of_its_own) == [0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(OBJECTIVES))
-def test_the_compiled_prelude_is_the_same_function(kind) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(draws(kind), backend="aot_eager", dynamic=False)
-    for found, expected in zip(compiled(*micro_batch()), draws(kind)(*micro_batch()), strict=True):
-        if expected is not None:
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+def test_the_compiled_prelude_is_the_same_function(kind, ranks) -> None:
+
+    def in_a_process_of_its_own() -> None:  # the compiler starts threads
+        torch._dynamo.reset()
+        compiled = torch.compile(draws(kind), backend="aot_eager", dynamic=False)
+        for found, expected in zip(
+            compiled(*micro_batch()), draws(kind)(*micro_batch()), strict=True
+        ):
+            if expected is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    assert ranks(in_a_process_of_its_own) == [0]
 
 
 @pytest.mark.slow
