@@ -188,7 +188,7 @@ class Pretraining:
                 "classes": list(self.data.classes),
                 "data": self.data.fingerprints,
                 "data_set": {
-                    "name": Path(config.data.path.partition("?")[0]).resolve().name,  # without a key
+                    "name": Path(config.data.path.partition("?")[0]).resolve().name,
                     "split": config.data.split,
                 },
                 "ema_config": configuration.to_dict(config.ema),
