@@ -117,11 +117,12 @@ def test_the_holder_of_a_port_is_named(ranks, capfd) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"process {os.getpid()} (" in holder_of(port)
+        holder = os.getpid()
+        assert f"process {holder} (" in holder_of(port)
 
         def meet() -> None:
             os.environ["MASTER_PORT"] = str(port)
-            with pytest.raises(ConfigError, match=f"port {port}.*in use by process {os.getppid()}"):
+            with pytest.raises(ConfigError, match=f"port {port}.*in use by process {holder}"):
                 dist.start(timeout_s=20)
 
         assert ranks(meet, 1) == [0]

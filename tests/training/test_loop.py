@@ -108,11 +108,11 @@ def test_no_value_is_read_between_two_lines(stage, tiny_shards, tmp_path, ranks)
             options += (f"engine.zero_stage={stage}", "engine.precision=fp32")
             run = tmp_path / str(steps)
             status = start(run, tiny_shards, *options, "engine.micro_batch=4", "conditional=true")
-            files.append_json_line(tmp_path / f"{steps}.jsonl", counts)
+            files.append_json_line(tmp_path / f"{steps}.jsonl", {"reads": counts})
             return status
 
         assert ranks(action, 2) == [0, 0]
-        return [json.loads(line) for line in (tmp_path / f"{steps}.jsonl").read_text().splitlines()]
+        return [row["reads"] for row in files.read_json_lines(tmp_path / f"{steps}.jsonl")]
 
     short, long = reads(5), reads(15)
     assert len(long) == 2 and min(len(counts) for counts in long) > 0

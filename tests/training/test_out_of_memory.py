@@ -1,11 +1,10 @@
 """Memory that runs out ends a run in one line with what to change; its states stay intact."""
 
-import json
-
 import pytest
 import torch
 
 from latentddae.core.errors import ConfigError, as_user_error, is_out_of_memory
+from latentddae.core.files import read_json_lines
 from latentddae.planning.memory import state_bytes
 from latentddae.training import crash_loops, out_of_memory, states
 from latentddae.training.config import RunConfig
@@ -70,9 +69,7 @@ def test_an_engine_without_memory_is_explained_too(
     assert ranks(lambda: start(tmp_path / "run")) == [78]
     err = capfd.readouterr().err
     assert "Traceback" not in err and "2.00 GiB" in err and "If reserved" not in err
-    assert json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[-1]) == {
-        "event": "out of memory"
-    }
+    assert read_json_lines(tmp_path / "run/starts.jsonl")[-1] == {"event": "out of memory"}
 
 
 def test_the_line_has_the_formula_and_what_still_helps() -> None:

@@ -5,11 +5,11 @@ them, beside parts of the training (`loss.` and others), which are left out. The
 architecture of an AutoencoderKL. A file does not tell how its latents are scaled.
 """
 
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypedDict
 
 import torch
@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError) as error:
         raise unreadable(f"{path} cannot be loaded as weights only", error) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     names = {"encoder.conv_in.weight", "decoder.conv_out.weight"}
