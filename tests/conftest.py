@@ -19,6 +19,9 @@ from latentddae.data.shards import write_split
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Autograd counts the devices at its first backward and starts a thread for each, after which a
+# fork cannot run another one. A fake tensor counts as a CUDA device, so this comes before any.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:

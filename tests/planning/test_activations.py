@@ -80,3 +80,14 @@ def test_what_a_real_step_has_alive(config, precision) -> None:
         real = highest(config, precision, every)
         formula = counted.at_most(IMAGES, every) - loss
         assert 0.94 < formula / real < 1.06, (every, real, formula)
+
+
+def test_ranks_are_forked_after_it(ranks) -> None:
+    """A fake tensor stands for a CUDA device, for which autograd would start a thread."""
+    count_activations(DIT, "fp32")
+
+    def differentiate() -> None:
+        torch.ones(1, requires_grad=True).sum().backward()
+
+    differentiate()
+    assert ranks(differentiate) == [0]
