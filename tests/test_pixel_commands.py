@@ -10,6 +10,7 @@ import pytest
 from latentddae import train
 from latentddae.core import files
 from latentddae.core.errors import run_command
+from latentddae.data.shards import write_split
 from latentddae.generation import fid, sample
 from latentddae.generation.inception import Features
 from latentddae.models import zoo
@@ -26,6 +27,7 @@ from latentddae.transfer import (
     results,
     visualize,
 )
+from tests.conftest import tiny_spec
 
 CONFIG = Path(__file__).parent / "training" / "tiny_unet.yaml"
 BLOCK, LEVEL = "2", "t=0.06"
@@ -50,6 +52,31 @@ def run(tmp_path_factory, pixel_shards, ranks) -> Path:
     arguments = ("--config", str(CONFIG), f"run={folder}", f"data.path={pixel_shards}")
     options = [*arguments, monitor, probe, "total_images=48"]
     assert ranks(lambda: run_command("train", train.main, options)) == [0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents_like_images(tmp_path_factory) -> Path:
+    """Latents that have the shape of the images, 3x8x8, of unit scale."""
+    root, random = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    for split, count in (("train", 96), ("test", 32)):
+        mean = random.normal(size=(count, 1, 3, 8, 8)) * 2
+        moments = np.concatenate([mean, np.full_like(mean, -8.0)], axis=2).astype(np.float16)
+        keys = [f"{split}/{i:03d}" for i in range(count)]
+        labels = (np.arange(count) % 4).tolist()
+        write_split(
+            root, split, tiny_spec(channels=3), moments, labels, keys, classes=("a", "b", "c", "d")
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def dit_run(tmp_path_factory, latents_like_images, ranks) -> Path:
+    """A run on those latents."""
+    folder = tmp_path_factory.mktemp("dit") / "run"
+    config = CONFIG.with_name("tiny.yaml")
+    arguments = ("--config", str(config), f"run={folder}", f"data.path={latents_like_images}")
+    assert ranks(lambda: run_command("train", train.main, [*arguments, "total_images=16"])) == [0]
     return folder
 
 
@@ -138,3 +165,34 @@ def test_samples_and_their_distance(run, pixel_shards, tmp_path, monkeypatch) ->
 def test_report(run, probed, tmp_path) -> None:
     report.main([str(run), "--out", str(tmp_path / "report.html")])
     assert "run" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        (grid, ()),
+        (linear, ("--block", BLOCK, "--level", LEVEL)),
+        (knn, ("--block", BLOCK, "--level", LEVEL)),
+        (geometry, ()),
+        (noise_classifier, ("--block", BLOCK)),
+        (visualize, ("--block", BLOCK, "--level", LEVEL)),
+        (finetune, ("block=2", "level=0.06", "total_images=16", "global_batch=16")),
+    ],
+    ids=("grid", "linear", "knn", "geometry", "noise-classifier", "visualize", "finetune"),
+)
+@pytest.mark.parametrize("trained_on", ["images", "latents"])
+def test_images_and_latents_are_not_mixed(
+    trained_on, module, more, run, dit_run, pixel_shards, latents_like_images, tmp_path, capfd
+) -> None:
+    """Not even where their shapes agree: here both are 3x8x8."""
+    checkpoint = run if trained_on == "images" else dit_run
+    data = latents_like_images if trained_on == "images" else pixel_shards
+    of_data = f"data.path={data}" if module is finetune else f"--data={data}"
+    given = ["--checkpoint", checkpoint, of_data, "--out", tmp_path / "out", *more]
+    assert run_command("probe", module.main, [str(argument) for argument in given]) == 78
+    words = {"images": "images (3, 8, 8)", "latents": "latents of toy (3, 8, 8)"}
+    other = words.pop(trained_on)
+    (seen,) = words.values()
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"{data} holds {seen}" in line and f"trained on {other}" in line
+    assert not (tmp_path / "out" / results.RESULTS).exists()

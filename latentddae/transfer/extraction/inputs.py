@@ -164,11 +164,15 @@ def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:
             f"or --input-size {stored.size} spreads the network's positions over them"
         )
     raise ConfigError(
-        f"the shards were encoded by {samples.spec.autoencoder} {samples.spec.shape} "
-        f"(codec {samples.spec.codec_fingerprint}), the checkpoint expects {spec.autoencoder} "
-        f"{spec.shape} (codec {spec.codec_fingerprint}); encode the data with the "
-        "checkpoint's autoencoder"
+        f"{samples.root} holds {_contents(samples.spec)}, the checkpoint was trained on "
+        f"{_contents(spec)}: encode the source with its --autoencoder, {spec.autoencoder}"
     )
+
+
+def _contents(spec: LatentSpec) -> str:
+    """What samples are, by autoencoder and shape."""
+    what = "images" if spec.kind == "image" else f"latents of {spec.autoencoder}"
+    return f"{what} {spec.shape} (codec {spec.codec_fingerprint})"
 
 
 def _other_resolution(spec: LatentSpec, samples: SampleSet) -> str:
