@@ -170,9 +170,12 @@ def check_data(spec: LatentSpec | None, samples: SampleSet) -> None:
 
 
 def _contents(spec: LatentSpec) -> str:
-    """What samples are, by autoencoder and shape."""
-    what = "images" if spec.kind == "image" else f"latents of {spec.autoencoder}"
-    return f"{what} {spec.shape} (codec {spec.codec_fingerprint})"
+    """What samples are, by autoencoder, shape and scale."""
+    codec = f"codec {spec.codec_fingerprint}"
+    if spec.kind == "image":
+        return f"images {spec.shape} ({codec})"
+    factor = f"scaling factor {spec.scaling_factor:g}"
+    return f"latents of {spec.autoencoder} {spec.shape} ({factor}, {codec})"
 
 
 def _other_resolution(spec: LatentSpec, samples: SampleSet) -> str:

@@ -186,7 +186,7 @@ def test_refuses_blocks_and_data_that_do_not_fit(checkpoint, train):
         spec = FeatureSpec(level=0.1, blocks=wrong)
         with pytest.raises(UsageError, match="blocks 1 to 3"):
             next(extract(checkpoint, train, np.arange(2), spec))
-    with pytest.raises(ConfigError, match="encode the data"):
+    with pytest.raises(ConfigError, match=r"trained on .*scaling factor 2,.*encode the source"):
         inputs.check_data(replace(checkpoint.latents, scaling_factor=2.0), train)
 
 
