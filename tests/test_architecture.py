@@ -131,6 +131,16 @@ def test_help_loads_no_large_library() -> None:
     assert printed.splitlines()[-1] == "[]"
 
 
+def test_inspect_runs_without_torch(tmp_path: Path) -> None:
+    """Half a gigabyte, where a million names are to fit into one."""
+    for name in ("cat/1.jpg", "dog/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    call = f"assert run(['inspect', {str(tmp_path)!r}]) == 0"
+    code = f"import sys\nfrom latentddae.cli import run\n{call}\n"
+    assert run(f"{code}print('torch' in sys.modules)").splitlines()[-1] == "False"
+
+
 def test_probes_are_pure() -> None:
     """Arrays in, numbers out: torch, numpy, errors and random numbers, no files, ranks, flags."""
     code = "import sys\nfrom latentddae.transfer.probes import logistic\n"

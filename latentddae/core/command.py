@@ -10,6 +10,7 @@ over the file.
 """
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -29,11 +30,10 @@ from latentddae.core.config import Tree
 from latentddae.core.errors import ConfigError, UsageError
 from latentddae.core.outputs import Output, check, claimed
 from latentddae.core.redaction import without_secrets
+from latentddae.core.world import World, world_from_environment
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-    from latentddae.core.dist import World
 
 Config = TypeVar("Config")
 
@@ -80,17 +80,22 @@ class Command(Generic[Config]):
     def execute(self, settings: Config) -> object:
         """Run with a record of settings, once its outputs have been claimed. Raises ConfigError if
         one of them holds what is not ours to replace."""
-        from latentddae.core import dist  # imports torch
-
         is_main = self._check_ranks().is_main
         outputs = claimed(self.outputs(settings), is_main=is_main, purpose=self.name)
-        with dist.leaving_together(), outputs:
+        with self._leaving(), outputs:
             return self.run(settings)
 
-    def _check_ranks(self) -> "World":
+    def _leaving(self) -> contextlib.AbstractContextManager[None]:
+        """The end of what `run` joins with other ranks. A command that has come here without torch
+        joins nothing, and runs without its half a gigabyte."""
+        if not self.on_ranks and "torch" not in sys.modules:
+            return contextlib.nullcontext()
         from latentddae.core import dist
 
-        world = dist.world_from_environment()
+        return dist.leaving_together()
+
+    def _check_ranks(self) -> World:
+        world = world_from_environment()
         if world.size > 1 and not self.on_ranks:
             raise ConfigError(
                 f"{self.name} runs in one process, and the launcher started {world.size}: give the "

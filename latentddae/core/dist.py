@@ -12,7 +12,6 @@ import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
 from latentddae.core.launcher import follow_launcher
 from latentddae.core.ports import holder_of
+from latentddae.core.world import World, world_from_environment
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -34,49 +34,6 @@ WORK_TIMEOUT_S = 14 * 86400.0
 """How long ranks wait for work that another one does alone; a rank that dies is noticed at once."""
 _NEW_GROUP = torch_dist.new_group  # see _set_default_group_timeout
 _host_groups: list[torch_dist.ProcessGroup] = []  # of the current default group; empty or one
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all ranks."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    launcher: str = "none"
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def world_from_environment(env: Mapping[str, str] | None = None) -> World:
-    """This process by the launcher's variables: RANK and WORLD_SIZE (deepspeed, torchrun), else a
-    multi-task srun step, else a single process.
-
-    Raises ConfigError for inconsistent variables, and in a batch script of several tasks without
-    `srun`.
-    """
-    env = os.environ if env is None else env
-    try:
-        world = World()
-        if "RANK" in env and "WORLD_SIZE" in env:
-            local_rank = int(env.get("LOCAL_RANK", 0))
-            world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, "environment")
-        # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
-        elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-            if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
-                raise ConfigError(
-                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was "
-                    "not started by srun: put `srun` before the command, or --ntasks=1"
-                )
-            rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-            world = World(rank, size, int(env["SLURM_LOCALID"]), "slurm")
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"launcher variables are inconsistent: {error}") from error
-    if not 0 <= world.rank < world.size:
-        raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
-    return world
 
 
 def check_launcher_env(env: Mapping[str, str]) -> Iterator[str]:

@@ -209,7 +209,7 @@ def _listing(
     if not rows:
         listing.items[ALL] = [tree.item(path, path, -1) for path in sorted(all_paths(tree))]
     elif not taken:
-        raise ConfigError(f"{tree.name}: {where} names none of its images")
+        raise ConfigError(f"{tree.name}: {where} names none of its images, e.g. {rows[0].image}")
     else:
         for path in all_paths(tree):
             if path not in taken:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from latentddae.core.errors import ConfigError, DataError, LatentddaeError
-from latentddae.data.sources.scan import LINKED, Tree, extension_of, join
+from latentddae.data.sources.scan import LINKED, UNKNOWN_INODES, Tree, extension_of, join
 from latentddae.data.sources.source import Item, Source, make_source
 from latentddae.data.sources.source_report import SourceReport, SplitCount, extensions_text
 
@@ -44,7 +44,7 @@ class Listing:
     def finish(self) -> "Listing":
         """Leave out links to listed images; then every image is listed or left out for a stated
         reason, or ConfigError."""
-        if self.tree.links:
+        if self.tree.links or self.tree.has_twins:
             self._drop_links()
         listed = sum(map(len, self.items.values()))
         left_out = sum(self.tree.rejected.values())
@@ -74,31 +74,38 @@ class Listing:
         self.tree.reject(reason, path, count)
 
     def _drop_links(self) -> None:
-        root = os.path.realpath(self.tree.root)
-        links = {os.path.join(str(self.tree.root), link) for link in self.tree.links}
-        seen = {
-            os.path.join(root, os.path.relpath(item.location, self.tree.root)): split
-            for split, items in self.items.items()
-            for item in items
-            if item.location not in links
-        }
+        """List each file once, by its own name rather than a link's. ConfigError if two splits
+        have it, or if a class consists of links to others."""
+        classes = self._classes_listed()
+        first: dict[object, tuple[str, Item]] = {}  # file -> the split and item it is listed as
+        for linked in (False, True):
+            for split, items in self.items.items():
+                for item in items:
+                    path = os.path.relpath(item.location, self.tree.root)
+                    if (path in self.tree.links) == linked:
+                        other, _ = first.setdefault(_file(item), (split, item))
+                        self._check_link(item, split, other)
+        kept = {id(item) for _, item in first.values()}
         for split, items in self.items.items():
-            kept = []
             for item in items:
-                target = os.path.realpath(item.location) if item.location in links else ""
-                other = seen.get(target)
-                if other not in (None, split):
-                    raise ConfigError(
-                        f"{self.tree.name}: {item.path} of split {split} is a link to an image of "
-                        f"split {other}; remove such links, or read one folder with --source"
-                    )
-                if other is not None:
+                if id(item) not in kept:
                     self.reject(LINKED, item.path)
-                    continue
-                if target:
-                    seen[target] = split
-                kept.append(item)
-            self.items[split] = kept
+            self.items[split] = [item for item in items if id(item) in kept]
+        if lost := classes - self._classes_listed():
+            raise ConfigError(
+                f"{self.tree.name}: all images of the class {self.classes[min(lost)]!r} are links "
+                f"to images of other classes; remove its folder, or choose --class-level"
+            )
+
+    def _classes_listed(self) -> set[int]:
+        return {i.label for items in self.items.values() for i in items if i.label >= 0}
+
+    def _check_link(self, item: Item, split: str, other: str) -> None:
+        if other != split:
+            raise ConfigError(
+                f"{self.tree.name}: {item.path} of split {split} is a link to an image of split "
+                f"{other}; remove such links, or read one folder with --source"
+            )
 
     def nothing(self) -> DataError:
         """The error for a place without images, which names what there is instead."""
@@ -156,6 +163,18 @@ class Listing:
             report=self.report(),
             origin=self.origins.get(name, str(self.tree.root)),
         )
+
+
+def _file(item: Item) -> Item | tuple[int, int] | str:
+    """The same for all names of a file; of a part of a file, itself."""
+    if item.size >= 0:
+        return item
+    try:
+        status = os.stat(item.location)
+    except OSError:  # a link to nothing: a bad image later
+        return item
+    known = status.st_ino not in UNKNOWN_INODES
+    return (status.st_dev, status.st_ino) if known else os.path.realpath(item.location)
 
 
 def number_ids(

@@ -93,6 +93,8 @@ class Tree:
     notes: list[str] = field(default_factory=list)
     links: set[str] = field(default_factory=set)
     """Images that are symbolic links."""
+    has_twins: bool = False
+    """Whether an image may have several names (hard links)."""
     used: set[str] = field(default_factory=set)
     """Other files that were read."""
     inodes: array = field(default_factory=lambda: array("Q"))
@@ -224,7 +226,7 @@ def scan_folder(root: Path, skip: frozenset[str] = frozenset(), out: str = "") -
                 _add_file(tree, folder, entry, hidden, skip)
     for names in tree.images.values():
         names.sort()
-    _drop_hard_links(tree)
+    tree.has_twins, tree.inodes = _has_twins(tree.inodes), array("Q")
     return tree
 
 
@@ -243,25 +245,10 @@ def _follows_to(test: Callable[[], bool]) -> bool:
         return False
 
 
-def _drop_hard_links(tree: Tree) -> None:
-    """List each file once, by its first path, however many names it has."""
-    numbers, counts = np.unique(np.frombuffer(tree.inodes, np.uint64), return_counts=True)
-    tree.inodes = array("Q")
-    if not np.isin(numbers[counts > 1], UNKNOWN_INODES, invert=True).any():
-        return
-    seen: dict[tuple[int, int], str] = {}
-    for folder in sorted(tree.images):
-        kept = []
-        for name in tree.images[folder]:
-            path = join(folder, name)
-            status = os.lstat(os.path.join(tree.root, path))
-            identity = status.st_dev, status.st_ino
-            if status.st_nlink > 1 and seen.setdefault(identity, path) != path:
-                tree.reject(LINKED, path)
-            else:
-                kept.append(name)
-        tree.images[folder] = kept
-    tree.images = {folder: names for folder, names in tree.images.items() if names}
+def _has_twins(inodes: array) -> bool:
+    """Whether one file may be there under several names (hard links)."""
+    numbers, counts = np.unique(np.frombuffer(inodes, np.uint64), return_counts=True)
+    return bool(np.isin(numbers[counts > 1], UNKNOWN_INODES, invert=True).any())
 
 
 def _add_file(

@@ -201,7 +201,10 @@ def _image_column(
         scores.append((bool(named) and not is_label, full, len(named)))
     best = max(scores)
     if not best[2]:
-        raise ConfigError(f"{name}: none of its columns ({', '.join(header)}) names the images")
+        row = f", e.g. its row {', '.join(sample[0])!r}" if sample else ""
+        raise ConfigError(
+            f"{name}: none of its columns ({', '.join(header)}) names the images{row}"
+        )
     if scores.count(best) > 1:
         same = ", ".join(
             title for title, score in zip(header, scores, strict=True) if score == best

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import tarfile
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_a_row_names_one_image_or_none(tmp_path: Path) -> None:
     for first, second in (("./train/", "train\\"), ("/home/me/set/train/", "C:\\set\\train\\")):
         write(root, files={"t.csv": table.format(first, second)})
         assert labels(opened(root, labels="t.csv")) == {"train/1": "cat", "train/2": "dog"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "file,label\ntest/1.jpg,cat\n"),
+        ("t.txt", "test/1.jpg cat\n"),
+        ("t.jsonl", '{"file_name": "test/1.jpg", "label": "cat"}\n'),
+        ("t.json", '{"labels": [["test/1.jpg", 0]]}'),
+        ("t2.json", '{"test/1.jpg": "cat"}'),
+    ],
+)
+def test_a_row_of_another_folder_names_no_image(tmp_path: Path, name: str, text: str) -> None:
+    """Whose name is the same; and it is told which row that is."""
+    root = write(tmp_path, "train/1.jpg", files={name: text})
+    refused(root, rf"{name}.* names (none of its|the) images, e\.g\. .*test/1\.jpg", labels=name)
+    write(root, "old/test/1.jpg")  # a row may be the end of a path
+    assert set(labels(opened(root, "test", labels=name))) == {"old/test/1"}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +278,57 @@ def test_links_from_one_split_to_another_stop(tmp_path: Path) -> None:
         (pool / split / name).symlink_to(pool / "all" / name)
     refused(pool, "--layout classes or --layout splits")
     assert len(opened(pool, "val", layout="splits")) == 1
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_each_file_is_counted_once_whatever_its_names(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """Symbolic and hard links alike: one name is listed, in one split."""
+    root = write(tmp_path / "set", "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
+    image = root / "train" / "a" / "1.jpg"
+    link(image, root / "train" / "a" / "z.jpg")
+    source = opened(root)
+    assert labels(source) == {"a/1": "a", "b/2": "b"}
+    assert source.report is not None
+    assert source.report.rejected == {"a link to an image that is listed": 1}
+    assert "left out  1 a link to an image that is listed, e.g. a/z.jpg" in "\n".join(
+        line.strip() for line in source.report.lines()
+    )
+    link(image, root / "val" / "a" / "5.jpg")
+    refused(root, "is a link to an image of split (train|val)")
+    pool = write(tmp_path / "pool", "all/1.jpg", "all/2.jpg")
+    for split, name in (("train", "1.jpg"), ("val", "2.jpg")):
+        (pool / split).mkdir()
+        link(pool / "all" / name, pool / split / name)
+    found = [opened(pool, split, layout="splits") for split in ("train", "val")]
+    assert [part.keys for part in found] == [("1",), ("2",)]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_class_of_links_to_another_class_stops(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    root = write(tmp_path, "cat/1.jpg", "dog/2.jpg", "elk/3.jpg")
+    (root / "cow").mkdir()
+    link(root / "dog" / "2.jpg", root / "cow" / "4.jpg")
+    refused(root, "all images of the class '(cow|dog)' are links to images of other classes")
+
+
+def test_links_beside_tars_leave_the_tars_alone(tmp_path: Path) -> None:
+    tar = tar_of({f"{i}.png": picture(i) for i in range(3)})
+    root = write(tmp_path, "a.jpg", files={"0.tar": tar})
+    (root / "b.jpg").symlink_to(root / "a.jpg")
+    assert len(opened(root, layout="webdataset")) == 3
+
+
+def test_rows_may_name_links(tmp_path: Path) -> None:
+    root = write(
+        tmp_path, "1.jpg", "2.jpg", files={"t.csv": "file,label\n1.jpg,a\n3.jpg,a\n2.jpg,b\n"}
+    )
+    os.link(root / "1.jpg", root / "3.jpg")
+    source = opened(root, labels="t.csv")
+    assert (labels(source), source.rejected) == ({"1": "a", "2": "b"}, ())
 
 
 # Tars

@@ -37,8 +37,14 @@ EXTENSIONS = (
 SPLIT_SETS = ((), (), ("train", "val"), ("train", "test"), ("train", "val", "test"))
 
 
-def random_tree(root: Path, rng: random.Random) -> set[str]:
-    """Make a tree; returns the real paths of all images in it, system folders included."""
+def identity(path: str | Path) -> tuple[int, int]:
+    """Which file it is, whatever its name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def random_tree(root: Path, rng: random.Random) -> set[tuple[int, int]]:
+    """Make a tree; returns the identities of all images in it, system folders included."""
     wrapper = root.joinpath(*rng.choices(("archive", "data"), k=rng.choice((0, 0, 1, 2))))
     depth = rng.choice((0, 1, 1, 1, 2))
     images: set[str] = set()
@@ -54,7 +60,11 @@ def random_tree(root: Path, rng: random.Random) -> set[str]:
         link = rng.choice(places) / f"link{rng.randint(0, 9)}"
         if not link.exists():
             link.symlink_to(rng.choice([*places, *map(Path, sorted(images))]))
-    return images
+    for _ in range(rng.choice((0, 0, 1, 2)) if images and places else 0):
+        twin = rng.choice(places) / f"twin{rng.randint(0, 9)}.jpg"
+        if not twin.exists():
+            os.link(rng.choice(sorted(images)), twin)
+    return set(map(identity, images))
 
 
 def random_file(folder: Path, rng: random.Random) -> set[str]:
@@ -70,10 +80,10 @@ def random_file(folder: Path, rng: random.Random) -> set[str]:
     return {os.path.realpath(path)} if is_image else set()
 
 
-def check(listing: Listing, images: set[str], root: Path) -> None:
+def check(listing: Listing, images: set[tuple[int, int]], root: Path) -> None:
     """The promises of every listing, against the files that were made."""
     items = [(split, item) for split, every in listing.items.items() for item in every]
-    real = [os.path.realpath(item.location) for _, item in items]
+    real = [identity(item.location) for _, item in items]
     assert len(real) == len(set(real)), "an image is listed twice"
     assert set(real) <= images, "something that is no image is listed"
     report = listing.report()
@@ -138,20 +148,27 @@ def test_5000_random_trees(tmp_path: Path) -> None:
     check_trees(tmp_path, range(1000, 6000))
 
 
+NO_TWINS = (scan, "_has_twins", lambda inodes: False)
 RULES = {  # what is broken -> where, and how
-    "a system folder is read": (scan, "is_system", lambda name: name.startswith("._")),
-    "a link counts as another image": (Listing, "_drop_links", lambda self: None),
-    "images without an extension are forgotten": (scan, "is_image_head", lambda head: False),
-    "a folder is read through every link": (
-        scan,
-        "_identity",
-        lambda path, honest=scan._identity: path if path.count("/") < 12 else honest(path),
-    ),
-    "images beside the class folders are forgotten": (
-        folders,
-        "_reject_above",
-        lambda listing, group, folder, count: listing.add_found(-count),
-    ),
+    "a system folder is read": [(scan, "is_system", lambda name: name.startswith("._"))],
+    "a link counts as another image": [(Listing, "_drop_links", lambda self: None)],
+    "a file counts once for each of its names": [NO_TWINS],
+    "images without an extension are forgotten": [(scan, "is_image_head", lambda head: False)],
+    "a folder is read through every link": [
+        (
+            scan,
+            "_identity",
+            lambda path, honest=scan._identity: path if path.count("/") < 12 else honest(path),
+        ),
+        NO_TWINS,
+    ],
+    "images beside the class folders are forgotten": [
+        (
+            folders,
+            "_reject_above",
+            lambda listing, group, folder, count: listing.add_found(-count),
+        )
+    ],
 }
 
 
@@ -159,7 +176,7 @@ RULES = {  # what is broken -> where, and how
 def test_a_broken_rule_is_noticed(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name, broken = RULES[rule]
-    monkeypatch.setattr(owner, name, broken)
+    for owner, name, broken in RULES[rule]:
+        monkeypatch.setattr(owner, name, broken)
     with pytest.raises((AssertionError, OSError)):
         check_trees(tmp_path, range(300))
