@@ -39,7 +39,9 @@ class EngineConfig:
     checkpoint_blocks: int = 0
     """Recompute the activations of every n-th block in the backward pass; 0: of none, 1: of all."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile each block; auto does on CUDA under stages 0 to 2, if a compiler is there."""
+    """torch.compile each block; auto does on CUDA under stages 0 to 2, if a compiler is there.
+    Under stage 3, which fetches weights between the operations of a block, true compiles what lies
+    between two fetches: the same numbers, in small pieces."""
     deterministic: bool = False
     """Use only kernels that add in a fixed order: on CUDA two runs, and a resumed and an
     uninterrupted one, then end in the same bits. Costs the fastest backward passes of attention and
@@ -55,12 +57,6 @@ class EngineConfig:
             positive=("micro_batch",),
             non_negative=("clip_grad_norm", "checkpoint_blocks"),
         )
-        if self.zero_stage == 3 and self.compile is True:
-            raise ValueError(
-                "compile: ZeRO-3 fetches weights between the operations of a block, which breaks "
-                "its graph; nearest: zero_stage=2 with compile=true, or zero_stage=3 with "
-                "compile=false"
-            )
 
 
 def compiles(config: EngineConfig, device: torch.device) -> bool:

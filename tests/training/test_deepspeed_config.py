@@ -10,6 +10,7 @@ from latentddae.models import attention, zoo
 from latentddae.training.deepspeed_config import (
     EngineConfig,
     check_precision,
+    compiles,
     deepspeed_config,
     derive,
     plan_batch,
@@ -154,9 +155,13 @@ def test_no_zero_with_bf16_is_refused_with_the_nearest_setting() -> None:
     assert derive(EngineConfig(zero_stage=0, precision="fp32"), 4, 1, CPU)[0] == "fp32"
 
 
-def test_compiled_blocks_under_zero_3_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"nearest: zero_stage=2 with compile=true"):
-        config.build(EngineConfig, {"zero_stage": 3, "compile": True}, "engine.")
+@pytest.mark.parametrize(("stage", "automatic"), [(0, True), (2, True), (3, False)])
+def test_blocks_are_compiled_on_request_and_where_it_pays(stage, automatic, monkeypatch) -> None:
+    monkeypatch.setattr("latentddae.training.deepspeed_config.lacking_compiler", lambda: "")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    auto, asked = (EngineConfig(zero_stage=stage, compile=c) for c in ("auto", True))
+    assert (compiles(auto, cuda), compiles(auto, cpu)) == (automatic, False)
+    assert compiles(asked, cuda) and compiles(asked, cpu)
 
 
 @pytest.mark.parametrize("backend", ["xformers", "flash"])

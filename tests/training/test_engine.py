@@ -189,16 +189,23 @@ def test_recomputed_blocks_change_nothing_but_memory(network, stage, every, in_r
     assert recomputed[1] < (0.5 if every == 1 else 0.8) * plain[1]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("network", "backend"),
+    ("network", "backend", "stage", "size"),
     [
-        ("plain", "aot_eager"),
-        ("every-option", "aot_eager"),
-        pytest.param("plain", "inductor", marks=pytest.mark.slow),
+        ("plain", "aot_eager", 2, 1),
+        ("every-option", "aot_eager", 2, 1),
+        ("plain", "aot_eager", 3, 1),  # between the fetches of weights
+        pytest.param("every-option", "aot_eager", 3, 2, marks=SLOW),
+        pytest.param("plain", "inductor", 2, 1, marks=SLOW),
     ],
     indirect=["network"],
 )
-def test_compiled_blocks_give_the_same_losses(network, backend, in_ranks, toy, monkeypatch) -> None:
+def test_compiled_blocks_give_the_same_losses(
+    network, backend, stage, size, in_ranks, toy, monkeypatch
+) -> None:
     """The blocks alone are compiled, each once, and no name of a weight changes.
 
     By default without the last step, machine code, which takes a minute of a compiler.
@@ -206,15 +213,17 @@ def test_compiled_blocks_give_the_same_losses(network, backend, in_ranks, toy, m
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda m, **k: real(m, backend=backend, **k))
 
-    def run(compile: bool) -> tuple[list[float], int, list[str]]:
+    def run(stage: int, compile: bool) -> tuple[list[float], int, list[str]]:
         counters.clear()
-        run = toy.start(2, network=network, compile=compile).train(20)
+        run = toy.start(stage, network=network, compile=compile).train(20)
         return run.losses, counters["stats"]["unique_graphs"], list(run.engine.model.state_dict())
 
-    (eager,), (compiled,) = in_ranks(1, lambda: run(False)), in_ranks(1, lambda: run(True))
+    eager = in_ranks(1, lambda: run(0, False))[0]
+    compiled = in_ranks(size, lambda: run(stage, True))[0]
     assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
     kinds = 2 if network.head_width else 1  # blocks of the trunk, and of the wide head
-    assert kinds <= compiled[1] <= kinds * (1 + 2)  # graphs: the first and at most two more
+    most = kinds * (1 + 2) if stage < 3 else 100  # graphs: the first and at most two more
+    assert kinds <= compiled[1] <= most
     assert eager[1] == 0
     assert compiled[2] == eager[2]
     assert not any("_orig_mod" in name for name in compiled[2])
