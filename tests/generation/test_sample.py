@@ -54,6 +54,20 @@ def assert_equal_per_index(out: Path, reference: Path) -> None:
         np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-5)
 
 
+def test_images_at_twice_the_resolution_and_bit_equal_at_the_own(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = run(checkpoint, tmp_path / "plain", "--latents", num=4)
+    own = run(checkpoint, tmp_path / "own", "--latents", "--input-size=8", "--patch-size=2", num=4)
+    assert latents(own).keys() == latents(plain).keys()
+    for name, value in latents(own).items():
+        np.testing.assert_array_equal(value, latents(plain)[name])
+    fine = run(checkpoint, tmp_path / "fine", "--latents", "--input-size=16", num=4)
+    assert {value.shape for value in latents(fine).values()} == {(3, 16, 16)}
+    assert all(np.isfinite(value).all() for value in latents(fine).values())
+    assert {Image.open(p).size for p in (fine / "images").iterdir()} == {(16, 16)}
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_batch_size_does_not_matter(
     checkpoint: Path, reference: Path, tmp_path: Path, batch: int

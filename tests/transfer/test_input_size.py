@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, run_command
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.models import DiT, UNetConfig, zoo
 from latentddae.models.frozen_trunk import FoldedTrunk
-from latentddae.transfer import features, grid, knn, linear, results
+from latentddae.transfer import features, finetune, grid, knn, linear, results
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.extraction.trunk import trunk_at
 
 from .conftest import CONFIG, write_checkpoint
 
+FINETUNE = Path(__file__).parent / "finetune.yaml"
 SPEC = FeatureSpec(level=0.3, blocks=(1, 2, 3), pools=("mean", "grid2"), precision="fp32")
 MODERN = replace(CONFIG, rope=True, qk_norm=True, norm="rms", num_classes=4)
 
@@ -43,6 +45,12 @@ def fine_shards(tmp_path_factory, tiny_shards) -> Path:
     return root
 
 
+def tune(ranks, words: list[str]) -> list[int]:
+    """Exit statuses of `finetune`, in processes of its own."""
+    argv = ["--config", str(FINETUNE), *words]
+    return ranks(lambda: run_command("finetune", finetune.main, argv), 1)
+
+
 def equal(one: Mapping, other: Mapping) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
@@ -60,6 +68,33 @@ def test_probes_run_at_twice_the_resolution(
     (line,) = results.read(tmp_path / "out" / results.RESULTS)
     accuracy = line.heldout_accuracy if command is grid else line.accuracy
     assert accuracy is not None and accuracy > 0.9  # the planted classes
+
+
+def test_features_and_fine_tuning_run_at_twice_the_resolution(
+    checkpoint_folder, fine_shards, tmp_path, ranks
+) -> None:
+    words = ["--checkpoint", str(checkpoint_folder), "--data", str(fine_shards)]
+    words += ["--input-size", "16"]
+    features.main([*words, "--out", str(tmp_path / "features"), "--levels", "0.2"])
+    folder = tmp_path / "features"
+    assert all(len(np.load(p)) in (96, 32) for p in folder.glob("t*.npy"))
+    tuned = tmp_path / "tuned"
+    assert tune(ranks, [*words, "--out", str(tuned)]) == [0]
+    (line,) = results.read(tuned / results.RESULTS)
+    assert line.accuracy is not None and line.accuracy > 0.8  # the planted classes
+
+
+def test_fine_tuning_at_the_own_resolution_is_bit_equal(
+    checkpoint_folder, tiny_shards, tmp_path, ranks
+) -> None:
+    words = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards)]
+    words += ["total_images=32"]
+    assert tune(ranks, [*words, "--out", str(tmp_path / "plain")]) == [0]
+    assert tune(ranks, [*words, "--out", str(tmp_path / "own"), "--input-size", "8"]) == [0]
+    states = [sorted((tmp_path / run).rglob("*.safetensors")) for run in ("plain", "own")]
+    assert states[0] and len(states[0]) == len(states[1])
+    for plain, own in zip(*states, strict=True):
+        assert equal(load_file(plain), load_file(own))
 
 
 def test_at_the_own_resolution_features_are_bit_equal(
