@@ -46,7 +46,7 @@ class Kind:
     path: Path
     use: Callable[[], object]
     is_log: bool = False
-    """Lines of it may be missing at the end."""
+    """A file that ends with any line of it is whole: what was never appended is not missing."""
     is_slow: bool = False
 
 
@@ -282,6 +282,7 @@ NAMES = (
     *("starts of a run", "reference curve", "crash loops", "statistics of images"),
     *("encoding: plan", "encoding: journal", "encoding: shard", "encoding: index"),
 )
+LOGS = ("results", "training log", "starts of a run", "crash loops")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def kinds(tmp_path_factory, tiny_shards) -> dict[str, Kind]:
     root = tmp_path_factory.mktemp("kinds")
     made = checkpoints(root) | data_sets(root, tiny_shards) | resume_states(root)
     made |= features(root, tiny_shards) | reports(root) | statistics(root) | encodings(root)
-    assert set(made) == set(NAMES)
+    assert set(made) == set(NAMES) and {n for n in made if made[n].is_log} == set(LOGS)
     return made
 
 
@@ -305,7 +306,7 @@ def is_beginning(part: object, whole: object) -> bool:
     return isinstance(part, list) and isinstance(whole, list) and part == whole[: len(part)]
 
 
-def outcome(kind: Kind, intact: object, capsys) -> str:
+def outcome(kind: Kind, original: bytes, damage: bytes, intact: object, capsys) -> str:
     """What the next command makes of a damaged file."""
     try:
         value = kind.use()
@@ -316,8 +317,9 @@ def outcome(kind: Kind, intact: object, capsys) -> str:
         return "refused"
     if kind.path.name in capsys.readouterr().err:
         return "warned"
-    if kind.is_log and value != intact and is_beginning(value, intact):
-        return "an earlier log"
+    if kind.is_log and damage.endswith((b"\n", b"}")) and original.startswith(damage):
+        assert is_beginning(value, intact), "silent"
+        return "the log of an earlier moment"
     assert value == intact, "silent"
     return "no effect"
 
@@ -328,11 +330,12 @@ def test_damage_is_refused_or_has_no_effect(name, places, kinds, capsys):
     kind = kinds[name]
     original, intact = kind.path.read_bytes(), kind.use()
     counts: dict[str, int] = {}
-    capsys.readouterr()
+    assert kind.path.name not in capsys.readouterr().err, "a warning about an intact file"
     for number in range(2 if kind.is_slow and places == FEW else places):
         try:
-            kind.path.write_bytes(damaged(original, random.Random(f"{name} {number}")))
-            result = outcome(kind, intact, capsys)
+            damage = damaged(original, random.Random(f"{name} {number}"))
+            kind.path.write_bytes(damage)
+            result = outcome(kind, original, damage, intact, capsys)
         except Exception as error:
             raise AssertionError(f"{kind.path}, place {number}: {error!r}") from error
         finally:
@@ -342,3 +345,21 @@ def test_damage_is_refused_or_has_no_effect(name, places, kinds, capsys):
         if places == PLACES:
             print(f"\n{name}: {counts}", end="")
     assert torch.tensor(list(counts.values())).sum() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in LOGS])
+def test_every_cut_of_a_last_line_is_said(name, kinds, capsys):
+    """At each byte of it: a warning with the file and what is left out."""
+    kind = kinds[name]
+    original, intact = kind.path.read_bytes(), kind.use()
+    start = original[:-1].rfind(b"\n") + 1
+    capsys.readouterr()
+    try:
+        for end in range(start + 1, len(original) - 1, 7):
+            kind.path.write_bytes(original[:end])
+            assert is_beginning(kind.use(), intact)
+            said = capsys.readouterr().err
+            assert f"{kind.path}: its last line was cut off" in said
+            assert f"its {end - start} bytes are left out" in said
+    finally:
+        kind.path.write_bytes(original)

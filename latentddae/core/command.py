@@ -12,6 +12,7 @@ over the file.
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import re
 import shlex
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, ge
 from latentddae.core import config
 from latentddae.core.config import Tree
 from latentddae.core.errors import ConfigError, UsageError
-from latentddae.core.outputs import Output, check, claimed
+from latentddae.core.outputs import Output, check, claimed, is_held
 from latentddae.core.redaction import without_secrets
 from latentddae.core.world import World, world_from_environment
 
@@ -79,10 +80,16 @@ class Command(Generic[Config]):
 
     def execute(self, settings: Config) -> object:
         """Run with a record of settings, once its outputs have been claimed. Raises ConfigError if
-        one of them holds what is not ours to replace."""
-        is_main = self._check_ranks().is_main
-        outputs = claimed(self.outputs(settings), is_main=is_main, purpose=self.name)
-        with self._leaving(), outputs:
+        one of them holds what is not ours to replace.
+
+        Several ranks meet before a folder is held, so that all of them learn if that fails."""
+        world, outputs = self._check_ranks(), self.outputs(settings)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._leaving())
+            if world.size > 1 and any(map(is_held, outputs)):
+                stack.enter_context(self._held_on_rank0(outputs))
+            else:
+                stack.enter_context(claimed(outputs, is_main=world.is_main, purpose=self.name))
             return self.run(settings)
 
     def _leaving(self) -> contextlib.AbstractContextManager[None]:
@@ -93,6 +100,18 @@ class Command(Generic[Config]):
         from latentddae.core import dist
 
         return dist.leaving_together()
+
+    def _held_on_rank0(
+        self, outputs: Sequence[Output]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Outputs that all ranks have checked and rank 0 holds."""
+        from latentddae.core import dist
+
+        dist.start()
+        with dist.errors_on_all_ranks():
+            for output in outputs:
+                check(output)
+        return dist.held_on_rank0(functools.partial(claimed, outputs, purpose=self.name))
 
     def _check_ranks(self) -> World:
         world = world_from_environment()

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
+from latentddae.core import exit_cause
+from latentddae.core.errors import ConfigError, LatentddaeError, as_user_error
 from latentddae.core.launcher import follow_launcher
 from latentddae.core.ports import holder_of
 from latentddae.core.world import World, world_from_environment
@@ -180,8 +181,17 @@ def _set_default_group_timeout(timeout: timedelta) -> None:
 def stop() -> None:
     """Leave the process groups; safe to call twice."""
     _host_groups.clear()
+    exit_cause.forget()
+    store, world = _store(), world_from_environment()
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+    if store is not None and world.is_main:
+        exit_cause.linger(store, world.size)
+
+
+def _store() -> torch_dist.Store | None:
+    """Where the ranks have met; None for a single process."""
+    return None if _is_alone() else torch_dist.distributed_c10d._get_default_store()
 
 
 def _first_slurm_host() -> str:
@@ -194,9 +204,8 @@ def _first_slurm_host() -> str:
 
 def clone_store() -> torch_dist.Store | None:
     """A connection to the group's store that only the caller uses; None for a single process."""
-    if _is_alone():
-        return None
-    return torch_dist.distributed_c10d._get_default_store().clone()
+    store = _store()
+    return None if store is None else store.clone()
 
 
 def is_peer_failure(error: Exception) -> bool:
@@ -206,24 +215,35 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
+def one_exit_status(others: Callable[[], str] = str) -> Iterator[None]:
+    """A block on every rank: what ends it on one rank ends the ranks that lose this one, too, with
+    the same status. Where that is not known they get a RequeueError, with what the `others` do."""
+    rank = world_from_environment().rank
+    try:
+        yield
+    except Exception as error:
+        store = _store()
+        if isinstance(error, RuntimeError) and is_peer_failure(error):
+            raise exit_cause.lost_rank(store, rank, others) from error
+        shown = as_user_error(error)
+        if store is not None and shown is not None:
+            exit_cause.tell(store, rank, shown)
+        raise
+
+
+@contextlib.contextmanager
 def leaving_together() -> Iterator[None]:
     """A block that may join the process group; at its end all ranks leave it together.
 
     A rank that ends while another still talks to it makes that one abort. Where another rank is
-    gone before, a RequeueError says so: the message of that one says why.
+    gone before, the error is that one's, see `one_exit_status`.
     """
     joined = torch_dist.is_initialized()
     try:
-        yield
-        if not joined:
-            barrier()
-    except RuntimeError as error:
-        if not is_peer_failure(error):
-            raise
-        raise RequeueError(
-            f"rank {world_from_environment().rank} lost another rank, whose message says why; give "
-            "the same command again to continue"
-        ) from error
+        with one_exit_status():
+            yield
+            if not joined:
+                barrier()
     finally:
         if not joined:
             stop()

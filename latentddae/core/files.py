@@ -206,17 +206,22 @@ def with_check(value: Mapping[str, object]) -> dict[str, object]:
     return {**value, CHECK: text_hash(json.loads(json.dumps(value)))}
 
 
-def read_checked_json(path: Path, what: str) -> dict[str, Any]:
-    """The object of a JSON file, see `read_json`. DataError if it is not what was written."""
-    return checked(read_json(path, what), f"{path} ({what})")
+def read_checked_json(path: Path, what: str, by_hand: bool = True) -> dict[str, Any]:
+    """The object of a JSON file, see `read_json`. DataError if it is not what was written.
+
+    `by_hand`: whether people write such files, too, and then without a hash.
+    """
+    return checked(read_json(path, what), f"{path} ({what})", by_hand)
 
 
-def checked(value: object, label: object) -> dict[str, Any]:
-    """A JSON object without its hash, which is compared if it is there: people may write such files
-    by hand. DataError if it is no object, or another one than was written."""
+def checked(value: object, label: object, by_hand: bool = True) -> dict[str, Any]:
+    """A JSON object without its hash, which must be there unless people may write such objects
+    `by_hand`. DataError if it is no object, or another one than was written."""
     if not isinstance(value, dict):
         raise DataError(f"{label} holds {type(value).__name__}, not an object")
     recorded = value.pop(CHECK, None)
+    if recorded is None and not by_hand:
+        raise DataError(f"{label} is damaged or was edited: its hash ({CHECK!r}) is missing")
     if recorded is not None and recorded != text_hash(value):
         raise DataError(f"{label} is damaged or was edited: its hash is not the recorded one")
     return value
@@ -249,12 +254,12 @@ def append_json_line(path: Path, row: Mapping[str, object]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete rows, without their hashes; lines that are damaged or cut off are left out and
-    counted on stderr."""
+    """All complete rows, without their hashes; lines that are damaged or cut off are left out, and
+    a warning says so."""
     if not retried(lambda: is_there(path), path):
         return []
     rows, damaged = [], 0
-    for line in read_bytes(path).split(b"\n"):
+    for line in whole_lines(path, read_bytes(path)):
         try:
             rows += [checked(parse_json(line, "line"), "line")] if line.strip() else []
         except DataError:
@@ -262,6 +267,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if damaged:
         warn(f"warning: {path}: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
     return rows
+
+
+def whole_lines(path: Path, data: bytes) -> list[bytes]:
+    """The lines of a log. Its last line is left out, with a warning, if it has no line end and is
+    not JSON: the process that wrote it was killed, or its disk was full."""
+    *lines, last = data.split(b"\n")
+    try:
+        lines += [last] if last and parse_json(last, "line") is not None else []
+    except DataError:
+        warn(
+            f"warning: {path}: its last line was cut off while it was written; its {len(last):,} "
+            "bytes are left out, and what the line said is not known"
+        )
+    return lines
 
 
 def is_there(path: Path) -> bool:

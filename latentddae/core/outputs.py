@@ -157,10 +157,15 @@ def claimed(
             raise
 
 
+def is_held(output: Output) -> bool:
+    """Whether a command holds a folder while it runs. A folder that others write into, too, is held
+    by the command that it belongs to."""
+    return isinstance(output.kind, FolderKind) and not output.kind.is_shared
+
+
 def _hold(output: Output, purpose: str, locks: contextlib.ExitStack) -> None:
-    """Hold a folder that belongs to one command at a time. A folder that others write into, too,
-    is held by the command that it belongs to."""
-    if not isinstance(output.kind, FolderKind) or output.kind.is_shared:
+    """Hold a folder that belongs to one command at a time."""
+    if not is_held(output):
         return
     inside = output.path.is_dir() and not os.access(output.path.resolve().parent, os.W_OK)
     locks.enter_context(exclusive(output.path, purpose, beside=not inside))

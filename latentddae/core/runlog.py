@@ -7,6 +7,7 @@ RUN/tensorboard/       the same numbers for TensorBoard
 RUN/wandb_id           the run of Weights & Biases that gets them too, if asked for
 """
 
+import functools
 import math
 import os
 import platform
@@ -25,7 +26,8 @@ from latentddae.core.errors import ConfigError
 from latentddae.core.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
-WANDB_TIMEOUT_S = 20
+WANDB_TIMEOUT_S = 10
+"""How long a start waits for Weights & Biases; the end of a run waits three times as long."""
 # Nothing else is recorded: the rest of an environment may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
 
@@ -171,7 +173,8 @@ def _finite(value: object) -> object:
 def _open_wandb(run: Path, project: str, settings: Mapping[str, object] | None) -> Any:
     """A run of Weights & Biases; after a restart the same one, by the id stored in the run folder.
 
-    WANDB_MODE=offline keeps it on this machine. API keys are read by wandb alone.
+    A server that does not answer leaves the numbers on this machine, as WANDB_MODE=offline does,
+    with a warning. API keys are read by wandb alone; without one this is a ConfigError.
     """
     try:
         import wandb
@@ -181,21 +184,30 @@ def _open_wandb(run: Path, project: str, settings: Mapping[str, object] | None) 
             "pip install 'latentddae[wandb]', or leave wandb empty"
         ) from error
     id_file = run / "wandb_id"
+    limits = {"init_timeout": 1, "login_timeout": 1, "finish_timeout": 3}  # the last is new
+    known = {k: n * WANDB_TIMEOUT_S for k, n in limits.items() if k in wandb.Settings.model_fields}
+    init = functools.partial(
+        wandb.init,
+        project=project,
+        name=run.name,
+        dir=run,
+        id=files.read_text(id_file).strip() if id_file.exists() else None,
+        resume="allow",
+        config=None if settings is None else dict(settings),
+        settings={"console": "off", **known},
+    )
     try:
-        opened = wandb.init(
-            project=project,
-            name=run.name,
-            dir=run,
-            id=files.read_text(id_file).strip() if id_file.exists() else None,
-            resume="allow",
-            config=None if settings is None else dict(settings),
-            settings=wandb.Settings(
-                console="off", init_timeout=WANDB_TIMEOUT_S, login_timeout=WANDB_TIMEOUT_S
-            ),
+        opened = init()
+    except wandb.errors.CommError as error:
+        files.warn(
+            f"warning: wandb={project} does not answer: its numbers are kept in {run}/wandb, and "
+            f"`wandb sync {run}/wandb/offline-run-*` sends them later "
+            f"({str(error).splitlines()[0]})"
         )
-    except Exception as error:  # no key, no network, no such project
+        opened = init(mode="offline")
+    except Exception as error:  # no key, no such project
         raise ConfigError(
-            f"wandb={project} cannot be reached: {error}; WANDB_MODE=offline keeps the numbers on "
+            f"wandb={project} cannot be used: {error}; WANDB_MODE=offline keeps the numbers on "
             "this machine, an empty wandb does without"
         ) from error
     files.write_atomic(id_file, opened.id + "\n")

@@ -221,22 +221,19 @@ def plan(config: SampleConfig) -> str:
 def run(config: SampleConfig) -> None:
     """Generate the images on all ranks of the launcher."""
     world = dist.start()
-    try:
-        given, device = config, dist.device_for(world)
-        config, checkpoint, autoencoder = dist.on_all_ranks(lambda: open_inputs(given, device))
-        checkpoint.model.to(DTYPES[config.precision])
-        dist.on_rank0(lambda: start_folder(config, checkpoint))
-        make_images(config, checkpoint, autoencoder, world)
-        dist.barrier()
-        if not world.is_main:
-            return
-        if not config.only:
-            finish(config, checkpoint)
-        if config.trajectory:
-            write_png(config.out / "trajectory.png", trajectory(checkpoint, config, autoencoder))
-        print(f"{len(image_files(config.out / 'images'))} images in {config.out}/images")
-    finally:
-        dist.stop()
+    given, device = config, dist.device_for(world)
+    config, checkpoint, autoencoder = dist.on_all_ranks(lambda: open_inputs(given, device))
+    checkpoint.model.to(DTYPES[config.precision])
+    dist.on_rank0(lambda: start_folder(config, checkpoint))
+    make_images(config, checkpoint, autoencoder, world)
+    dist.barrier()
+    if not world.is_main:
+        return
+    if not config.only:
+        finish(config, checkpoint)
+    if config.trajectory:
+        write_png(config.out / "trajectory.png", trajectory(checkpoint, config, autoencoder))
+    print(f"{len(image_files(config.out / 'images'))} images in {config.out}/images")
 
 
 def start_folder(config: SampleConfig, checkpoint: Checkpoint) -> None:

@@ -65,15 +65,16 @@ def distributed_run(
 ) -> Iterator[RunContext]:
     """Join the other ranks and lock the run folder; both are released whatever happens.
 
-    Raises ConfigError if another process holds the folder, RequeueError if a rank is lost.
+    Raises ConfigError if another process holds the folder; if a rank is lost, its error, or a
+    RequeueError where that is not known.
     """
     stop = StopRequest(run)
     world = dist.world_from_environment()
     watchdog = Watchdog(hang_timeout_s, world)
     try:
-        dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog reports first
-        watchdog.meet(dist.clone_store())
-        with contextlib.ExitStack() as stack:
+        with dist.one_exit_status(watchdog.others), contextlib.ExitStack() as stack:
+            dist.start(timeout_s=2 * hang_timeout_s)  # the watchdog reports first
+            watchdog.meet(dist.clone_store())
             stack.enter_context(bus_errors.named(world.rank, watchdog.part))
             dist.on_rank0(lambda: stack.enter_context(files.exclusive(run, purpose)))
             context = RunContext(run, world, dist.device_for(world), stop, watchdog, retry)
@@ -86,13 +87,6 @@ def distributed_run(
                     stop.remove_file()
                     crash_loops.record_event(run, "stopped")
                 raise
-    except RuntimeError as error:
-        if not dist.is_peer_failure(error):
-            raise
-        raise RequeueError(
-            f"rank {world.rank} lost another rank, whose message says why{watchdog.others()}; "
-            "give the same command again to continue from the last state"
-        ) from error
     finally:
         watchdog.stop()
         stop.restore()

@@ -36,8 +36,9 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
+from latentddae.core import exit_cause
 from latentddae.core.dist import World
-from latentddae.core.errors import RequeueError
+from latentddae.core.errors import LatentddaeError, RequeueError
 
 POLL_S = 0.5
 NAMED_RANKS = 8
@@ -109,14 +110,12 @@ class Watchdog:
         dead = self._peers.dead(now)
         if dead and now - max(self._since, *dead.values()) > DEAD_S:
             ranks = ", ".join(map(str, sorted(dead)))
-            print(
-                f"latentddae: error: rank {self.world.rank} waits ({self._part}) for rank {ranks}, "
-                "which died; its message says why; "
-                "give the same command again to continue from the last state",
-                file=sys.stderr,
-                flush=True,
+            cause = self._peers.cause or RequeueError(
+                f"rank {self.world.rank} waits ({self._part}) for rank {ranks}, which died; its "
+                "message says why; give the same command again to continue from the last state"
             )
-            os._exit(RequeueError.exit_code)
+            print(f"latentddae: error: {cause}", file=sys.stderr, flush=True)
+            os._exit(cause.exit_code)
 
     def _arm(self) -> None:
         """Restart the timer that prints all stacks even if the interpreter is locked by then."""
@@ -157,10 +156,13 @@ def _within(seconds: float, action: Callable[[], str]) -> str:
 
 
 class Peers:
-    """Asks the other ranks through the rendezvous store; each rank answers in a second thread."""
+    """Asks the other ranks through the rendezvous store; each rank answers in a second thread,
+    which also learns why another rank has left."""
 
     def __init__(self, world: World, store: torch_dist.Store, part: Callable[[], str]) -> None:
         self.world, self.store, self.part = world, store, part
+        self.cause: LatentddaeError | None = None
+        """The error of the first rank that failed, see core.exit_cause."""
         self._stopped = threading.Event()
         self._here: dict[int, str] = {}
         """Processes of this machine that were seen alive, by rank."""
@@ -197,13 +199,15 @@ class Peers:
                 self._here = {**self._here, other: process}
 
     def _answer(self) -> None:
-        """Wait for a question and answer it once."""
+        """Wait for a question and answer it once, and for the cause of another rank's end."""
+        answered = False
         with contextlib.suppress(RuntimeError):  # the store is gone with the rank that hosts it
             while not self._stopped.wait(POLL_S):
                 self._find_neighbours()
-                if self.store.check(["asked"]):
+                self.cause = self.cause or exit_cause.read(self.store, self.world.rank)
+                if not answered and self.store.check(["asked"]):
                     self.store.set(f"part/{self.world.rank}", self.part())
-                    return
+                    answered = True
 
     def described(self) -> str:
         """Ask every rank and wait for the answers: "; rank 1 is silent; rank 2: saving"."""

@@ -14,7 +14,15 @@ from typing import Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 from latentddae import __version__
 from latentddae.core import outputs
 from latentddae.core.errors import DataError
-from latentddae.core.files import append_json_line, checked, read_text, text_hash, write_atomic
+from latentddae.core.files import (
+    append_json_line,
+    checked,
+    parse_json,
+    read_bytes,
+    text_hash,
+    whole_lines,
+    write_atomic,
+)
 
 FORMAT = 2
 RESULTS = "results.jsonl"
@@ -326,23 +334,15 @@ def append_once(out: Path, result: Result) -> Result:
 def read(path: Path) -> list[Result]:
     """All results of a results.jsonl; none if the file does not exist.
 
-    A last line cut off by a kill is left out; any other line that is not a result of this format
-    is a DataError naming the line.
+    A last line cut off by a kill is left out with a warning; any other line that is not a result of
+    this format is a DataError naming the line.
     """
     if not path.exists():
         return []
-    text = read_text(path, "results")
     results = []
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(whole_lines(path, read_bytes(path, "results")), start=1):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and not text.endswith("\n"):
-                break
-            raise DataError(f"{where} is not valid JSON: {error}") from error
-        row = checked(row, where)
+        row = checked(parse_json(line, where), where)
         result = from_dict(row, where)
         if (row["id"], row["key"]) != (result.id, result.key):
             raise DataError(f"{where} is damaged or was edited: its id is not that of its content")

@@ -3,11 +3,13 @@ TensorBoard and wandb."""
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import pytest
 
-from latentddae.core import files
+from latentddae.core import files, runlog
+from latentddae.core.errors import run_command
 from latentddae.core.runlog import VARIABLES, RunLog, environment, scalars
 
 
@@ -101,3 +103,58 @@ def test_wandb_gets_the_numbers_and_a_restart_continues_its_run(tmp_path, monkey
     (name,) = names
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and all(name in folder for folder in folders)
+
+
+def closed_port() -> socket.socket:
+    """A port at which every connection is refused, while the socket lives."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    return taken
+
+
+def silent_port() -> socket.socket:
+    """A port that takes connections and never answers."""
+    silent = closed_port()
+    silent.listen(64)
+    return silent
+
+
+@pytest.mark.parametrize("port", [closed_port, silent_port])
+def test_wandb_that_does_not_answer_is_a_warning(port, tmp_path, ranks, monkeypatch, capfd) -> None:
+    """Within seconds, with the numbers kept on this machine, and again at the next start."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setattr(runlog, "WANDB_TIMEOUT_S", 1)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with port() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        def train() -> None:
+            log = RunLog(tmp_path, 0, "diffusion", {"lr": 1e-4})
+            log.write({"images": 10, "loss": 1.5})
+            log.close()
+
+        assert ranks(train, timeout=60) == [0]
+    assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"images": 10, "loss": 1.5}]
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (tmp_path / "wandb_id").read_text().strip() in kept.name
+    error = capfd.readouterr().err
+    assert error.count("warning: wandb=diffusion does not answer") == 1
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in error
+
+
+def test_wandb_without_a_key_is_refused_at_once(tmp_path, ranks, monkeypatch, capfd) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+
+    def main(argv: list[str] | None) -> None:
+        RunLog(tmp_path, 0, "diffusion")
+
+    assert ranks(lambda: run_command("train", main, []), timeout=60) == [78]
+    error = capfd.readouterr().err
+    assert "wandb=diffusion cannot be used" in error and "WANDB_MODE=offline" in error
+    assert not (tmp_path / "metrics.jsonl").exists()

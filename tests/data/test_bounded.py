@@ -13,7 +13,7 @@ from latentddae.data.encoding.encode import main as encode
 from latentddae.data.sources import source as sources
 from latentddae.data.sources import tars
 from latentddae.data.sources.open import open_source
-from latentddae.data.sources.pixels import BadImageError
+from latentddae.data.sources.pixels import MAX_PIXELS, BadImageError
 from latentddae.generation.adm_npz import npz_image_shape
 from latentddae.generation.fid import feature_array
 from latentddae.generation.image_sets import is_statistics
@@ -80,6 +80,7 @@ def test_a_file_without_content_and_with_size_is_a_bad_image(tmp_path, capfd):
     assert run_command("encode", encode, [*flags, "--resolution", "8"]) == 65
     error = capfd.readouterr().err
     assert f"sparse.png: cannot be read: it has more than {sources.MAX_BYTES:,} bytes" in error
+    assert "--max-megapixels" in error
 
 
 def test_a_member_that_unpacks_to_more_than_the_limit_is_a_bad_image(tmp_path, monkeypatch):
@@ -87,8 +88,11 @@ def test_a_member_that_unpacks_to_more_than_the_limit_is_a_bad_image(tmp_path, m
         archive.writestr("a/small.png", b"\x89PNG\r\n\x1a\n")
         archive.writestr("a/bomb.png", bytes(1 << 20))
     monkeypatch.setattr(sources, "MAX_BYTES", 1 << 16)
-    with pytest.raises(BadImageError, match="more than 65,536 bytes"):
-        open_source(str(tmp_path / "photos.zip"), "train").image(0)
+    source = open_source(str(tmp_path / "photos.zip"), "train")
+    with pytest.raises(BadImageError, match="more than 65,536 bytes; --max-megapixels raises"):
+        source.image(0)
+    with pytest.raises(BadImageError, match="not an image of a known format"):
+        source.image(0, 16 * MAX_PIXELS)  # the limit of bytes rises with that of pixels
 
 
 @pytest.mark.timeout(20)

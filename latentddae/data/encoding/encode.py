@@ -295,12 +295,9 @@ def _say(world: dist.World, text: str) -> None:
 def run(config: EncodeSplitsConfig) -> None:
     """Encode all splits; several are described at the end."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata; we check the pixels
-    try:
-        encode_splits(config.each_split())
-        if len(config.splits) > 1:
-            _say(dist.world_from_environment(), "\n".join(describe(Path(config.out))))
-    finally:
-        dist.stop()
+    encode_splits(config.each_split())
+    if len(config.splits) > 1:
+        _say(dist.world_from_environment(), "\n".join(describe(Path(config.out))))
 
 
 def describe_plan(config: EncodeSplitsConfig) -> str:

@@ -28,9 +28,8 @@ class Journal:
         """Record the plan's settings. ConfigError if an unfinished encoding has other ones."""
         path = self.folder / "plan.json"
         if path.exists():
-            changed = differences(
-                read_checked_json(path, "plan of an encoding"), self.plan.settings
-            )
+            begun = read_checked_json(path, "plan of an encoding", by_hand=False)
+            changed = differences(begun, self.plan.settings)
             if changed:
                 raise ConfigError(
                     f"{self.out} holds an unfinished encoding with other settings: "
@@ -70,7 +69,7 @@ class Journal:
         path = self.path(shard)
         if not path.exists():
             return None
-        entry = cast(ShardEntry, read_checked_json(path, "journal of an encoding"))
+        entry = cast(ShardEntry, read_checked_json(path, "journal of an encoding", by_hand=False))
         tar = self.out / f"{self.name(shard)}.tar"
         complete = tar.exists() and tar.stat().st_size == entry["bytes"]
         return entry if complete and index_path(tar).exists() else None

@@ -56,7 +56,8 @@ class EncodeConfig(SourceOptions):
     max_overlap: int | str = 0
     """Images of this split that may be in another split, too: a number, or a share like 1%."""
     max_megapixels: float = MAX_PIXELS / 1e6
-    """Larger images are bad ones, unread: a few thousand bytes can decode to all of the memory."""
+    """Larger images are bad ones, unread: a few thousand bytes can decode to all of the memory. The
+    file of an image may have 256 MiB, and as many times more as this limit is raised."""
     seed: int = 0
     """Of the permutation of the samples and of the random crops."""
     batch: int = 64

@@ -109,7 +109,7 @@ def torchvision_source(name: str, split: str, root: Path, download: bool) -> Sou
         keys=keys,
         names=keys,
         labels=labels[rows],
-        read=lambda i: dataset[int(rows[i])][0],
+        read=lambda i, _=0: dataset[int(rows[i])][0],
         report=report_of(name, classes, labels[rows]),
         origin=name,
     )
@@ -168,7 +168,7 @@ def mnist5k_source(split: str) -> Source:
         keys=keys,
         names=keys,
         labels=labels[rows].astype(np.int64),
-        read=lambda i: Image.fromarray(images[rows[i]]),
+        read=lambda i, _=0: Image.fromarray(images[rows[i]]),
         report=report_of("mnist5k", [str(d) for d in range(10)], labels[rows]),
         origin="mnist5k",
     )

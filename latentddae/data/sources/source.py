@@ -7,8 +7,9 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,13 @@ from latentddae.data.sources.source_report import SourceReport
 
 KEY_HASH_BYTES = 16
 DEFLATED_HEAD = 1 << 10  # compressed bytes beyond those asked for
-MAX_BYTES = 1 << 28  # of one image, as it is stored: more than MAX_PIXELS without compression
+MAX_BYTES = 1 << 28  # of one image, as it is stored; more where images may have more pixels
+
+
+class Reader(Protocol):
+    """What reads the i-th image, as encoded bytes or as an image. OSError for more bytes."""
+
+    def __call__(self, i: int, max_bytes: int = MAX_BYTES, /) -> bytes | Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Source:
     """The images' paths, for messages."""
     labels: np.ndarray
     """(n,) int64, index into `classes`; -1 without a label."""
-    read: Callable[[int], bytes | Image.Image]
+    read: Reader
     rejected: tuple[tuple[str, str], ...] = ()
     """Images that cannot have a key of their own: (name, reason). They count as bad ones."""
     report: SourceReport | None = None
@@ -51,10 +58,15 @@ class Source:
         """The i-th image, RGB. BadImageError gives the reason if it is bad, UnavailableError is for
         one that cannot be read now."""
         try:
-            data = retried(lambda: self.read(i), self.names[i])
+            data = retried(lambda: self.read(i, byte_limit(max_pixels)), self.names[i])
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
         return decode(data, max_pixels) if isinstance(data, bytes) else to_rgb(data)
+
+
+def byte_limit(max_pixels: int) -> int:
+    """Bytes of the largest file that is read as an image of so many pixels."""
+    return int(MAX_BYTES * max(1, max_pixels / MAX_PIXELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +103,29 @@ class Item:
                 return b""
         return data[:size]
 
-    def read(self) -> bytes:
-        """The encoded image. Raises OSError."""
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """The encoded image. Raises OSError, also for one of more bytes."""
         with open_regular(self.location) as file:
             size = os.fstat(file.fileno()).st_size if self.size < 0 else self.size
-            if size > MAX_BYTES:
-                raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+            if size > max_bytes:
+                raise _too_long(max_bytes)
             data = os.pread(file.fileno(), size, self.offset)
-        return _inflated(data) if self.deflated else data
+        return _inflated(data, max_bytes) if self.deflated else data
 
 
-def _inflated(data: bytes) -> bytes:
+def _too_long(max_bytes: int) -> OSError:
+    return OSError(f"it has more than {max_bytes:,} bytes; --max-megapixels raises this limit, too")
+
+
+def _inflated(data: bytes, max_bytes: int) -> bytes:
     """The uncompressed bytes of a member of a .zip. OSError if they are damaged or too many."""
     reader = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        out = reader.decompress(data, MAX_BYTES)
+        out = reader.decompress(data, max_bytes)
     except zlib.error as error:
         raise OSError(f"its compressed bytes are damaged: {error}") from error
     if reader.unconsumed_tail:
-        raise OSError(f"it has more than {MAX_BYTES:,} bytes")
+        raise _too_long(max_bytes)
     if not reader.eof:
         raise OSError("its compressed bytes are cut short")
     return out
@@ -171,7 +187,7 @@ def make_source(
         keys=tuple(path_of),
         names=tuple(item.path for item in kept),
         labels=np.array([item.label for item in kept], np.int64),
-        read=lambda i: kept[i].read(),
+        read=lambda i, max_bytes=MAX_BYTES: kept[i].read(max_bytes),
         rejected=tuple(rejected),
         report=report,
         origin=origin,
@@ -224,5 +240,5 @@ def train_or_test_share(source: Source, split: str, test_share: float) -> Source
         keys=tuple(source.keys[i] for i in rows),
         names=tuple(source.names[i] for i in rows),
         labels=source.labels[rows],
-        read=lambda i: source.read(int(rows[i])),
+        read=lambda i, max_bytes=MAX_BYTES: source.read(int(rows[i]), max_bytes),
     )

@@ -14,7 +14,7 @@ def toy(count: int, labels: np.ndarray) -> Source:
         keys=tuple(f"k{i}" for i in range(count)),
         names=tuple(f"k{i}.png" for i in range(count)),
         labels=labels,
-        read=lambda i: bytes([i]),
+        read=lambda i, _=0: bytes([i]),
     )
 
 
