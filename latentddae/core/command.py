@@ -101,9 +101,7 @@ class Command(Generic[Config]):
 
         return dist.leaving_together()
 
-    def _held_on_rank0(
-        self, outputs: Sequence[Output]
-    ) -> contextlib.AbstractContextManager[None]:
+    def _held_on_rank0(self, outputs: Sequence[Output]) -> contextlib.AbstractContextManager[None]:
         """Outputs that all ranks have checked and rank 0 holds."""
         from latentddae.core import dist
 

@@ -47,4 +47,9 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
         raise ConfigError(f"launcher variables are inconsistent: {error}") from error
     if not 0 <= world.rank < world.size:
         raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
+    if world.size > 1 and env.get("MASTER_PORT") == "0":  # they would try it until the time-out
+        raise ConfigError(
+            "MASTER_PORT=0 is no port where the ranks could meet: give torchrun --standalone in "
+            "place of --master-port 0, or a number"
+        )
     return world

@@ -25,6 +25,15 @@ def test_torchrun_and_deepspeed_variables() -> None:
     assert world_from_environment(env) == World(3, 8, 1, "environment")
 
 
+def test_a_port_that_is_none_is_refused() -> None:
+    """`torchrun --master-port 0` passes it on, and the ranks would try it for half an hour."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.raises(ConfigError, match="--standalone"):
+        world_from_environment(env)
+    assert world_from_environment({**env, "MASTER_PORT": "29500"}).size == 2
+    assert world_from_environment({**env, "WORLD_SIZE": "1"}) == World(launcher="environment")
+
+
 def test_slurm_step_variables() -> None:
     env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
     assert world_from_environment(env) == World(5, 8, 1, "slurm")

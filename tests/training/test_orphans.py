@@ -79,8 +79,8 @@ def test_a_rank_that_was_started_by_hand_follows_nobody():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_torchrun_that_goes_leaves_no_rank_behind(number, tiny_shards, tmp_path):
     config, run = str(Path(__file__).parent / "tiny.yaml"), tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "-m", "latentddae.train", "--config", config]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", "-m", "latentddae.train", "--config", config]
     command += [f"run={run}", f"data.path={tiny_shards}", LONG, "save.every_images=10000000"]
     before = ranks_of(run)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
