@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from latentddae.core import config, files
-from latentddae.core.errors import LatentddaeError, run_command
+from latentddae.core.errors import DataError, LatentddaeError, run_command
 from latentddae.data import content
 from latentddae.data.cache import open_set
 from latentddae.data.encoding.encode import main as encode
@@ -361,5 +361,20 @@ def test_every_cut_of_a_last_line_is_said(name, kinds, capsys):
             said = capsys.readouterr().err
             assert f"{kind.path}: its last line was cut off" in said
             assert f"its {end - start} bytes are left out" in said
+    finally:
+        kind.path.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["encoding: plan", "encoding: journal", "results", "grid"])
+def test_a_hash_whose_name_is_damaged_is_missing(name, kinds):
+    """What only commands write is not believed without it, and no other name is taken for a
+    setting that has changed."""
+    kind = kinds[name]
+    original = kind.path.read_bytes()
+    assert original.count(b'"check"') >= 1
+    try:
+        kind.path.write_bytes(original.replace(b'"check"', b'"chmck"', 1))
+        with pytest.raises(DataError, match=kind.path.name):
+            kind.use()
     finally:
         kind.path.write_bytes(original)
