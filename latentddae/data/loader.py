@@ -32,6 +32,8 @@ class Batch:
     """(N,) int64: how many images the run had seen before this one; keys every random draw."""
     index: Tensor
     """(N,) int64: index in the data set."""
+    start: int
+    """How many images the run had seen before the global batch."""
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, which a GPU copies from asynchronously."""
@@ -40,6 +42,7 @@ class Batch:
             self.label.pin_memory(),
             self.position.pin_memory(),
             self.index.pin_memory(),
+            self.start,
         )
 
 
@@ -128,6 +131,7 @@ class Loader:
             label=torch.from_numpy(self.samples.labels[indices]),
             position=position,
             index=torch.from_numpy(indices),
+            start=images_seen,
         )
         return batch.pin_memory() if self._pin_memory else batch
 

@@ -151,6 +151,7 @@ class StreamLoader:
             index=torch.from_numpy(
                 np.concatenate([self.starts[shard] + rows for shard, _, rows in pieces])
             ),
+            start=images_seen,
         )
         return batch.pin_memory() if torch.cuda.is_available() else batch
 

@@ -1,5 +1,7 @@
 """Fine-tuning: exact resume, the same on any ranks, layer decay and drop path by formula."""
 
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,13 @@ from latentddae.models.untrained import randomize_gates
 from latentddae.training import state_reader, states
 from latentddae.transfer import finetune, results
 from latentddae.transfer.finetuning.classifier import Classifier, drop_path, layer_decay
-from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
+from latentddae.transfer.finetuning.mixup import (
+    MixConfig,
+    mix_of,
+    mixed_images,
+    mixed_targets,
+    smoothed,
+)
 
 CONFIG = Path(__file__).parent / "finetune.yaml"
 STEP = 16
@@ -251,8 +259,9 @@ def test_mixing_equals_timm(kind, monkeypatch) -> None:
         assert 0 < (mix.box[1] - mix.box[0]) * (mix.box[3] - mix.box[2]) < 64
     expected_x, expected_y = reference(x.clone(), y)
     target = smoothed(y, 3, 0.1)
-    torch.testing.assert_close(mix.images(x, x.flip(0)), expected_x)
-    torch.testing.assert_close(mix.targets(target, target.flip(0)), expected_y)
+    rows = mix.rows(6)
+    torch.testing.assert_close(mixed_images(x, x.flip(0), rows), expected_x)
+    torch.testing.assert_close(mixed_targets(target, target.flip(0), rows), expected_y)
 
 
 def test_mixing_is_keyed_by_the_batch_and_has_the_right_spread() -> None:
@@ -294,3 +303,41 @@ def test_refusals(start, tmp_path, ranks, capfd) -> None:
 def test_an_option_may_stand_between_two_settings(start, tmp_path, capfd) -> None:
     assert start(tmp_path / "run", "seed=1", "--retry", "level=2") in (2, 78)
     assert "noise level" in capfd.readouterr().err
+
+
+READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__")
+
+
+def test_no_value_is_read_between_two_lines(start, tmp_path, ranks) -> None:
+    """With every kind of draw, ten more steps read nothing more in lines of ours: what is read
+    belongs to the start, the last line and the scores."""
+
+    def reads(steps: int) -> list[str]:
+        def action() -> int:
+            counts: list[str] = []
+            for name in READS:
+                monkeypatched(name, counts)
+            options = (*EVERYTHING, "log_every_images=100000", "engine.micro_batch=4")
+            status = start(tmp_path / str(steps), *options, f"total_images={steps * STEP}")
+            files.append_json_line(tmp_path / f"{steps}.jsonl", {"reads": sorted(counts)})
+            return status
+
+        assert ranks(action) == [0]
+        return files.read_json_lines(tmp_path / f"{steps}.jsonl")[0]["reads"]
+
+    few, many = reads(5), reads(15)
+    assert few == many and few
+
+
+def monkeypatched(name: str, counts: list[str]) -> None:
+    """In this process, which ends, note every call of a tensor's method by a line of ours."""
+    honest = getattr(torch.Tensor, name)
+
+    def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        ours = "/latentddae/" in frame.f_code.co_filename
+        if ours and threading.current_thread() is threading.main_thread():
+            counts.append(f"{name} at {frame.f_code.co_filename}:{frame.f_lineno}")
+        return honest(self, *args, **kwargs)
+
+    setattr(torch.Tensor, name, counted)

@@ -86,7 +86,8 @@ def test_images_are_cropped_and_mirrored_anew_at_every_visit() -> None:
     )
     one = torch.randint(1, 256, (1, 3, 8, 8), dtype=torch.uint8)
     label = torch.zeros(64, dtype=torch.int64)
-    batch = Batch(one.expand(64, 3, 8, 8).contiguous(), label, torch.arange(64), torch.arange(64))
+    number = torch.arange(64)
+    batch = Batch(one.expand(64, 3, 8, 8).contiguous(), label, number, number, start=0)
     plain, cropped = (noise_classifier.training_batch(seen, batch, 0, k)[0] for k in (0, 2))
     assert plain.unique(dim=0).shape[0] == 1 and cropped.unique(dim=0).shape[0] > 20
     windows = [image[:, i : i + 8, j : j + 8] for image in mirrors(one) for i, j in PLACES]

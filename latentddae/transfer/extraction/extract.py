@@ -156,7 +156,7 @@ def network_input(
     The clean latent itself at level 0 (a DDPM's cleanest timestep still has 1 % noise) and with
     `noisy_input=False`.
     """
-    t = timestep(objective, level).to(x0.device).expand(len(x0))
+    t = timestep(objective, level, x0.device).expand(len(x0))
     x = objective.add_noise(x0, t, noise) if noisy_input and level > 0 else x0
     return objective.network_input(x, t)[0]
 
@@ -169,19 +169,23 @@ def pooled_blocks(
     (N, width) float32 on the CPU}.
 
     The trunk is always given the same number of images, the last ones padded by copies: matrix
-    kernels may round differently for other shapes, and features must not depend on the batch.
+    kernels may round differently for other shapes, and features must not depend on the batch. What
+    it gives for them crosses to the host in one copy.
     """
-    parts: dict[Cell, list[Tensor]] = {(block, pool): [] for block in blocks for pool in pools}
+    cells = [(block, pool) for block in sorted(blocks) for pool in pools]
+    chunks, widths = [], [0]
     for images in x.split(trunk.images_at_once):
         padding = images[:1].expand(trunk.images_at_once - len(images), -1, -1, -1)
+        values: list[Tensor] = []
         for block, output in trunk.stream(torch.cat([images, padding])):
             if block in blocks:
-                for pool in pools:
-                    value = pool_output(trunk, block, output, pool)
-                    parts[block, pool].append(value[: len(images)].cpu())
+                values += (pool_output(trunk, block, output, pool) for pool in pools)
             if block == max(blocks):
                 break  # the stream is lazy: later blocks never run
-    return {cell: torch.cat(values) for cell, values in parts.items()}
+        chunks.append(torch.cat(values, dim=1)[: len(images)].cpu())
+        widths = [value.shape[1] for value in values]
+    parts = torch.cat(chunks).split(widths, dim=1)
+    return {cell: part.contiguous() for cell, part in zip(cells, parts, strict=True)}
 
 
 def pool_output(trunk: Trunk, block: int, output: Output, name: str) -> Tensor:

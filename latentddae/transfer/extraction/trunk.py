@@ -1,5 +1,6 @@
 """The first blocks of any network at one noise level, with the null label."""
 
+import functools
 import math
 
 import torch
@@ -24,19 +25,25 @@ def trunk_at(
     """
     model, objective = checkpoint.model, checkpoint.objective
     device = device_of(checkpoint)
-    t = timestep(objective, level).to(device)
+    t = timestep(objective, level, device)
     network_t = objective.network_input(torch.zeros(1, 1, 1, 1, device=device), t)[1]
     null_labels(model, 1)  # refuses a network that has none
     dtype = DTYPES[resolve_precision(precision, device)]
     return open_trunk(model, network_t, depth=depth, dtype=dtype)
 
 
-def timestep(objective: Objective, level: float) -> Tensor:
-    """The objective's timestep of a noise level: (1,) float32. UsageError where it is infinite."""
+def timestep(objective: Objective, level: float, device: torch.device | None = None) -> Tensor:
+    """The objective's timestep of a noise level: (1,) float32, made on the device, which waits for
+    nothing. UsageError where it is infinite."""
+    return torch.full((1,), _time_of(objective, level), device=device)
+
+
+@functools.lru_cache
+def _time_of(objective: Objective, level: float) -> float:
     t = float(objective.to_time(level))
     if not math.isfinite(t):
         raise UsageError(f"level s={level:g} is t={t} for this objective; choose a smaller one")
-    return torch.full((1,), t)
+    return t
 
 
 def device_of(checkpoint: Checkpoint) -> torch.device:

@@ -48,18 +48,26 @@ class Mix:
     box: tuple[int, int, int, int] | None
     """Top, bottom, left, right of the region that comes from the partner; None: mixup."""
 
-    def images(self, x: Tensor, partner: Tensor) -> Tensor:
-        """Mixed images: (N, C, H, W), (N, C, H, W) -> (N, C, H, W)."""
-        if self.box is None:
-            return torch.lerp(partner, x, self.weight)
-        top, bottom, left, right = self.box
-        mixed = x.clone()
-        mixed[:, :, top:bottom, left:right] = partner[:, :, top:bottom, left:right]
-        return mixed
+    def rows(self, count: int) -> Tensor:
+        """The mix for the device, once for each of N samples: (N, 6) float32. Weight of the own
+        label, weight of the own pixels outside the box, and the box."""
+        outside = self.weight if self.box is None else 1.0
+        box = (0, 0, 0, 0) if self.box is None else self.box
+        return torch.tensor([self.weight, outside, *box]).repeat(count, 1)
 
-    def targets(self, y: Tensor, partner: Tensor) -> Tensor:
-        """Mixed targets: (N, classes), (N, classes) -> (N, classes)."""
-        return torch.lerp(partner, y, self.weight)
+
+def mixed_images(x: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
+    """(N, C, H, W), (N, C, H, W), mixes (N, 6) -> (N, C, H, W)."""
+    _, outside, top, bottom, left, right = rows[:, :, None, None, None].unbind(1)
+    row = torch.arange(x.shape[2], device=x.device)[:, None]
+    column = torch.arange(x.shape[3], device=x.device)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    return torch.lerp(partner, x, outside.masked_fill(inside, 0))
+
+
+def mixed_targets(y: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
+    """(N, classes), (N, classes), mixes (N, 6) -> (N, classes)."""
+    return torch.lerp(partner, y, rows[:, :1])
 
 
 def mix_of(config: MixConfig, seed: int, batch: int, height: int, width: int) -> Mix:

@@ -35,7 +35,13 @@ from latentddae.transfer.finetuning.classifier import (
     drop_path,
     layer_decay,
 )
-from latentddae.transfer.finetuning.mixup import MixConfig, mix_of, smoothed
+from latentddae.transfer.finetuning.mixup import (
+    MixConfig,
+    mix_of,
+    mixed_images,
+    mixed_targets,
+    smoothed,
+)
 from latentddae.transfer.protocol.options import OverlapOption, open_test, open_train
 from latentddae.transfer.protocol.splits import Split, split_train
 
@@ -139,7 +145,7 @@ class Task:
         self.fit, self.heldout = split.fit, split.train[split.heldout]
         self.classes = len(self.train.classes)
         objective, device = self.checkpoint.objective, context.device
-        t = timestep(objective, config.level).to(device)
+        t = timestep(objective, config.level, device)
         self.network_t = objective.network_input(torch.zeros(1, 1, 1, 1, device=device), t)[1]
         self.classifier = self.new_classifier()
 
@@ -185,15 +191,15 @@ class Task:
         """Cross-entropy and noise level of every sample: (N,), (N,) float32.
 
         Stored moments (N, *stored_shape), labels (N,) and positions (N,); mixing takes those of a
-        partner as well.
+        partner as well, and how (see `with_partners`).
         """
         config = self.config
         x0, target = self.draw(moments, label, position)
         if partner:
-            number = int(position[0]) // config.global_batch
-            mix = mix_of(config.mix, config.seed, number, *x0.shape[2:])
-            partner_x0, partner_target = self.draw(*partner)
-            x0, target = mix.images(x0, partner_x0), mix.targets(target, partner_target)
+            *stored, rows = partner
+            partner_x0, partner_target = self.draw(*stored)
+            x0 = mixed_images(x0, partner_x0, rows)
+            target = mixed_targets(target, partner_target, rows)
         noise = x0
         if config.noisy_input:
             noise = rng.normal(config.seed, "finetune/noise", position, x0.shape[1:])
@@ -265,8 +271,11 @@ def unpaired(batch: Batch) -> tuple[Tensor, ...]:
 def with_partners(
     samples: SampleSet, config: FinetuneConfig, world: dist.World
 ) -> Callable[[Batch], tuple[Tensor, ...]]:
-    """What `Task.loss` takes with mixing: the partner of a sample is the one at the mirrored
-    position of the global batch, whichever rank has it."""
+    """What `Task.loss` takes with mixing: also the partner of each sample, which is the one at the
+    mirrored position of the global batch, whichever rank has it, and the rows of the batch's mix.
+
+    All of it is made on the host, page-locked where the batch is, so that nothing waits for a GPU.
+    """
     mirror = Loader(
         samples,
         global_batch=config.global_batch,
@@ -278,8 +287,12 @@ def with_partners(
     )
 
     def tensors(batch: Batch) -> tuple[Tensor, ...]:
-        start = int(batch.position[0]) // config.global_batch * config.global_batch
-        mirrored = batch if world.size == 1 else mirror.batch_at(start)
-        return *unpaired(batch), *(tensor.flip(0) for tensor in unpaired(mirrored))
+        mirrored = batch if world.size == 1 else mirror.batch_at(batch.start)
+        number = batch.start // config.global_batch
+        mix = mix_of(config.mix, config.seed, number, *samples.spec.shape[1:])
+        partner = *(tensor.flip(0) for tensor in unpaired(mirrored)), mix.rows(len(batch.label))
+        if batch.label.is_pinned():
+            partner = tuple(tensor.pin_memory() for tensor in partner)
+        return *unpaired(batch), *partner
 
     return tensors

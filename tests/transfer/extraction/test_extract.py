@@ -260,3 +260,17 @@ def test_adaln_normalised_tokens_pooled(checkpoint, train):
         normed = modulate(tokens, shift, scale)
     np.testing.assert_allclose(found[2, "norm-mean"], normed.mean(dim=1), atol=1e-5)
     np.testing.assert_allclose(found[2, "norm-max"], normed.amax(dim=1), atol=2e-5)
+
+
+def test_features_cross_to_the_host_once_per_chunk(checkpoint, train, monkeypatch):
+    """However many blocks and pools there are."""
+    honest, copies = torch.Tensor.cpu, []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (copies.append(x.shape), honest(x))[1])
+    spec = FeatureSpec(level=0.3, blocks=BLOCKS, pools=POOLS, precision="fp32")
+    extractor = extraction.Extractor.open(checkpoint, spec)
+    x0, positions = extraction.read_batch(checkpoint, train, np.arange(50))
+    copies.clear()
+    for _ in range(3):
+        extractor.under_noise(x0, positions, 0)
+    assert len(copies) == 3 * -(-50 // extractor.trunk.images_at_once)
+    assert sum(shape[0] for shape in copies) == 3 * 50
