@@ -5,7 +5,7 @@
 #
 # Pretrains DiT-S/2 (33 M weights), without labels unless another CONFIG is given. Any setting of `latentddae train` may
 # follow: run=runs/mine data.path=data/imagenet256. Every #SBATCH value is a default: --nodes=2 on the command line wins.
-# 256 images a step on 8 GPUs are 32 each; the training state takes 0.3 GB of each by formula, activations come on top.
+# 256 images a step on 8 GPUs are 32 each; the training state takes 0.1 GB of each by formula, activations come on top.
 # Warned, preempted or requeued, the job saves and goes on where it stopped. docs/cluster.md
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"

@@ -5,7 +5,7 @@
 #
 # Pretrains DiT-XL/2 (675 M weights), without labels unless another CONFIG is given. Any setting of `latentddae train` may
 # follow: run=runs/mine data.path=data/imagenet256. Every #SBATCH value is a default: --nodes=2 on the command line wins.
-# 256 images a step on 8 GPUs are 32 each; the training state takes 6.7 GB of each by formula, activations come on top.
+# 256 images a step on 8 GPUs are 32 each; the training state takes 3.0 GB of each by formula, activations come on top.
 # More nodes would leave each GPU too few images to be busy; pretrain_dit_xl_batch1024.sh has the recipe for four.
 # Warned, preempted or requeued, the job saves and goes on where it stopped. docs/cluster.md
 set -euo pipefail

@@ -4,7 +4,7 @@
 # sbatch [options] slurm/pretrain_dit_xl_batch1024.sh [CONFIG.yaml] [key=value ...]
 #
 # Pretrains DiT-XL/2 (675 M weights) with 1024 images a step on four nodes, without labels unless another CONFIG is given.
-# 1024 images a step on 32 GPUs are 32 each; the training state takes 5.7 GB of each by formula, activations come on top.
+# 1024 images a step on 32 GPUs are 32 each; the training state takes 1.8 GB of each by formula, activations come on top.
 # Another batch needs another learning rate, by the configuration's rule: 1e-4 * sqrt(global_batch / 256). Every #SBATCH value
 # is a default: --nodes=2 on the command line wins.
 # Warned, preempted or requeued, the job saves and goes on where it stopped. docs/cluster.md

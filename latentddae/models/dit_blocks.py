@@ -25,6 +25,7 @@ from latentddae.models.layers import (
     over_tokens,
 )
 from latentddae.models.positions import RotaryTable
+from latentddae.models.recompute import keeping_products
 
 MLPS: Mapping[str, Callable[[int, int], Mlp | SwiGlu]] = {"gelu": Mlp, "swiglu": SwiGlu}
 
@@ -47,8 +48,15 @@ class Block(nn.Module):
         modulation = SharedModulation if config.shared_adaln else Modulation
         self.adaLN_modulation = modulation(dim, config.modulations)
         self.has_shift = config.adaln_shift
+        self.recompute_pointwise = False
+        """See models/recompute.py; inside the block, so that it compiles to one graph."""
 
     def forward(self, x: Tensor, c: Tensor, branch_scale: Tensor | None = None) -> Tensor:
+        if self.recompute_pointwise and torch.is_grad_enabled():
+            return keeping_products(self._forward, x, c, branch_scale)
+        return self._forward(x, c, branch_scale)
+
+    def _forward(self, x: Tensor, c: Tensor, branch_scale: Tensor | None = None) -> Tensor:
         dtype = self.attn.qkv.weight.dtype
         parts = self.modulation(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts

@@ -1,7 +1,8 @@
 """Bytes that a training step keeps for its backward pass, counted without computing anything.
 
 The network runs on tensors without memory (torch's FakeTensorMode), and what autograd saves is
-added up. Blocks that are compiled keep less.
+added up, and under `recompute_pointwise` the results that blocks keep beside it. Blocks that are
+compiled keep less.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from latentddae.core.precision import DTYPES
-from latentddae.models import attention, zoo
+from latentddae.models import attention, recompute, zoo
 from latentddae.models.network import Network, NetworkConfig
 
 FP32 = 4
@@ -29,6 +32,8 @@ class Kept:
     """What computing all blocks again would save."""
     elsewhere: float
     """The rest, with the inputs of the blocks."""
+    products: float = 0.0
+    """What blocks keep in place of `by_blocks` under `recompute_pointwise`; 0: they cannot."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Activations:
     once: Kept
     """However many images there are: fp32 copies of some weights."""
     depth: int
+    pointwise: bool = False
+    """Whether blocks are under `recompute_pointwise`."""
 
     def at_most(self, images: int, checkpoint_blocks: int) -> float:
         """The most bytes alive at once if every n-th block is computed again (0: none).
@@ -49,32 +56,81 @@ class Activations:
         """
         recomputed = self.depth // checkpoint_blocks if checkpoint_blocks else 0
         block = (images * self.per_image.by_blocks + self.once.by_blocks) / self.depth
+        held = (images * self.per_image.products + self.once.products) / self.depth
         kept = images * self.per_image.elsewhere + self.once.elsewhere
-        kept += (self.depth - recomputed) * block
-        return kept + (1.1 if recomputed else 0.25) * block
+        kept += (self.depth - recomputed) * (held if self.pointwise else block)
+        if recomputed:
+            return kept + 1.1 * block
+        return kept + (1.1 * block - held if self.pointwise else 0.25 * block)
 
 
 def count_activations(
-    config: NetworkConfig, precision: Literal["fp32", "bf16"], backend: str = "sdpa"
+    config: NetworkConfig,
+    precision: Literal["fp32", "bf16"],
+    backend: str = "sdpa",
+    pointwise: bool = False,
 ) -> Activations:
-    """What a training step of a network keeps, from one that has no weights in memory."""
+    """What a training step of a network keeps, from one that has no weights in memory.
+
+    ConfigError for `pointwise` of a network without such blocks.
+    """
     network = _without_memory(config, DTYPES[precision], backend)
     shape = (config.in_channels, config.input_size, config.input_size)
+    if pointwise:
+        recompute.choose(cast(nn.Module, network), 0, pointwise)  # refuses what cannot
     one, two = _kept(network, shape, 1), _kept(network, shape, 2)
     outside = LOSS_COPIES * FP32 * torch.Size(shape).numel()
-    return Activations(
-        per_image=Kept(two.by_blocks - one.by_blocks, two.elsewhere - one.elsewhere + outside),
-        once=Kept(2 * one.by_blocks - two.by_blocks, 2 * one.elsewhere - two.elsewhere),
-        depth=config.depth,
+    per_image = Kept(
+        two.by_blocks - one.by_blocks,
+        two.elsewhere - one.elsewhere + outside,
+        two.products - one.products,
     )
+    once = Kept(
+        2 * one.by_blocks - two.by_blocks,
+        2 * one.elsewhere - two.elsewhere,
+        2 * one.products - two.products,
+    )
+    return Activations(per_image, once, config.depth, pointwise)
 
 
 def _kept(network: Network, shape: tuple[int, int, int], images: int) -> Kept:
-    network.checkpoint_blocks = 0
+    module = cast(nn.Module, network)
+    recompute.choose(module, 0, False)
     everything = _saved(network, shape, images)
-    network.checkpoint_blocks = 1  # what is computed again is not saved
+    recompute.choose(module, 1, False)  # what is computed again is not saved
     elsewhere = min(_saved(network, shape, images), everything)
-    return Kept(everything - elsewhere, elsewhere)
+    if recompute.can_be_pointwise(module):
+        recompute.choose(module, 0, True)
+    with _Products(module) as products:
+        _forward(network, shape, images)
+    return Kept(everything - elsewhere, elsewhere, products.bytes)
+
+
+class _Products(TorchDispatchMode):
+    """Bytes of the results that blocks keep under `recompute_pointwise`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.bytes, self._inside = 0, False
+        for block in module.modules():
+            if hasattr(block, "recompute_pointwise"):
+                block.register_forward_pre_hook(lambda *_: self._enter(True))
+                block.register_forward_hook(lambda *_: self._enter(False))
+
+    def _enter(self, inside: bool) -> None:
+        self._inside = inside
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        if self._inside and recompute.is_kept(func):
+            self.bytes += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
 
 
 def _without_memory(config: NetworkConfig, dtype: torch.dtype, backend: str) -> Network:
@@ -102,10 +158,14 @@ def _saved(network: Network, shape: tuple[int, int, int], images: int) -> float:
             saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no address is reused
         return tensor
 
-    weights = next(iter(network.parameters()))
-    with weights.fake_mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # type: ignore[attr-defined]
-        network(torch.empty(images, *shape), torch.empty(images))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _forward(network, shape, images)
     return sum(x.untyped_storage().nbytes() for x in saved.values())
+
+
+def _forward(network: Network, shape: tuple[int, int, int], images: int) -> None:
+    with next(iter(network.parameters())).fake_mode:  # type: ignore[attr-defined]
+        network(torch.empty(images, *shape), torch.empty(images))
 
 
 def _tensors(network: Network) -> list[Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from latentddae.planning.activations import Activations
-from latentddae.planning.memory import state_bytes
+from latentddae.planning.memory import Stage, state_bytes
 
 BUFFERS = 0.08e9
 """DeepSpeed's buckets of 10 million fp32 numbers, one that is filled and one that is sent."""
@@ -20,7 +20,6 @@ USABLE = 0.92
 SMALL_BATCH = 16
 """Images per GPU and pass below which a GPU is hardly faster than with twice as many."""
 
-Stage = Literal[0, 1, 2, 3]
 PrecisionName = Literal["fp32", "bf16"]
 
 
@@ -61,6 +60,7 @@ class Step:
             self.precision,
             self.averages,
             self.muon_parameters,
+            self.share // self.micro,
         )
         parts = {
             "weights": state.weights,
@@ -98,19 +98,39 @@ def remedies(step: Step, memory: float) -> Iterator[str]:
     """Settings under which a step that does not fit does, the cheapest first."""
     sharded = range(step.zero_stage + 1, step.highest_stage + 1)
     stages = sharded if step.ranks > 1 else ()
-    for checkpoint in dict.fromkeys((step.checkpoint_blocks, 1)):
+    for activations, checkpoint in _recomputations(step):
         for stage in (step.zero_stage, *stages):
-            tried = replace(step, checkpoint_blocks=checkpoint, zero_stage=cast(Stage, stage))
+            if activations.pointwise and stage == 3:  # refused there
+                continue
+            tried = replace(
+                step,
+                activations=activations,
+                checkpoint_blocks=checkpoint,
+                zero_stage=cast(Stage, stage),
+            )
             micro = largest_micro(tried, memory)
             if micro is not None:
                 yield _settings(step, replace(tried, micro=micro))
 
 
+def _recomputations(step: Step) -> list[tuple[Activations, int]]:
+    """Activations as they are kept, and which blocks are computed again; the cheapest first."""
+    given = (step.activations, step.checkpoint_blocks)
+    choices = [given]
+    if step.activations.per_image.products and not step.checkpoint_blocks:
+        choices.append((replace(step.activations, pointwise=True), 0))
+    if step.checkpoint_blocks != 1:
+        choices.append((step.activations, 1))
+    return list(dict.fromkeys(choices))
+
+
 def _settings(old: Step, new: Step) -> str:
     names = {"micro": "micro_batch", "zero_stage": "zero_stage"}
     names |= {"checkpoint_blocks": "checkpoint_blocks"}
-    changed = [n for n in names if getattr(new, n) != getattr(old, n)]
-    return " ".join(f"engine.{names[n]}={getattr(new, n)}" for n in changed)
+    changed = [f"{names[n]}={getattr(new, n)}" for n in names if getattr(new, n) != getattr(old, n)]
+    if new.activations.pointwise and not old.activations.pointwise:
+        changed.append("recompute_pointwise=true")
+    return " ".join(f"engine.{setting}" for setting in changed)
 
 
 def improvements(step: Step, memory: float) -> Iterator[str]:

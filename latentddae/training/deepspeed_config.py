@@ -16,7 +16,8 @@ import torch
 
 from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
-from latentddae.core.precision import Precision, resolve_precision
+from latentddae.core.precision import Precision, ResolvedPrecision, resolve_precision
+from latentddae.planning.memory import effective_stage
 
 Settings = dict[str, Any]
 """DeepSpeed's settings: nested, of many types."""
@@ -34,10 +35,16 @@ class EngineConfig:
     micro_batch: int | None = None
     """Samples per rank and backward pass; null: in `train` on GPUs the most that fit by formula,
     else a rank's whole share of the batch."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over the ranks; bf16 sends half as much and rounds the sums."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     checkpoint_blocks: int = 0
     """Recompute the activations of every n-th block in the backward pass; 0: of none, 1: of all."""
+    recompute_pointwise: bool = False
+    """Of the other blocks keep the results of products and attention only, and recompute what lies
+    between them: half the bytes for hardly any arithmetic. For diffusion transformers, not under
+    stage 3."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile each block; auto does on CUDA under stages 0 to 2, if a compiler is there.
     Under stage 3, which fetches weights between the operations of a block, true compiles what lies
@@ -57,6 +64,12 @@ class EngineConfig:
             positive=("micro_batch",),
             non_negative=("clip_grad_norm", "checkpoint_blocks"),
         )
+        if self.zero_stage == 3 and self.recompute_pointwise:
+            raise ValueError(
+                "recompute_pointwise: ZeRO-3 fetches weights between the operations of a block, "
+                "in the backward pass others than before; nearest: zero_stage=2, or "
+                "recompute_pointwise=false with checkpoint_blocks=1"
+            )
 
 
 def compiles(config: EngineConfig, device: torch.device) -> bool:
@@ -160,7 +173,7 @@ DERIVED_KEYS = {
     "torch_autocast": "set engine.precision=bf16 or fp32",
     "optimizer": "set optim.name, optim.lr, optim.betas and optim.weight_decay",
     "scheduler": "set optim.schedule and optim.warmup_images",
-    "communication_data_type": "drop it: sums over ranks are always fp32",
+    "communication_data_type": "set engine.reduce_dtype",
     "data_types": "drop it: gradients are always accumulated in fp32",
     "compile": "set engine.compile",
     "activation_checkpointing": "set engine.checkpoint_blocks",
@@ -170,18 +183,20 @@ DERIVED_KEYS = {
 
 
 def deepspeed_config(
-    config: EngineConfig, precision: str, plan: BatchPlan, world_size: int
+    config: EngineConfig, precision: ResolvedPrecision, plan: BatchPlan, world_size: int
 ) -> Settings:
     """The DeepSpeed dictionary: derived from our settings, with `config.deepspeed` laid over it.
 
     Raises ConfigError if the overlay conflicts with ours, naming the setting to use instead.
     """
+    stage = effective_stage(config.zero_stage, precision, world_size, plan.accumulation)
+    in_backward = stage == 2 and precision == "bf16"
+    own_norm = in_backward or stage == 0  # then our engine clips, see Engine.step
     settings: Settings = {
         "train_batch_size": plan.micro * plan.accumulation * world_size,
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
-        # Without ZeRO our engine clips, see Engine.step.
-        "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,
+        "gradient_clipping": 0.0 if own_norm else config.clip_grad_norm,
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": False,
@@ -191,17 +206,35 @@ def deepspeed_config(
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,  # it knows torch's by their types
         # bf16 gradients would otherwise also be summed over micro-batches and ranks in bf16.
-        "communication_data_type": "fp32",
+        "communication_data_type": config.reduce_dtype,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     if precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    return _overlaid(settings, config.deepspeed, plan, world_size)
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": not in_backward}
+    if in_backward:
+        _reduce_during_backward(settings, world_size)
+    settings = _overlaid(settings, config.deepspeed, plan, world_size)
+    # After the overlay, which may repeat the stage that the user knows.
+    settings["zero_optimization"]["stage"] = stage
+    return settings
+
+
+def _reduce_during_backward(settings: Settings, world_size: int) -> None:
+    """Let DeepSpeed's optimizer of stage 2 sum bf16 gradients into a rank's fp32 share while the
+    backward pass runs. Its optimizer of stage 1 in bf16, BF16_Optimizer, first adds all gradients
+    up in fp32, and sends them when the backward pass is over."""
+    zero: Settings = settings["zero_optimization"]
+    zero["overlap_comm"] = world_size > 1
+    zero["compute_grad_norm"] = False  # it takes a kernel per parameter, and the host waits for it
+    zero["reduce_scatter"] = False  # despite its name both all-reduce a bucket; this copies less
+    settings["gradient_allreduce_op"] = "sum"  # Engine.backward divides, before the rounding
+    if world_size == 1:
+        settings["communication_data_type"] = "bf16"  # nothing is summed: no copy in fp32
 
 
 def derive(
     config: EngineConfig, global_batch: int, world_size: int, device: torch.device
-) -> tuple[str, BatchPlan, Settings]:
+) -> tuple[ResolvedPrecision, BatchPlan, Settings]:
     """Precision, cut of the batch and DeepSpeed dictionary on this device and number of ranks.
 
     Raises ConfigError for settings that are refused.

@@ -25,8 +25,14 @@ from torch import Tensor, nn
 from latentddae.core import dist
 from latentddae.core.dist import World
 from latentddae.core.errors import ConfigError
-from latentddae.core.precision import DTYPES, use_deterministic_kernels, use_products_of
-from latentddae.models import attention
+from latentddae.core.precision import (
+    DTYPES,
+    ResolvedPrecision,
+    use_deterministic_kernels,
+    use_products_of,
+)
+from latentddae.models import attention, recompute
+from latentddae.planning.memory import Stage, effective_stage
 from latentddae.training.deepspeed_config import BatchPlan, EngineConfig, compiles, derive
 from latentddae.training.muon import Muon
 from latentddae.training.optimizers import (
@@ -56,7 +62,9 @@ class Engine:
     global_batch: int
     lr_scale: Callable[[str], float] | None = None
     """Factor on the learning rate of a parameter, by its name; None: 1 for all."""
-    precision: str = field(init=False)
+    precision: ResolvedPrecision = field(init=False)
+    stage: Stage = field(init=False)
+    """ZeRO's, as a step is computed: see `planning.memory.effective_stage`."""
     plan: BatchPlan = field(init=False)
     shapes: dict[str, list[int]] = field(init=False)
     """Of the trainable parameters, in the model's order; ZeRO-3 leaves the parameters empty."""
@@ -72,6 +80,11 @@ class Engine:
         self.precision, self.plan, settings = derive(
             self.config, self.global_batch, self.world.size, self.device
         )
+        self.stage = effective_stage(
+            self.config.zero_stage, self.precision, self.world.size, self.plan.accumulation
+        )
+        self._reduces_during_backward = self.stage == 2 and self.precision == "bf16"
+        self._device_decides = self._reduces_during_backward or self.stage == 0
         use_products_of(self.precision)
         if self.config.deterministic:
             use_deterministic_kernels()
@@ -94,18 +107,18 @@ class Engine:
                 dist_init_required=False,
             )
         names = {parameter: name for name, parameter in trainable.items()}
-        if self.config.zero_stage == 0 and self.world.size == 1:
+        if self.stage == 0 and self.world.size == 1:
             # Single process: skip DeepSpeed's all-reduce, which would flatten and copy every
             # gradient (7 % of a DiT-S/2 step on a CPU).
             self._engine.enable_backward_allreduce = False
         self._layout = layout_of(
-            self.config.zero_stage,
+            self.stage,
             self._engine.optimizer,
             self._optimizer,
             names,
             self.world,
         )
-        if isinstance(self._optimizer, Muon) and self.config.zero_stage:
+        if isinstance(self._optimizer, Muon) and self.stage:
             self._optimizer.use_layout(self._layout, self.shapes)
         self.masters = [part.of(part.owner) for part in self._layout.partitions]
         self._start_optimizer_state(list(trainable.values()))
@@ -158,9 +171,8 @@ class Engine:
         dtype, compile_blocks = DTYPES[self.precision], compiles(self.config, self.device)
         self.compiled_blocks = 0
         attention.choose(self.model, self.config.attention, self.device, dtype)
+        recompute.choose(self.model, self.config.checkpoint_blocks, self.config.recompute_pointwise)
         for module in self.model.modules():
-            if hasattr(module, "checkpoint_blocks"):
-                module.checkpoint_blocks = self.config.checkpoint_blocks  # type: ignore[assignment]
             blocks = getattr(module, "blocks", None)
             if compile_blocks and isinstance(blocks, nn.ModuleList):
                 self.compiled_blocks += len(blocks)
@@ -172,7 +184,7 @@ class Engine:
         too late to load into."""
         owners = [part.owner for part in self._layout.partitions]
         names = states_of(self._optimizer, self.state_names)
-        for owner in owners if self.config.zero_stage else trainable:
+        for owner in owners if self.stage else trainable:
             self._optimizer.state[owner] = {
                 "step": torch.zeros((), dtype=torch.float32, device=owner.device),
                 **{name: torch.zeros_like(owner.detach()) for name in names(owner)},
@@ -215,8 +227,10 @@ class Engine:
         """Accumulate the gradient of one micro-batch's mean loss ()."""
         # DeepSpeed opens a micro-batch when its engine calls the network, which we call ourselves.
         # Without these lines ZeRO-1 adds earlier micro-batches again and ZeRO-3 forgets them.
-        if self.config.zero_stage:
+        if self.stage:
             self._engine.optimizer.clear_backward_seen_flag()
+        if self._reduces_during_backward:  # DeepSpeed sums, and the mean is wanted
+            loss = loss / self.world.size
         loss.register_hook(lambda _: self._engine._backward_prologue())
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
@@ -230,8 +244,8 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self.config.zero_stage == 0:
-            return self._step_replicated()
+        if self._device_decides:
+            return self._step_without_reading()
         self._engine.step()
         self._zero_applied = bool(self._engine.was_step_applied())
         return torch.as_tensor(self._engine.get_global_grad_norm())
@@ -239,29 +253,38 @@ class Engine:
     def applied(self) -> bool:
         """Whether the last step was applied.
 
-        ZeRO knows at once. Without it the device decides, and this call waits for it: ask when the
-        next step's work is queued, as the loop does.
+        DeepSpeed knows at once where it waits for the gradient's norm: under stage 3, in fp32 under
+        stages 1 and 2, and where stage 1 sums bf16 gradients over micro-batches. Elsewhere the
+        device decides, and this call waits for it: ask when the next step's work is queued, as the
+        loop does.
         """
-        if self.config.zero_stage == 0:
+        if self._device_decides:
             return bool(self._finite.read())
         return self._zero_applied
 
-    def _step_replicated(self) -> Tensor:
-        """Clip and update without ZeRO, where DeepSpeed itself would apply a non-finite gradient.
+    def _step_without_reading(self) -> Tensor:
+        """Clip and update where DeepSpeed would apply a non-finite gradient or wait for its norm.
 
-        The gradient's norm () says on the device whether the optimizer skips the update.
+        The norm () says on the device whether the optimizer skips the update, and by how much it
+        scales the gradient; torch's fused optimizers read both there.
         """
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._gradient_norm()
         self._finite.value.copy_(norm.isfinite())
         self._finite.copy()
         skip = 1.0 - self._finite.value[0].float()
-        # torch's fused optimizers read it on the device
         self._optimizer.found_inf = skip  # type: ignore[attr-defined]
         if self.config.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+            scale = ((norm + 1e-6) / self.config.clip_grad_norm).clamp(min=1)
+            self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self._engine.step()
         return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Norm () of the accumulated gradient over all ranks, on the device."""
+        norm = nn.utils.get_total_norm(self._layout.gradients())
+        if self.stage == 0 or self.world.size == 1:
+            return norm
+        return dist.sum_tensor(norm.double().square()).sqrt().float()
 
 
 def _import_deepspeed(device: torch.device) -> Any:

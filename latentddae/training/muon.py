@@ -125,23 +125,31 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all groups (under ZeRO a collective). Where the attribute `found_inf`, a tensor
-        (), is 1, the device skips the step, as in torch's fused optimizers."""
+        """Update all groups (under ZeRO a collective). As in torch's fused optimizers the device
+        skips the step where the attribute `found_inf`, a tensor (), is 1, and divides gradients by
+        `grad_scale`, another one."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
         self._adamw.param_groups = [group for group in self.param_groups if not group["hidden"]]
         if self._adamw.param_groups:  # ZeRO steps one group at a time
             self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
+            self._adamw.grad_scale = scale  # type: ignore[attr-defined]
             self._adamw.step()
         for group in self.param_groups:
             for parameter in group["params"] if group["hidden"] else ():
-                self._update(parameter, group["lr"], group["weight_decay"], found_inf)
+                if parameter.grad is not None:
+                    gradient = parameter.grad if scale is None else parameter.grad / scale
+                    self._update(parameter, gradient, group["lr"], group["weight_decay"], found_inf)
 
     def _update(
-        self, parameter: Tensor, lr: float, weight_decay: float, found_inf: Tensor | None
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        lr: float,
+        weight_decay: float,
+        found_inf: Tensor | None,
     ) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        if gradient is None:
-            return
+        state = self.state[parameter]
         buffer, applied = state["momentum_buffer"], torch.ones((), device=parameter.device)
         if found_inf is not None:
             gradient, applied = torch.where(found_inf > 0, buffer, gradient), 1 - found_inf

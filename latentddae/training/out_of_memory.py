@@ -49,11 +49,14 @@ def described(
     plan = plan_batch(config.global_batch, engine.micro_batch, ranks)
     precision = resolve_precision(engine.precision, device)
     averages = len(config.ema.halflives())
-    state = state_bytes(weights, ranks, engine.zero_stage, precision, averages).total / 1e9
+    state = state_bytes(
+        weights, ranks, engine.zero_stage, precision, averages, micro_batches=plan.accumulation
+    )
+    size = state.total / 1e9
     first_line = (message.strip().splitlines() or ["no message"])[0].split(" If reserved")[0]
     return (
         f"out of memory on {device} ({first_line[:200]}): the training state of {weights:,} "
-        f"weights takes {state:.1f} GB by formula (engine.zero_stage={engine.zero_stage}, "
+        f"weights takes {size:.1f} GB by formula (engine.zero_stage={engine.zero_stage}, "
         f"{ranks} ranks, {precision}), activations come on top: engine.micro_batch={plan.micro}, "
         f"engine.checkpoint_blocks={engine.checkpoint_blocks}, engine.compile={engine.compile}. "
         f"Less memory, same samples: {'; '.join(remedies(config, plan, ranks))}. "

@@ -67,6 +67,9 @@ class Layout:
     partitions: list[Partition]
     publish: Callable[[], None]
     """Make the weights all ranks compute with equal to the masters (a collective)."""
+    gradients: Callable[[], list[Tensor]]
+    """The gradients when a step's last backward pass is over, of any shapes: all without ZeRO, and
+    this rank's share of their sum where they are reduced during the backward pass."""
 
 
 def layout_of(
@@ -119,7 +122,10 @@ def _replicated(
                 dist.sum_tensor(box.view(torch.int32))
                 tensor.copy_(box)
 
-    return Layout(fragments, partitions, publish)
+    def gradients() -> list[Tensor]:
+        return [p.grad for p in parameters if p.grad is not None]
+
+    return Layout(fragments, partitions, publish, gradients)
 
 
 def _masters_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str]) -> Layout:
@@ -137,7 +143,11 @@ def _masters_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str]) -> Layo
             low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             fragments.append(Fragment(names[parameter], low.start, low.numel, index, high.start))
     partitions = [Partition(master, 0, master.numel()) for master in masters]
-    return Layout(fragments, partitions, zero.update_lp_params)
+
+    def gradients() -> list[Tensor]:
+        return [zero.averaged_gradients[index].flat_partition for index in range(len(groups))]
+
+    return Layout(fragments, partitions, zero.update_lp_params, gradients)
 
 
 def _weights_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str], world: World) -> Layout:
@@ -164,4 +174,4 @@ def _weights_cut(zero: ZeroOptimizer, names: Mapping[nn.Parameter, str], world: 
         if small:
             small[0].all_gather(small)
 
-    return Layout(fragments, partitions, publish)
+    return Layout(fragments, partitions, publish, gradients=list)

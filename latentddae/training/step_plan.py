@@ -37,7 +37,7 @@ def step_of(config: TrainConfig, ranks: int, device: torch.device) -> fit.Step:
     hidden = [p for n, p in cast(nn.Module, model).named_parameters() if is_hidden_matrix(n, p)]
     return fit.Step(
         parameters=sum(p.numel() for p in model.parameters()),
-        activations=count_activations(config.model, name, backend),
+        activations=count_activations(config.model, name, backend, engine.recompute_pointwise),
         flops_per_image=training_flops(model),
         global_batch=config.global_batch,
         ranks=ranks,

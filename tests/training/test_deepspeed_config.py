@@ -7,6 +7,7 @@ from torch import nn
 from latentddae.core import config
 from latentddae.core.errors import ConfigError
 from latentddae.models import attention, zoo
+from latentddae.training import deepspeed_config as derived
 from latentddae.training.deepspeed_config import (
     EngineConfig,
     check_precision,
@@ -44,6 +45,57 @@ def test_deepspeed_settings_follow_from_ours() -> None:
         for stage in (0, 1, 2, 3)
     ]
     assert clipping == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_step_takes_the_cheapest_stage_that_gives_the_same_numbers() -> None:
+    def chosen(stage: int, precision: str, micro_batch: int | None, ranks: int) -> dict:
+        plan = plan_batch(16, micro_batch, ranks)
+        overlay = {"zero_optimization": {"stage": stage}}  # may be repeated, whatever is taken
+        config = EngineConfig(zero_stage=stage, deepspeed=overlay)  # type: ignore[arg-type]
+        return deepspeed_config(config, precision, plan, ranks)
+
+    def stages(precision: str, micro_batch: int | None, ranks: int) -> list[int]:
+        settings = [chosen(stage, precision, micro_batch, ranks) for stage in (1, 2, 3)]
+        return [s["zero_optimization"]["stage"] for s in settings]
+
+    assert stages("bf16", None, 2) == stages("bf16", 2, 1) == [2, 2, 3]
+    assert stages("bf16", 2, 2) == stages("fp32", None, 2) == [1, 2, 3]
+    assert stages("fp32", 2, 1) == stages("tf32", None, 1) == [0, 0, 3]
+    lean = chosen(1, "bf16", None, 2)
+    assert lean["gradient_clipping"] == 0 and not lean["bf16"]["check_grad_overflow"]
+    assert lean["zero_optimization"]["overlap_comm"] and lean["communication_data_type"] == "fp32"
+    several = chosen(1, "bf16", 2, 2)
+    assert several["gradient_clipping"] == 1 and several["bf16"]["check_grad_overflow"]
+    assert not several["zero_optimization"]["overlap_comm"]
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_blocks_and_draws_are_compiled_where_that_works(compiler, monkeypatch) -> None:
+    lacking = "" if compiler else "the package triton"
+    monkeypatch.setattr(derived, "lacking_compiler", lambda: lacking)
+    cuda = torch.device("cuda")
+    for stage in (0, 1, 2, 3):
+        config = EngineConfig(zero_stage=stage)  # type: ignore[arg-type]
+        assert derived.compiles(config, cuda) == (compiler and stage < 3)
+        assert derived.compiles_draws(config, cuda) == compiler
+        assert not derived.compiles(config, CPU) and not derived.compiles_draws(config, CPU)
+    for device in (CPU, cuda):  # who says so is not asked for a compiler
+        for told in (True, False):
+            config = EngineConfig(compile=told)
+            assert derived.compiles(config, device) == told
+            assert derived.compiles_draws(config, device) == told
+
+
+def test_a_compiler_is_triton_and_one_for_c(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(derived.importlib.util, "find_spec", lambda name: None)
+    assert derived.lacking_compiler() == "the package triton"
+    monkeypatch.setattr(derived.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert derived.lacking_compiler() == "a C compiler (cc, gcc, clang)"
+    (tmp_path / "clang").write_text("")
+    (tmp_path / "clang").chmod(0o755)
+    assert derived.lacking_compiler() == ""
 
 
 def test_learning_rate_schedule() -> None:
@@ -122,7 +174,7 @@ def test_an_overlay_adds_what_is_open_and_may_repeat_what_holds() -> None:
         ({"fp16": {"enabled": True}}, "engine.precision=bf16"),
         ({"optimizer": {"type": "Adam"}}, "optim.lr"),
         ({"scheduler": {"type": "WarmupLR"}}, "optim.schedule"),
-        ({"communication_data_type": "bf16"}, "always fp32"),
+        ({"communication_data_type": "bf16"}, "set engine.reduce_dtype"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "always accumulated in fp32"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "engine.checkpoint_blocks"),
         (
@@ -186,3 +238,8 @@ def test_the_chosen_attention_reaches_every_layer() -> None:
     model = zoo.build("dit_s_2", input_size=8, depth=3)
     attention.choose(model, "math", CPU, torch.float32)
     assert [block.attn.attention_backend for block in model.blocks] == ["math"] * 3
+
+
+def test_products_are_not_kept_under_stage_3() -> None:
+    with pytest.raises(ConfigError, match=r"recompute_pointwise.*nearest: zero_stage=2"):
+        config.build(EngineConfig, {"zero_stage": 3, "recompute_pointwise": True}, "engine.")

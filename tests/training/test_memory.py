@@ -50,12 +50,14 @@ def alive() -> dict[int, int]:
     return storages([*found, *(t.grad for t in found if t.is_leaf and t.grad is not None)])
 
 
-def count(toy, config: DiTConfig, stage: int, precision: str, name: str) -> dict[str, int]:
-    """Bytes by what they hold, at their highest: after a backward pass of an accumulated step."""
+def count(
+    toy, config: DiTConfig, stage: int, precision: str, name: str, micro: int
+) -> dict[str, int]:
+    """Bytes by what they hold, at their highest: after a backward pass of a step of six images."""
     before = alive()
     model = zoo.build(config, seed=1)
     overlay = {"zero_optimization": NO_BUFFERS}
-    settings = {"optimizer": name, "micro_batch": 3, "deepspeed": overlay}
+    settings = {"optimizer": name, "micro_batch": micro, "deepspeed": overlay}
     run = toy.start(stage, precision, model, **settings).train(2)
     engine = run.engine
     x = torch.zeros(6, 4, 8, 8)
@@ -90,26 +92,27 @@ def count(toy, config: DiTConfig, stage: int, precision: str, name: str) -> dict
 
 
 @pytest.mark.parametrize(
-    ("config", "stage", "precision", "optimizer"),
+    ("config", "stage", "precision", "optimizer", "micro"),
     [
-        (MODEL, 0, "fp32", "adamw"),
-        (MODEL, 1, "bf16", "adamw"),
-        (MODEL, 2, "bf16", "adamw"),
-        (MODEL, 3, "bf16", "adamw"),
-        (MODEL, 1, "bf16", "muon"),
-        *(pytest.param(MODEL, stage, "fp32", "adamw", marks=SLOW) for stage in (1, 2, 3)),
-        pytest.param(MODEL, 0, "fp32", "muon", marks=SLOW),
-        *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", marks=SLOW) for stage in (1, 2, 3)),
+        (MODEL, 0, "fp32", "adamw", 3),
+        (MODEL, 1, "bf16", "adamw", 3),
+        (MODEL, 1, "bf16", "adamw", 6),
+        (MODEL, 2, "bf16", "adamw", 3),
+        (MODEL, 3, "bf16", "adamw", 3),
+        (MODEL, 1, "bf16", "muon", 3),
+        *(pytest.param(MODEL, stage, "fp32", "adamw", 3, marks=SLOW) for stage in (1, 2, 3)),
+        pytest.param(MODEL, 0, "fp32", "muon", 3, marks=SLOW),
+        *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", 3, marks=SLOW) for stage in (1, 2, 3)),
     ],
 )
 def test_bytes_per_rank_follow_the_formula(
-    config, stage, precision, optimizer, in_ranks, toy
+    config, stage, precision, optimizer, micro, in_ranks, toy
 ) -> None:
     largest = 6 * config.hidden_size**2  # see state_bytes
-    for found in in_ranks(2, lambda: count(toy, config, stage, precision, optimizer)):
+    for found in in_ranks(2, lambda: count(toy, config, stage, precision, optimizer, micro)):
         parameters, muons = found.pop("parameters"), found.pop("muon_parameters")
         assert (muons > parameters / 2) == (optimizer == "muon")
-        expected = state_bytes(parameters, 2, stage, precision, 2, muons)
+        expected = state_bytes(parameters, 2, stage, precision, 2, muons, 6 // micro)
         print(stage, precision, {k: round(n / getattr(expected, k), 4) for k, n in found.items()})
         assert sum(found.values()) == pytest.approx(expected.total, rel=0.03)
         cut = 4 * largest if (stage, precision) == (2, "fp32") else 0

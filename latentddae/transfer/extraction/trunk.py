@@ -1,6 +1,5 @@
 """The first blocks of any network at one noise level, with the null label."""
 
-import functools
 import math
 
 import torch
@@ -35,15 +34,10 @@ def trunk_at(
 def timestep(objective: Objective, level: float, device: torch.device | None = None) -> Tensor:
     """The objective's timestep of a noise level: (1,) float32, made on the device, which waits for
     nothing. UsageError where it is infinite."""
-    return torch.full((1,), _time_of(objective, level), device=device)
-
-
-@functools.lru_cache
-def _time_of(objective: Objective, level: float) -> float:
     t = float(objective.to_time(level))
     if not math.isfinite(t):
         raise UsageError(f"level s={level:g} is t={t} for this objective; choose a smaller one")
-    return t
+    return torch.full((1,), t, device=device)
 
 
 def device_of(checkpoint: Checkpoint) -> torch.device:
