@@ -1,11 +1,14 @@
 """Whatever is imported is declared in pyproject.toml, and whatever is declared is used."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,20 @@ def test_no_requirement_names_an_index_or_an_address() -> None:
     for group in PROJECT["optional-dependencies"].values():
         requirements += group
     assert [r for r in requirements if "@" in r or "://" in r] == []
+
+
+def test_wheels_for_a_machine_without_a_network_are_the_declared_ones() -> None:
+    """All core dependencies but those that the machine has itself, pinned to what is installed."""
+    script = ROOT / "tests" / "gpu" / "pack_wheels.sh"
+    command = ["bash", str(script), "--list"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    packed = dict(line.split("==") for line in done.stdout.decode().split())
+    theirs = {"torch", "torchvision"}
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"], "pytest"]
+    names = {re.split(r"[<>=~\[; ]", requirement)[0].lower() for requirement in wanted}
+    assert names - theirs <= packed.keys() and not theirs & packed.keys()
+    assert not [name for name in packed if name.startswith("nvidia")]
+    assert all(metadata.version(name) == version for name, version in packed.items())

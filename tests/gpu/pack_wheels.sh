@@ -3,14 +3,14 @@
 # versions that are installed here, into a folder.
 #
 #   tests/gpu/pack_wheels.sh FOLDER [PYTHON_VERSION]
+#   tests/gpu/pack_wheels.sh --list                    their names and versions only
 #
 # There: python3 -m pip install --no-index --no-deps --target SITE FOLDER/*.whl; export PYTHONPATH=SITE:$PWD
 # torch, torchvision, triton and NVIDIA's libraries are left to that machine. DeepSpeed is pure Python and needs no nvcc.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1 version=${2:-3.12}
 python=${PYTHON:-.venv/bin/python}
-mkdir -p "$out"
 names=$("$python" - <<'END'
 import re
 import tomllib
@@ -35,6 +35,8 @@ print("\n".join(f"{name}=={version}" for name, version in sorted(seen.items())))
 print("deepspeed==" + metadata.version("deepspeed"))
 END
 )
+[ "$out" != --list ] || { echo "$names"; exit 0; }
+mkdir -p "$out"
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
 for requirement in $names; do
     if [[ $requirement == deepspeed==* ]]; then
