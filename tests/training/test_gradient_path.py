@@ -73,7 +73,7 @@ class Weighted(nn.Module):
         for case in [(3, "bf16", None), (0, "fp32", None), (1, "fp32", None), (2, "fp32", None)]
     ],
 )
-def test_sizesum_in_the_dtype_of_the_configuration(
+def test_ranks_sum_in_the_dtype_of_the_configuration(
     stage, precision, micro_batch, reduce_dtype, in_ranks
 ) -> None:
     """1 + 2^-9: both summands are bf16 numbers, the sum is not."""
