@@ -19,7 +19,7 @@ from latentddae.core.outputs import Output
 from latentddae.data.encoding.autoencoder import open_matching
 from latentddae.data.manifest import read_manifest
 from latentddae.data.shards import ShardSet
-from latentddae.data.sources.open import open_split
+from latentddae.data.sources.open import open_splits
 from latentddae.data.sources.options import SourceOptions
 from latentddae.data.sources.pixels import CROPS, BadImageError
 from latentddae.data.sources.source import Source
@@ -82,10 +82,16 @@ def find_source(shards: ShardSet, name: str | None) -> Source | None:
     path = name or entry.get("source")
     if path is None:
         return None
-    options = entry.get("source_options", {}).items()
-    told = {field: tuple(value) if isinstance(value, list) else value for field, value in options}
+    options = entry.get("source_options", {})
+    share = float(str(options.get("test_share", 0)))
+    told = {
+        field: tuple(value) if isinstance(value, list) else value
+        for field, value in options.items()
+        if field != "test_share"
+    }
     try:
-        return open_split(SourceOptions(source=path, **told), shards.split)  # type: ignore[arg-type]
+        place = SourceOptions(source=path, **told)  # type: ignore[arg-type]
+        return open_splits(place, [shards.split], test_share=share)[0]
     except LatentddaeError as error:
         if name is not None:
             raise

@@ -9,6 +9,7 @@ from PIL import Image
 from latentddae.core.errors import run_command
 from latentddae.data.encoding.autoencoder import Autoencoder
 from latentddae.data.encoding.encode import encode
+from latentddae.data.encoding.encode import main as encode_main
 from latentddae.data.encoding.plan import EncodeConfig
 from latentddae.data.info import main as info
 from latentddae.data.preview import main as preview
@@ -81,6 +82,25 @@ def test_the_source_is_read_as_it_was_told_to_be(photos: Path, tmp_path: Path) -
     }
     png = tmp_path / "preview.png"
     assert run_command("preview", preview, [str(tmp_path / "out"), "--out", str(png)]) == 0
+    shown = cells(png)
+    assert shown.shape[1] == 2
+    np.testing.assert_array_equal(shown[:, 0], shown[:, 1])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_was_cut_is_cut_again(
+    photos: Path, tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also from a lone train folder, which has no split test."""
+    (tmp_path / "set").mkdir()
+    photos.rename(tmp_path / "set" / "train")
+    words = ["--source", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--resolution=32"]
+    words += ["--autoencoder=none", "--splits=train,test", "--test-share=0.2"]
+    assert run_command("encode", encode_main, words) == 0
+    png = tmp_path / "preview.png"
+    words = [str(tmp_path / "out"), "--out", str(png), "--split", split]
+    assert run_command("preview", preview, words) == 0
+    assert "without source images" not in capsys.readouterr().err
     shown = cells(png)
     assert shown.shape[1] == 2
     np.testing.assert_array_equal(shown[:, 0], shown[:, 1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentddae.cli import GROUPS
 from latentddae.core.errors import run_command
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
@@ -45,6 +46,15 @@ COMMANDS: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "noise-control": (noise_control, ()),
     "suite": (suite, ("--levels", "0.1")),
 }
+
+
+IMAGES_THEMSELVES = ("segment", "correspond")
+SCORES_NO_SPLIT = ("features", "geometry", "visualize", "report")
+
+
+def test_no_command_that_scores_is_forgotten() -> None:
+    tested = {name.split(",")[0] for name in COMMANDS}
+    assert {*tested, *IMAGES_THEMSELVES, *SCORES_NO_SPLIT} == set(GROUPS["transfer"])
 
 
 def write_leaking(root: Path, train: ShardSet, shared: int, spec: LatentSpec | None = None) -> Path:

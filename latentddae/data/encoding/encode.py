@@ -252,7 +252,10 @@ def finish(plan: Plan, journal: Journal, autoencoder: Autoencoder) -> SplitEntry
         "shared": shared,
         "settings": plan.settings,
     }
-    if decisions := config.decisions():
+    decisions = config.decisions()
+    if config.test_share:
+        decisions["test_share"] = config.test_share
+    if decisions:
         facts["source_options"] = decisions
     if plan.source.report is not None:
         facts["source_report"] = plan.source.report.to_dict()
