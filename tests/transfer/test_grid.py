@@ -255,7 +255,7 @@ def test_data_of_another_autoencoder_and_samples_without_label_are_refused(
     checkpoint, train, tmp_path, monkeypatch
 ):
     other = replace(checkpoint, latents=replace(checkpoint.latents, scaling_factor=9.0))
-    with pytest.raises(ConfigError, match="encode the data"):
+    with pytest.raises(ConfigError, match=r"scaling factor 9,.*encode the source"):
         inputs.open_shards(train.root, "train", other)
     unlabelled = ShardSet(train.root, "train")
     unlabelled.labels = np.where(np.arange(len(train)) == 5, -1, train.labels)
