@@ -121,6 +121,7 @@ def test_the_holder_of_a_port_is_named(ranks, capfd) -> None:
         assert f"process {holder} (" in holder_of(port)
 
         def meet() -> None:
+            taken.close()  # the fork's own copy, or it would be a holder, too
             os.environ["MASTER_PORT"] = str(port)
             with pytest.raises(ConfigError, match=f"port {port}.*in use by process {holder}"):
                 dist.start(timeout_s=20)
