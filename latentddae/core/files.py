@@ -398,8 +398,9 @@ def exclusive(folder: Path, purpose: str, *, beside: bool = False) -> Iterator[N
         try:
             if beside:
                 _held[name] = os.getpid()
-            handle.truncate(0)
-            handle.write(me.encode())
+            with write_errors(path):
+                handle.truncate(0)
+                handle.write(me.encode())
             yield
         finally:
             handle.truncate(0)

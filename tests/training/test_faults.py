@@ -26,7 +26,7 @@ from latentddae.core import files, safetensors_stream
 from latentddae.core.errors import DataError
 from latentddae.data.loader import Loader
 from latentddae.training import states
-from latentddae.training.loop import Loop
+from latentddae.training.run_metrics import RunLogger
 from latentddae.training.saver import Saver
 
 STEP = 16
@@ -151,7 +151,7 @@ FULL = {  # moment -> function that is about to run
     "before the files": (states, "write_rank_file"),
     "inside a file": (safetensors_stream, "_parts"),
     "before the manifest": (states, "commit"),
-    "before a log line": (Loop, "_write_line"),
+    "before a log line": (RunLogger, "_write"),
     "before the export": (Saver, "newest"),
 }
 
