@@ -47,7 +47,7 @@ docs: $(DOCS) # the site, into build/site; a broken link is an error
 	$(dir $(DOCS))bin/zensical build --strict --clean
 
 bench: $(READY)
-	@for script in $(filter-out benchmarks/harness.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/harness.py benchmarks/plain_dit.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 $(READY): pyproject.toml

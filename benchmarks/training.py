@@ -1,4 +1,5 @@
-"""How fast a training step is: against diffusers, in bf16 against fp32, and piece by piece.
+"""How fast a training step is: against diffusers and a plain DiT, in bf16 against fp32, and piece
+by piece.
 
     python benchmarks/training.py [ROW ...] [--threads 1]
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from harness import ROUNDS, cpu_seconds, machine, record
+from plain_dit import Plain
 from sampling import diffusers_transformer
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import write_split
 from latentddae.diffusion import OBJECTIVES
 from latentddae.models import DiT, zoo
+from latentddae.models.network import Condition
 from latentddae.training import step_timer
 from latentddae.training.deepspeed_config import EngineConfig
 from latentddae.training.ema import Ema, EmaConfig
@@ -59,7 +62,7 @@ def batches() -> Iterator[dict[str, Tensor]]:
         positions = torch.arange(first, first + BATCH)
         yield {
             "x0": rng.normal(0, "x0", positions, (4, 32, 32)),
-            "condition": positions % 1000,
+            "condition": Condition(label=positions % 1000),
             "t": OBJECTIVE.sample_timesteps(rng.uniform(0, "time", positions)),
             "noise": rng.normal(0, "noise", positions, (4, 32, 32)),
         }
@@ -89,16 +92,33 @@ def ours(precision: Any) -> Step:
     return step
 
 
-def theirs() -> Step:
-    """The same step on diffusers' network, with torch's AdamW as it comes and the usual loop."""
+def diffusers_step() -> Step:
+    """The same step on diffusers' network."""
     transformer = diffusers_transformer(network()).eval()  # in training it would drop labels
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
+
+    def call(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return transformer(x, timestep=t, class_labels=condition.label).sample
+
+    return usual_step(transformer, call)
+
+
+def plain_step(autocast: bool) -> Step:
+    """The same step on a DiT out of timm's parts, in fp32 or under bf16 autocast."""
+    model = Plain(network())
+
+    def call(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x, t, condition.label).float()
+
+    return usual_step(model, call)
+
+
+def usual_step(model: nn.Module, call: Callable[[Tensor, Tensor, Condition], Tensor]) -> Step:
+    """Loss, backward and clipping with torch's AdamW as it comes and the average by a loop."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     averages = [p.detach().clone() for p in parameters]
     decay, inputs = 0.5 ** (BATCH / HALFLIFE), batches()
-
-    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return transformer(x, timestep=t, class_labels=y).sample
 
     def step() -> float:
         loss = OBJECTIVE.loss(call, **next(inputs)).mean()
@@ -151,13 +171,16 @@ def train_steps() -> None:
     builds = {
         "fp32": lambda: ours("fp32"),
         "bf16": lambda: ours("bf16"),
-        "diffusers": theirs,
+        "diffusers": diffusers_step,
+        "plain": lambda: plain_step(autocast=False),
+        "plain bf16": lambda: plain_step(autocast=True),
     }
     variants = {name: Variant(build) for name, build in builds.items()}
     losses = {name: variant.steps(2)[0] for name, variant in variants.items()}  # also warms up
     print(f"losses of the first steps: {losses}")
     # Later steps of diffusers' network differ: each of its blocks trains an embedder of its own.
-    for name, tolerance in (("diffusers", 1e-5), ("bf16", 1e-2)):
+    tolerances = {"diffusers": 1e-5, "plain": 1e-5, "bf16": 1e-2, "plain bf16": 1e-2}
+    for name, tolerance in tolerances.items():
         one, other = losses["fp32"][0], losses[name][0]
         assert abs(one - other) < tolerance * one, f"{name}: not the same computation"
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -174,6 +197,13 @@ def train_steps() -> None:
         "images per CPU second",
         "diffusers DiTTransformer2DModel, torch AdamW, average by a loop",
     )
+    plain = "a plain DiT step: timm's attention, torch AdamW, average by a loop"
+    for row, one, other, opponent in (
+        ("train_step_vs_plain_fp32", "fp32", "plain", plain),
+        ("train_step_bf16_vs_plain_fp32", "bf16", "plain", plain),
+        ("train_step_bf16_vs_plain_bf16", "bf16", "plain bf16", f"{plain}, bf16 autocast"),
+    ):
+        record(row, rate[one], rate[other], "images per CPU second", opponent)
     record(
         "train_step_bf16_vs_fp32",
         rate["bf16"],

@@ -31,7 +31,8 @@ class EngineConfig:
     """What is sharded over the ranks: 0 the EMA only; 1 also masters and optimizer state; 2 also
     gradients; 3 also weights."""
     precision: Precision = "auto"
-    """auto is bf16 where the hardware computes in it, else fp32. Master weights are always fp32."""
+    """auto is bf16 where the hardware is faster in it, else fp32. Master weights are always
+    fp32."""
     micro_batch: int | None = None
     """Samples per rank and backward pass; null: in `train` on GPUs the most that fit by formula,
     else a rank's whole share of the batch."""

@@ -10,10 +10,25 @@ from latentddae.core.precision import products_of, resolve_precision
 CPU = torch.device("cpu")
 
 
-def test_auto_names_what_the_hardware_has() -> None:
+@pytest.mark.parametrize(
+    ("amx", "avx512", "vendor", "expected"),
+    [
+        (True, True, "GenuineIntel", "bf16"),
+        (False, True, "GenuineIntel", "fp32"),  # half as fast as fp32 without AMX
+        (False, True, "AuthenticAMD", "bf16"),
+        (False, False, "AuthenticAMD", "fp32"),
+        (False, False, "", "fp32"),
+    ],
+)
+def test_auto_is_what_the_processor_multiplies_faster(
+    amx, avx512, vendor, expected, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(precision, "cpu_vendor", lambda: vendor)
+    assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("fp32", CPU) == "fp32"
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
+    assert resolve_precision("bf16", CPU) == "bf16"  # asked for by name
 
 
 def test_tf32_is_a_kernel_not_a_dtype(monkeypatch) -> None:

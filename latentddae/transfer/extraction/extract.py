@@ -3,7 +3,7 @@
 The latent (posterior mean of the original view) is noised to one level, the network runs with the
 null label, every block asked for is pooled inside the block loop, and the trunk stops after the
 deepest one. Timestep and label are constant, so a DiT is folded into a plain ViT first
-(models/frozen_trunk.py), in bfloat16 where the hardware computes in it. The noise is keyed by
+(models/frozen_trunk.py), in bfloat16 where the hardware is faster in it. The noise is keyed by
 (seed, sample key, number of the noise): a sample's features depend neither on its batch and
 position nor on the number of ranks, and all levels see the same noise.
 """
