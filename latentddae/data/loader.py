@@ -6,9 +6,8 @@
 Any number of ranks and threads sees the same global batches; resuming needs one integer.
 """
 
-from collections import deque
+import itertools
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from latentddae.core import rng
 from latentddae.core.errors import ConfigError
+from latentddae.core.prefetch import prefetched
 from latentddae.data.subsets import SampleSet, shard_layout
 
 
@@ -101,20 +101,9 @@ class Loader:
 
     def batches(self, images_seen: int = 0) -> Generator[Batch]:
         """Batches after any number of images seen; it need not be a multiple of the batch."""
-        if self.workers == 0:
-            while True:
-                yield self.batch_at(images_seen)
-                images_seen += self.global_batch
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            while True:
-                while len(ahead) < max(self.prefetch, self.workers):
-                    ahead.append(pool.submit(self.batch_at, images_seen))
-                    images_seen += self.global_batch
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        starts = itertools.count(images_seen, self.global_batch)
+        ahead = max(self.prefetch, self.workers) - 1
+        return prefetched(self.batch_at, starts, ahead=ahead, workers=self.workers, name="loader")
 
     def batch_at(self, images_seen: int) -> Batch:
         """This rank's slice of the global batch that starts after `images_seen` images."""

@@ -5,10 +5,11 @@ Features of all blocks come from one forward pass per view and go to disk, where
 `probes/geometry.py` measures alignment, uniformity, effective rank and CKA in bounded memory.
 """
 
+import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,16 @@ from latentddae.core.rng import key_positions, uniform
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer import results
-from latentddae.transfer.extraction.extract import BATCH, Extractor, Progress, read_batch
+from latentddae.transfer.extraction.extract import (
+    BATCH,
+    Extractor,
+    Progress,
+    on_host,
+    read_batches,
+)
 from latentddae.transfer.extraction.inputs import TransferOptions, open_shards
 from latentddae.transfer.extraction.spec import FeatureSpec, describe_level, levels_of
-from latentddae.transfer.extraction.trunk import precision_of
+from latentddae.transfer.extraction.trunk import device_of, precision_of
 from latentddae.transfer.probes.geometry import MINIBATCH, Features, measure
 from latentddae.transfer.protocol.splits import subset
 from latentddae.transfer.reporting import plots
@@ -47,23 +54,25 @@ def two_views(
     indices: np.ndarray,
     spec: FeatureSpec,
     batch: int = BATCH,
-) -> Iterator[tuple[View, View]]:
+) -> Generator[tuple[View, View]]:
     """Batches of mean-pooled features under the first two noises of `spec`: {block: (N, D)
     float32}, twice. Ranks compute a part of each batch, of which all get the whole (a
     collective)."""
     extractor = Extractor.open(checkpoint, spec)
     count = math.ceil(len(indices) / (batch * dist.world_from_environment().size))
-    for rows in np.array_split(indices, count):
-        own = rows[dist.rank_slice(len(rows))]
-        x0, positions = dist.on_all_ranks(partial(read_batch, checkpoint, samples, own))
-        first, second = (
-            {
-                int(block): torch.from_numpy(dist.all_gather_rows(x.numpy()))
-                for (block, _), x in extractor.under_noise(x0, positions, k).items()
-            }
-            for k in range(2)
-        )
-        yield first, second
+    parts = [rows[dist.rank_slice(len(rows))] for rows in np.array_split(indices, count)]
+    batches = read_batches(checkpoint.latents, samples, parts, device_of(checkpoint))
+    with contextlib.closing(batches):
+        for _ in parts:
+            x0, positions = dist.on_all_ranks(partial(next, batches))
+            first, second = (
+                {
+                    int(block): torch.from_numpy(dist.all_gather_rows(x.numpy()))
+                    for (block, _), x in on_host(extractor.under_noise(x0, positions, k)).items()
+                }
+                for k in range(2)
+            )
+            yield first, second
 
 
 def mixed_order(samples: SampleSet, indices: np.ndarray, seed: int) -> np.ndarray:
@@ -115,6 +124,7 @@ def measure_level(
         return dist.on_rank0(dict)
     config.out.mkdir(parents=True, exist_ok=True)
     with (
+        contextlib.closing(batches),
         tempfile.TemporaryDirectory(dir=config.out, prefix=".features-") as folder,
         progress.images(len(indices), f"geometry s={level:g}") as bar,
     ):

@@ -6,6 +6,7 @@ per sample and epoch as in pretraining. Test is scored once at each of 20 levels
 curve. Nothing is chosen, so all of train is used.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from latentddae.models.trunks import null_labels
 from latentddae.models.zoo import Checkpoint
 from latentddae.training.optimizers import OptimConfig, lr_at
 from latentddae.transfer import results
-from latentddae.transfer.extraction.extract import clean_latents, keyed_noise
+from latentddae.transfer.extraction.extract import keyed_noise, read_batches
 from latentddae.transfer.extraction.inputs import TransferOptions
 from latentddae.transfer.extraction.pooling import pool_mean
 from latentddae.transfer.extraction.spec import check_blocks, describe_level
@@ -189,14 +190,16 @@ def training_batch(
     if padding:
         draws = Draws(seed, "noise-classifier", batch.position)
         stored = torch.from_numpy(crop_flip(stored.numpy(), draws, padding))
-    position = batch.position.to(reader.device)
+    position, label = (
+        x.to(reader.device, non_blocking=True) for x in (batch.position, batch.label)
+    )
     shape = reader.latents.shape
     posterior = rng.normal(seed, "posterior", position, shape)
-    x0 = reader.latents.sample(stored.to(reader.device), posterior)
+    x0 = reader.latents.sample(stored.to(reader.device, non_blocking=True), posterior)
     noise = rng.normal(seed, "noise-classifier/noise", position, shape)
     t = reader.objective.sample_timesteps(rng.uniform(seed, "noise-classifier/time", position))
     features = reader.features(x0, noise, t)
-    return features, reader.objective.to_level(t), batch.label.to(reader.device)
+    return features, reader.objective.to_level(t), label
 
 
 @torch.no_grad()
@@ -209,18 +212,18 @@ def accuracy_curve(
     The noise is keyed by the samples' keys and is the same at all levels.
     """
     timesteps = reader.objective.sampling_timesteps(count).flip(0).float().to(reader.device)
-    right = torch.zeros(count, dtype=torch.float64)
-    for start in range(0, len(test), TEST_BATCH):
-        index = np.arange(start, min(start + TEST_BATCH, len(test)))
-        x0 = clean_latents(reader.latents, test, index).to(reader.device)
-        positions = rng.key_positions(test.keys(index)).to(reader.device)
-        noise = keyed_noise(seed, 0, positions, x0.shape[1:])
-        label = torch.from_numpy(test.labels[index]).to(reader.device)
-        for number, timestep in enumerate(timesteps):
-            t = timestep.expand(len(index))
-            level = reader.objective.to_level(t)
-            answer = head(reader.features(x0, noise, t), level).argmax(dim=1)
-            right[number] += (answer == label).sum().item()
+    right = torch.zeros(count, dtype=torch.float64, device=reader.device)
+    labels = torch.from_numpy(np.asarray(test.labels)).to(reader.device).split(TEST_BATCH)
+    parts = [part.numpy() for part in torch.arange(len(test)).split(TEST_BATCH)]
+    batches = read_batches(reader.latents, test, parts, reader.device)
+    with contextlib.closing(batches):
+        for label, (x0, positions) in zip(labels, batches, strict=True):
+            noise = keyed_noise(seed, 0, positions, x0.shape[1:])
+            for number, timestep in enumerate(timesteps):
+                t = timestep.expand(len(x0))
+                level = reader.objective.to_level(t)
+                answer = head(reader.features(x0, noise, t), level).argmax(dim=1)
+                right[number] += (answer == label).sum()
     curve: list[Values] = []
     for timestep, accuracy in zip(timesteps.cpu(), (right / len(test)).tolist(), strict=True):
         level = float(reader.objective.to_level(timestep))

@@ -1,9 +1,13 @@
 """Draws, networks, attention, features and samples on the device against the CPU and float64."""
 
+import contextlib
 import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,19 +18,23 @@ from latentddae.core import rng
 from latentddae.core.precision import products_of
 from latentddae.data.encoding.autoencoder import open_autoencoder
 from latentddae.data.latents import LatentSpec
+from latentddae.data.shards import ShardSet, write_split
 from latentddae.diffusion import OBJECTIVES
 from latentddae.generation.generate import SampleSettings, generate
 from latentddae.models import DiT, DiTConfig, zoo
 from latentddae.models.attention import attention
 from latentddae.models.portable import Checkpoint
 from latentddae.models.untrained import randomize_gates
-from latentddae.transfer.extraction.extract import pooled_blocks
+from latentddae.transfer.extraction.extract import extract, pooled_blocks
+from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.extraction.trunk import trunk_at
 from latentddae.transfer.probes import ridge
+from latentddae.transfer.protocol.ridge_cells import RankShare
 
 pytestmark = pytest.mark.gpu
 SMOKE = os.environ.get("SMOKE") == "1"
 GOLDEN = Path(__file__).parents[1] / "golden"
+LATENTS = LatentSpec(kind="moments", channels=4, size=16)
 
 
 def gap(found: Tensor, expected: Tensor) -> float:
@@ -157,8 +165,7 @@ def network(device: torch.device) -> DiT:
 
 
 def checkpoint(device: torch.device) -> Checkpoint:
-    spec = LatentSpec(kind="moments", channels=4, size=16)
-    return Checkpoint(network(device), OBJECTIVES["ddpm"](), spec, {})
+    return Checkpoint(network(device), OBJECTIVES["ddpm"](), LATENTS, {})
 
 
 def test_features_do_not_depend_on_batch_and_hardly_on_the_device(device) -> None:
@@ -226,3 +233,46 @@ def test_ridge_sums_on_the_device(device) -> None:
     host.add(x, y)
     centred = x.to(device).double() - host.shift.to(device)
     torch.testing.assert_close((centred.T @ centred).cpu(), host.gram, rtol=1e-9, atol=1e-7)
+
+
+@contextlib.contextmanager
+def waits_for(side: torch.device) -> Iterator[list[str]]:
+    """Collects where the host waits for a GPU meanwhile; for a CPU there is nothing to wait for."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if side.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield said
+        finally:
+            if side.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    said += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+def test_features_on_the_device_wait_once_per_batch(device, tmp_path) -> None:
+    """Sums of a ridge probe from shards equal those of the CPU, and the device is waited for only
+    where held-out rows cross."""
+    count, batch = (24, 8) if SMOKE else (256, 64)
+    numbers = np.random.default_rng(0).normal(size=(count, 1, 8, 16, 16)).astype(np.float16)
+    keys, labels = [str(number) for number in range(count)], np.arange(count) % 3
+    write_split(tmp_path, "train", LATENTS, numbers, labels.tolist(), keys, classes=tuple("abc"))
+    train, heldout = ShardSet(tmp_path, "train"), np.arange(count) % 4 == 0
+    spec = FeatureSpec(level=0.3, blocks=(1, "1+2"), pools=("mean", "grid2"), precision="fp32")
+
+    def share_on(side: torch.device) -> RankShare:
+        share = RankShare.of(train.labels, heldout, 3, side)
+        parts = extract(checkpoint(side), train, np.arange(count), spec, batch=batch)
+        share.add(next(parts))  # kernels are loaded
+        with waits_for(side) as waits:
+            for part in parts:
+                share.add(part)
+        assert len(waits) == (count // batch - 1) * (side.type == "cuda"), waits
+        return share
+
+    ours, theirs = share_on(device), share_on(torch.device("cpu"))
+    for cell, sums in theirs.statistics.items():
+        assert gap(ours.statistics[cell].gram, sums.gram) < 1e-4
+        found, expected = (torch.from_numpy(share.heldout[cell]) for share in (ours, theirs))
+        assert gap(found, expected) < 1e-4

@@ -1,10 +1,14 @@
 """A small random network as a portable checkpoint, and the shards it fits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
@@ -71,6 +75,31 @@ def planted(
     centres = np.random.default_rng(99).normal(size=(classes, width)) * distance
     x = centres[labels] + noise * random.normal(size=(n, width)) + offset
     return x.astype(np.float32), labels
+
+
+class _Waits(TorchDispatchMode):
+    """Names of the operations whose result the host reads before it can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(m is not None and m.dtype is torch.bool for m in args[1])
+        if name in ("_local_scalar_dense", "nonzero", "masked_select") or masks:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Collects how this thread takes tensors to the host meanwhile: the shape of each `.cpu()`, and
+    the name of every operation that would wait for a GPU."""
+    honest, waits = torch.Tensor.cpu, _Waits()
+    with monkeypatch.context() as patch, waits:
+        patch.setattr(torch.Tensor, "cpu", lambda x: (waits.names.append(x.shape), honest(x))[1])
+        yield waits.names
 
 
 def third(n: int) -> np.ndarray:

@@ -25,6 +25,8 @@ from latentddae.transfer.extraction import extract
 from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.noise_classifier import Head, HeadTraining, Reader
 
+from .conftest import crossings
+
 PLACES = tuple(product(range(5), range(5)))
 
 
@@ -155,3 +157,25 @@ def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys) -> None:
     assert (tmp_path / "noise-classifier-block-2.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("%") == 20
     assert run_command("noise-classifier", noise_classifier.main, [*argv, "--epochs", "0"]) == 78
+
+
+def test_neither_training_nor_the_curve_waits_between_batches(
+    reader, train, test_set, monkeypatch
+) -> None:
+    """What the head sees of a batch is made without a look at it; a curve of three times the
+    batches reads nothing more."""
+    from latentddae.data.loader import Loader
+
+    head = Head(reader.width, len(train.classes))
+    batch = Loader(train, global_batch=32, seed=0, workers=0).batch_at(0)
+    with crossings(monkeypatch) as found:
+        noise_classifier.training_batch(reader, batch, 0)
+    assert not found
+
+    def of_curve(batch: int) -> list[object]:
+        monkeypatch.setattr(noise_classifier, "TEST_BATCH", batch)
+        with crossings(monkeypatch) as reads:
+            noise_classifier.accuracy_curve(reader, head, test_set, seed=0, count=3)
+        return reads
+
+    assert of_curve(-(-len(test_set) // 3)) == of_curve(len(test_set))

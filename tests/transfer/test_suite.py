@@ -195,12 +195,12 @@ def test_what_one_rank_cannot_read_ends_all_with_its_status(
     def action() -> int:
         passes = []
 
-        def read(checkpoint_, samples, index):
+        def read(latents, samples, index):
             passes.append(index[0])
             starts = sum(start == passes[0] for start in passes)
             if os.environ["RANK"] == "1" and starts > passes_before:
                 raise DataError("the disk of rank 1")
-            return honest(checkpoint_, samples, index)
+            return honest(latents, samples, index)
 
         monkeypatch.setattr(extract, "read_batch", read)
         out = ["--out", str(tmp_path / "out")]

@@ -6,10 +6,15 @@ deepest one. Timestep and label are constant, so a DiT is folded into a plain Vi
 (models/frozen_trunk.py), in bfloat16 where the hardware is faster in it. The noise is keyed by
 (seed, sample key, number of the noise): a sample's features depend neither on its batch and
 position nor on the number of ranks, and all levels see the same noise.
+
+A thread reads the next batches while the device works on one. Features stay on the device;
+`on_host` brings those that are kept to the host.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor
 
 from latentddae.core.errors import ConfigError
 from latentddae.core.precision import products_of
+from latentddae.core.prefetch import prefetched
 from latentddae.core.rng import key_positions, normal
 from latentddae.data.latents import LatentSpec
 from latentddae.data.subsets import SampleSet
@@ -40,6 +46,8 @@ from latentddae.transfer.extraction.trunk import (
     trunk_at,
 )
 
+READ_AHEAD = 2
+"""Batches that are read while the device works on one."""
 Progress = Callable[[int], object]
 """Called with the number of samples of each finished batch."""
 
@@ -51,7 +59,7 @@ class FeatureBatch:
     index: np.ndarray
     """(N,) int64, indices in the sample set."""
     values: dict[Cell, Tensor]
-    """(block, pool) -> (N, width) float32 on the CPU."""
+    """(block, pool) -> (N, width) float32 on the network's device."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ class Extractor:
 
     def under_noise(self, x0: Tensor, positions: Tensor, number: int) -> dict[Cell, Tensor]:
         """Features under the `number`-th noise: clean latents (N, C, h, w), positions of the
-        samples' keys (N,) -> {(block, pool): (N, width) float32}, blocks not concatenated."""
+        samples' keys (N,), on the network's device -> {(block, pool): (N, width) float32} there,
+        blocks not concatenated."""
         spec = self.spec
         noise = x0
         if spec.noisy_input:
@@ -83,8 +92,9 @@ class Extractor:
             return pooled_blocks(self.trunk, x, spec.members, spec.pools)
 
     def features(self, x0: Tensor, positions: Tensor) -> dict[Cell, Tensor]:
-        """Features averaged over the noises: clean latents (N, C, h, w), positions (N,) -> {(block,
-        pool): (N, width) float32}, blocks ascending and concatenated as the spec says."""
+        """Features averaged over the noises: clean latents (N, C, h, w), positions (N,), on the
+        network's device -> {(block, pool): (N, width) float32} there, blocks ascending and
+        concatenated as the spec says."""
         means = self.under_noise(x0, positions, 0)
         if self.spec.noise_samples > 1:
             for number in range(1, self.spec.noise_samples):
@@ -104,27 +114,51 @@ def extract(
     *,
     batch: int = BATCH,
     progress: Progress | None = None,
-) -> Iterator[FeatureBatch]:
+) -> Generator[FeatureBatch]:
     """Features of the samples `indices` (N,), batch by batch and in that order, for blocks x pools.
 
-    Raises as `Extractor.open`.
+    Whoever may leave early closes it, which ends the thread that reads. Raises as `Extractor.open`.
     """
     extractor = Extractor.open(checkpoint, spec)
-    for start in range(0, len(indices), batch):
-        index = indices[start : start + batch]
-        yield FeatureBatch(index, extractor.features(*read_batch(checkpoint, samples, index)))
-        if progress:
-            progress(len(index))
+    parts = [indices[start : start + batch] for start in range(0, len(indices), batch)]
+    batches = read_batches(checkpoint.latents, samples, parts, device_of(checkpoint))
+    with contextlib.closing(batches):
+        for index, (x0, positions) in zip(parts, batches, strict=True):
+            yield FeatureBatch(index, extractor.features(x0, positions))
+            if progress:
+                progress(len(index))
+
+
+def read_batches(
+    latents: LatentSpec | None,
+    samples: SampleSet,
+    parts: Sequence[np.ndarray],
+    device: torch.device,
+) -> Generator[tuple[Tensor, Tensor]]:
+    """`read_batch` of each part (n,) of indices, on the device; a thread reads ahead, into
+    page-locked memory where a GPU copies from it. Close it to end the thread early."""
+    read = partial(_read_for, device, latents, samples)
+    workers = min(1, len(parts) - 1)  # a single batch needs no thread
+    ahead = prefetched(read, parts, ahead=READ_AHEAD, workers=workers, name="features")
+    with contextlib.closing(ahead):
+        for x0, positions in ahead:
+            yield x0.to(device, non_blocking=True), positions.to(device, non_blocking=True)
+
+
+def _read_for(
+    device: torch.device, latents: LatentSpec | None, samples: SampleSet, index: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    x0, positions = read_batch(latents, samples, index)
+    if device.type == "cuda":
+        return x0.pin_memory(), positions.pin_memory()
+    return x0, positions
 
 
 def read_batch(
-    checkpoint: Checkpoint, samples: SampleSet, index: np.ndarray
+    latents: LatentSpec | None, samples: SampleSet, index: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (N, C, h, w) and the positions of the samples' keys (N,), on the network's
-    device."""
-    device = device_of(checkpoint)
-    x0 = clean_latents(checkpoint.latents, samples, index).to(device)
-    return x0, key_positions(samples.keys(index)).to(device)
+    """Clean latents (N, C, h, w) and the positions of the samples' keys (N,), in host memory."""
+    return clean_latents(latents, samples, index), key_positions(samples.keys(index))
 
 
 def collect(
@@ -139,13 +173,25 @@ def collect(
     """The features of `extract` in memory: indices (N,) -> {(block, pool): (N, width) float32}."""
     arrays: dict[Cell, np.ndarray] = {}
     done = 0
-    for part in extract(checkpoint, samples, indices, spec, batch=batch, progress=progress):
-        for cell, value in part.values.items():
-            if cell not in arrays:
-                arrays[cell] = np.empty((len(indices), value.shape[1]), np.float32)
-            arrays[cell][done : done + len(value)] = value.numpy()
-        done += len(part.index)
+    extraction = extract(checkpoint, samples, indices, spec, batch=batch, progress=progress)
+    with contextlib.closing(extraction):
+        for part in extraction:
+            for cell, value in on_host(part.values).items():
+                if cell not in arrays:
+                    arrays[cell] = np.empty((len(indices), value.shape[1]), np.float32)
+                arrays[cell][done : done + len(value)] = value.numpy()
+            done += len(part.index)
     return arrays
+
+
+def on_host(
+    values: Mapping[Cell, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[Cell, Tensor]:
+    """Features {(block, pool): (N, width)} in host memory, in one copy, as `dtype`, to which the
+    device rounds them."""
+    joined = torch.cat(list(values.values()), dim=1).to(dtype).cpu()
+    widths = [value.shape[1] for value in values.values()]
+    return dict(zip(values, joined.split(widths, dim=1), strict=True))
 
 
 def network_input(
@@ -166,11 +212,10 @@ def pooled_blocks(
     trunk: Trunk, x: Tensor, blocks: Collection[int], pools: Sequence[str]
 ) -> dict[Cell, Tensor]:
     """One forward pass to the deepest of `blocks`: network input (N, C, h, w) -> {(block, pool):
-    (N, width) float32 on the CPU}.
+    (N, width) float32 on its device}.
 
     The trunk is always given the same number of images, the last ones padded by copies: matrix
-    kernels may round differently for other shapes, and features must not depend on the batch. What
-    it gives for them crosses to the host in one copy.
+    kernels may round differently for other shapes, and features must not depend on the batch.
     """
     cells = [(block, pool) for block in sorted(blocks) for pool in pools]
     chunks, widths = [], [0]
@@ -182,10 +227,10 @@ def pooled_blocks(
                 values += (pool_output(trunk, block, output, pool) for pool in pools)
             if block == max(blocks):
                 break  # the stream is lazy: later blocks never run
-        chunks.append(torch.cat(values, dim=1)[: len(images)].cpu())
+        chunks.append(torch.cat(values, dim=1)[: len(images)])
         widths = [value.shape[1] for value in values]
     parts = torch.cat(chunks).split(widths, dim=1)
-    return {cell: part.contiguous() for cell, part in zip(cells, parts, strict=True)}
+    return dict(zip(cells, parts, strict=True))
 
 
 def pool_output(trunk: Trunk, block: int, output: Output, name: str) -> Tensor:

@@ -35,7 +35,7 @@ from latentddae.core.outputs import FolderKind, check_content, head
 from latentddae.core.retry import wait_until_visible
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction.extract import BATCH, Progress, extract
+from latentddae.transfer.extraction.extract import BATCH, Progress, extract, on_host
 from latentddae.transfer.extraction.spec import (
     Block,
     Cell,
@@ -214,7 +214,8 @@ def _prepare(extraction: Extraction, partial: Path, plan: Provenance) -> None:
         partial.mkdir(parents=True)
         for split, samples in extraction.samples.items():
             first = extract(extraction.checkpoint, samples, np.arange(1), extraction.specs[0])
-            widths = {cell: value.shape[1] for cell, value in next(first).values.items()}
+            with contextlib.closing(first):
+                widths = {cell: value.shape[1] for cell, value in next(first).values.items()}
             for level in extraction.levels:
                 for cell, width in widths.items():
                     path = partial / file_name(split, level, cell)
@@ -261,19 +262,21 @@ def _fill(
 def _fill_chunk(extraction: Extraction, partial: Path, chunk: Chunk, tell: Progress) -> None:
     with contextlib.ExitStack() as stack:
         files: dict[Cell, _RowFile] = {}
-        for part in extract(
+        parts = extract(
             extraction.checkpoint,
             extraction.samples[chunk.split],
             np.arange(chunk.start, chunk.stop),
             extraction.spec_at(chunk.level),
             batch=extraction.batch,
             progress=tell,
-        ):
-            for cell, value in part.values.items():
+        )
+        stack.enter_context(contextlib.closing(parts))
+        for part in parts:
+            for cell, rows in on_host(part.values, torch.float16).items():
                 if cell not in files:
                     path = partial / file_name(chunk.split, chunk.level, cell)
                     files[cell] = stack.enter_context(_RowFile(path))
-                files[cell].write(int(part.index[0]), _as_float16(value, cell))
+                files[cell].write(int(part.index[0]), _checked(rows, part.values[cell], cell))
         for file in files.values():
             file.sync()
 
@@ -308,14 +311,14 @@ class _RowFile:
         os.fsync(self._file)
 
 
-def _as_float16(value: torch.Tensor, cell: Cell) -> np.ndarray:
-    half = value.to(torch.float16)
-    if not torch.isfinite(half).all():
+def _checked(rows: torch.Tensor, exact: torch.Tensor, cell: Cell) -> np.ndarray:
+    """Rows (n, width) float16 in host memory. DataError if the `exact` ones did not fit."""
+    if not torch.isfinite(rows).all():
         raise DataError(
             f"features of block {cell[0]}, pool {cell[1]} leave the range of float16 (largest "
-            f"{float(value.abs().max()):.3g}); use a norm- pool"
+            f"{float(exact.abs().max()):.3g}); use a norm- pool"
         )
-    return half.numpy()
+    return rows.numpy()
 
 
 def _publish(extraction: Extraction, partial: Path, out: Path, plan: Provenance) -> Meta:

@@ -71,7 +71,8 @@ class TokenMaps:
         return self.checkpoint.latent_spec.size * factor
 
     def of(self, root: Path, names: Sequence[str]) -> Iterator[Tensor]:
-        """Maps of image files below `root`, batch by batch: (n, side, side, width) float32."""
+        """Maps of image files below `root`, batch by batch: (n, side, side, width) float32, on the
+        network's device."""
         extractor = Extractor.open(self.checkpoint, self.spec)
         device = device_of(self.checkpoint)
         for start in range(0, len(names), IMAGE_BATCH):
@@ -151,7 +152,7 @@ def map_file(path: Path, maps: TokenMaps, root: Path, names: Sequence[str]) -> n
     out = np.memmap(path, np.float16, "w+", shape=shape)
     done = 0
     for batch in maps.of(root, names):
-        out[done : done + len(batch)] = batch.numpy()
+        out[done : done + len(batch)] = batch.half().cpu().numpy()
         done += len(batch)
     if not np.isfinite(out).all():
         raise DataError(f"the tokens of block {maps.block} overflow half precision; use --norm")

@@ -4,16 +4,24 @@ The samples that are held out never enter the sums; they choose the penalty. `la
 cells with it, and the probe that a pretraining run scores itself with is one of its cells.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentddae.core import dist
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
-from latentddae.transfer.extraction.extract import BATCH, FeatureBatch, Progress, extract
+from latentddae.transfer.extraction.extract import (
+    BATCH,
+    FeatureBatch,
+    Progress,
+    extract,
+    on_host,
+)
 from latentddae.transfer.extraction.spec import Cell, FeatureSpec
 from latentddae.transfer.extraction.trunk import device_of
 from latentddae.transfer.probes import ridge
@@ -58,38 +66,82 @@ def ridge_scores(
 ) -> dict[Cell, RidgeScore]:
     """The score of every cell of `spec`; each rank extracts its share of the samples (a
     collective)."""
-    labels = torch.from_numpy(labels_of(train, split.train))
-    heldout = torch.from_numpy(split.heldout)
+    labels = labels_of(train, split.train)
     rank_rows = dist.rank_slice(len(labels))
     widths = [width_of(checkpoint, (b, p)) for b in spec.blocks for p in spec.pools]
     cost = ridge_cost(len(labels), widths, len(ridge.L2_GRID))
     device = announce(f"ridge probes at s={spec.level:g}", cost, device_of(checkpoint))
-    statistics: dict[Cell, ridge.Statistics] = {}
-    kept: dict[Cell, list[Tensor]] = {}
-
-    def see(part: FeatureBatch, rows: slice) -> None:
-        aside = heldout[rows]
-        for cell, value in part.values.items():
-            if cell not in statistics:
-                statistics[cell] = ridge.Statistics.start(value.to(device), len(train.classes))
-                kept[cell] = []
-            statistics[cell].add(value[~aside].to(device), labels[rows][~aside].to(device))
-            kept[cell].append(value[aside])
+    share = RankShare.of(labels[rank_rows], split.heldout[rank_rows], len(train.classes), device)
 
     def see_all() -> None:
-        seen, own = rank_rows.start, split.train[rank_rows]
-        for part in extract(checkpoint, train, own, spec, batch=batch, progress=progress):
-            see(part, slice(seen, seen + len(part.index)))
-            seen += len(part.index)
+        own = split.train[rank_rows]
+        extraction = extract(checkpoint, train, own, spec, batch=batch, progress=progress)
+        with contextlib.closing(extraction):
+            for part in extraction:
+                share.add(part)
 
     dist.on_all_ranks(see_all)
     scores = {}
-    for cell, sums in statistics.items():
+    heldout_labels = torch.from_numpy(labels[split.heldout])
+    for cell, sums in share.statistics.items():
         reduce_over_ranks(sums)
-        features = torch.from_numpy(dist.all_gather_rows(torch.cat(kept.pop(cell)).numpy()))
-        score = functools.partial(_score, sums, features, labels[heldout])
+        features = torch.from_numpy(dist.all_gather_rows(share.heldout.pop(cell)))
+        score = functools.partial(_score, sums, features, heldout_labels)
         scores[cell] = dist.on_rank0(score)
     return scores
+
+
+@dataclass
+class RankShare:
+    """What one rank's samples, added in order, leave of their features: sums on the device, and in
+    host memory the rows that are held out, which cross once per batch."""
+
+    labels: Tensor  # (n,) int64, on the device
+    fitted_rows: Tensor  # those of the n samples that enter the sums, ascending, on the device
+    heldout_rows: Tensor  # the others, likewise
+    heldout_before: list[int]  # number of held-out samples before each sample, n + 1
+    classes: int
+    statistics: dict[Cell, ridge.Statistics]
+    heldout: dict[Cell, np.ndarray]  # (held out, width) float32
+    seen: int = 0
+
+    @classmethod
+    def of(
+        cls, labels: np.ndarray, heldout: np.ndarray, classes: int, device: torch.device
+    ) -> "RankShare":
+        """Nothing yet of the samples with these labels (n,) int64, those of the mask `heldout` (n,)
+        held out."""
+        fitted_rows, heldout_rows = np.flatnonzero(~heldout), np.flatnonzero(heldout)
+        return cls(
+            labels=torch.from_numpy(labels).to(device),
+            fitted_rows=torch.from_numpy(fitted_rows).to(device),
+            heldout_rows=torch.from_numpy(heldout_rows).to(device),
+            heldout_before=[0, *np.cumsum(heldout).tolist()],
+            classes=classes,
+            statistics={},
+            heldout={},
+        )
+
+    def add(self, part: FeatureBatch) -> None:
+        """Add the next samples."""
+        start, stop = self.seen, self.seen + len(part.index)
+        first, last = self.heldout_before[start], self.heldout_before[stop]
+        heldout = self.heldout_rows[first:last] - start
+        fitted = self.fitted_rows[start - first : stop - last]
+        values, labels, fitted = part.values, self.labels[fitted], fitted - start
+        if any(value.device != labels.device for value in values.values()):
+            values = on_host(values)  # the sums do not fit beside the network
+        for cell, value in values.items():
+            if cell not in self.statistics:
+                self.statistics[cell] = ridge.Statistics.start(value, self.classes)
+                rows = len(self.heldout_rows)
+                self.heldout[cell] = np.empty((rows, value.shape[1]), np.float32)
+            self.statistics[cell].add(value[fitted], labels)
+        if first < last:
+            kept = on_host({cell: value[heldout] for cell, value in values.items()})
+            for cell, value in kept.items():
+                self.heldout[cell][first:last] = value.numpy()
+        self.seen = stop
 
 
 def reduce_over_ranks(statistics: ridge.Statistics) -> None:

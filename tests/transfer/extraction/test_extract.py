@@ -2,16 +2,19 @@
 nobody asked for.
 """
 
+import contextlib
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.errors import ConfigError, DataError, UsageError
 from latentddae.core.rng import key_positions
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
+from latentddae.models import frozen_trunk
 from latentddae.models.dit import DiT
 from latentddae.models.frozen_trunk import FoldedBlock
 from latentddae.models.layers import modulate
@@ -21,6 +24,8 @@ from latentddae.transfer.extraction import inputs
 from latentddae.transfer.extraction.extract import collect, extract
 from latentddae.transfer.extraction.spec import FeatureSpec
 from latentddae.transfer.extraction.trunk import trunk_at
+
+from ..conftest import crossings
 
 BLOCKS, POOLS = (1, 2, 3), ("mean", "grid2")
 
@@ -262,15 +267,82 @@ def test_adaln_normalised_tokens_pooled(checkpoint, train):
     np.testing.assert_allclose(found[2, "norm-max"], normed.amax(dim=1), atol=2e-5)
 
 
-def test_features_cross_to_the_host_once_per_chunk(checkpoint, train, monkeypatch):
-    """However many blocks and pools there are."""
-    honest, copies = torch.Tensor.cpu, []
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (copies.append(x.shape), honest(x))[1])
-    spec = FeatureSpec(level=0.3, blocks=BLOCKS, pools=POOLS, precision="fp32")
-    extractor = extraction.Extractor.open(checkpoint, spec)
-    x0, positions = extraction.read_batch(checkpoint, train, np.arange(50))
-    copies.clear()
-    for _ in range(3):
-        extractor.under_noise(x0, positions, 0)
-    assert len(copies) == 3 * -(-50 // extractor.trunk.images_at_once)
-    assert sum(shape[0] for shape in copies) == 3 * 50
+@pytest.mark.parametrize("noise_samples", [1, 3])
+def test_kept_features_cross_to_the_host_once_per_batch(
+    checkpoint, train, monkeypatch, noise_samples
+):
+    """However many blocks, pools, noises and chunks there are, and nothing is read otherwise."""
+    spec = FeatureSpec(level=0.3, blocks=(*BLOCKS, "1+3"), pools=POOLS, noise_samples=noise_samples)
+    monkeypatch.setattr(frozen_trunk, "TOKENS_AT_ONCE", {"cpu": 64})  # 4 images
+    with crossings(monkeypatch) as opening:
+        extraction.Extractor.open(checkpoint, spec)
+    with crossings(monkeypatch) as found:
+        collect(checkpoint, train, np.arange(50), spec, batch=20)
+    width = (24 + 4 * 24) * 5
+    assert found[len(opening) :] == [(20, width), (20, width), (10, width)]
+
+
+def test_on_the_host_features_are_rounded_once(checkpoint, train):
+    spec = FeatureSpec(level=0.3, blocks=(1, "1+3"), pools=POOLS)
+    part = next(extract(checkpoint, train, np.arange(9), spec))
+    for dtype in (torch.float32, torch.float16):
+        found = extraction.on_host(part.values, dtype)
+        assert list(found) == list(part.values)
+        assert all(found[cell].equal(part.values[cell].to(dtype)) for cell in found)
+
+
+def readers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("features")]
+
+
+def test_a_thread_reads_ahead_and_ends_with_the_last_batch(checkpoint, train, monkeypatch):
+    """While the first batch is in use the next two are read, and no more."""
+    honest, read, names = extraction.read_batch, [], set()
+    third = threading.Event()
+
+    def reading(latents, samples, index):
+        read.append(int(index[0]))
+        names.add(threading.current_thread().name)
+        if len(read) == 3:
+            third.set()
+        return honest(latents, samples, index)
+
+    monkeypatch.setattr(extraction, "read_batch", reading)
+    spec = FeatureSpec(level=0.3, blocks=(2,))
+    with contextlib.closing(extract(checkpoint, train, np.arange(50), spec, batch=8)) as parts:
+        first = next(parts)
+        assert third.wait(10) and read == [0, 8, 16]
+        rest = list(parts)
+    assert [int(part.index[0]) for part in (first, *rest)] == read == list(range(0, 50, 8))
+    assert names == {"features_0"} and not readers()
+    read.clear()
+    extraction.collect(checkpoint, train, np.arange(8), spec, batch=8)
+    assert (read, names) == ([0], {"features_0", "MainThread"})  # one batch: no thread
+
+
+def test_an_error_of_the_reader_has_its_turn_and_its_class(checkpoint, train, monkeypatch):
+    honest, seen = extraction.read_batch, []
+
+    def failing(latents, samples, index):
+        if 24 in index:
+            raise DataError("a damaged shard")
+        return honest(latents, samples, index)
+
+    monkeypatch.setattr(extraction, "read_batch", failing)
+    spec = FeatureSpec(level=0.3, blocks=(2,))
+    with pytest.raises(DataError, match="a damaged shard"):
+        collect(checkpoint, train, np.arange(50), spec, batch=8, progress=seen.append)
+    assert seen == [8, 8, 8] and not readers()
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread(checkpoint, train, monkeypatch):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    spec = FeatureSpec(level=0.3, blocks=(2,))
+    with pytest.raises(KeyboardInterrupt) as first:  # as are the frames of the failure
+        collect(checkpoint, train, np.arange(50), spec, batch=8, progress=interrupted)
+    monkeypatch.setattr(extraction, "on_host", interrupted)
+    with pytest.raises(KeyboardInterrupt) as second:
+        collect(checkpoint, train, np.arange(50), spec, batch=8)
+    assert first and second and not readers()
