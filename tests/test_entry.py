@@ -62,6 +62,7 @@ def test_all_launchers_give_the_same_run(tiny_shards, tmp_path) -> None:
         arguments = ["--config", "configs/pretrain/demo.yaml"]
         arguments += [f"run={run}", f"data.path={tiny_shards}", "global_batch=16"]
         arguments += ["total_images=800", "log_every_images=16", "model.depth=2"]
+        arguments += ["model.hidden_size=64", "model.num_heads=2"]
         result = start(launcher, ranks, arguments)
         assert result.returncode == 0, result.stdout
         rows = [row for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]

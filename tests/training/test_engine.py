@@ -197,7 +197,7 @@ SLOW = pytest.mark.slow
     [
         ("plain", "aot_eager", 2, 1),
         ("every-option", "aot_eager", 2, 1),
-        ("plain", "aot_eager", 3, 1),  # between the fetches of weights
+        pytest.param("plain", "aot_eager", 3, 1, marks=SLOW),  # between the fetches of weights
         pytest.param("every-option", "aot_eager", 3, 2, marks=SLOW),
         pytest.param("plain", "inductor", 2, 1, marks=SLOW),
     ],
