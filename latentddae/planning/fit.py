@@ -100,17 +100,34 @@ def remedies(step: Step, memory: float) -> Iterator[str]:
     stages = sharded if step.ranks > 1 else ()
     for activations, checkpoint in _recomputations(step):
         for stage in (step.zero_stage, *stages):
-            if activations.pointwise and stage == 3:  # refused there
-                continue
+            pointwise = activations.pointwise and stage < 3  # refused there
+            if activations.pointwise and not pointwise and checkpoint != 1:
+                continue  # it would keep more
             tried = replace(
                 step,
-                activations=activations,
+                activations=replace(activations, pointwise=pointwise),
                 checkpoint_blocks=checkpoint,
                 zero_stage=cast(Stage, stage),
             )
             micro = largest_micro(tried, memory)
             if micro is not None:
                 yield _settings(step, replace(tried, micro=micro))
+
+
+def _less_recomputation(step: Step, memory: float) -> Iterator[str]:
+    """What would compute less twice than whole blocks, and fits."""
+    whole = replace(step, checkpoint_blocks=0)
+    products = replace(whole, activations=replace(step.activations, pointwise=True))
+    choices = [(products, "", "no product")]
+    if not step.activations.pointwise:
+        choices = [(whole, "", "nothing")]
+        if step.activations.per_image.products and step.zero_stage < 3:
+            choices.append((products, " engine.recompute_pointwise=true", "no product"))
+    for new, also, what in choices:
+        if micro := largest_micro(new, memory):
+            smaller = "" if micro >= step.micro else f" with engine.micro_batch={micro}"
+            yield f"engine.checkpoint_blocks=0{also}{smaller} fits: {what} would be computed twice"
+            return
 
 
 def _recomputations(step: Step) -> list[tuple[Activations, int]]:
@@ -128,18 +145,15 @@ def _settings(old: Step, new: Step) -> str:
     names = {"micro": "micro_batch", "zero_stage": "zero_stage"}
     names |= {"checkpoint_blocks": "checkpoint_blocks"}
     changed = [f"{names[n]}={getattr(new, n)}" for n in names if getattr(new, n) != getattr(old, n)]
-    if new.activations.pointwise and not old.activations.pointwise:
-        changed.append("recompute_pointwise=true")
+    if new.activations.pointwise != old.activations.pointwise:
+        changed.append(f"recompute_pointwise={str(new.activations.pointwise).lower()}")
     return " ".join(f"engine.{setting}" for setting in changed)
 
 
 def improvements(step: Step, memory: float) -> Iterator[str]:
     """What would be better about a step that fits, each as a setting and its reason."""
-    if step.checkpoint_blocks and (
-        micro := largest_micro(replace(step, checkpoint_blocks=0), memory)
-    ):
-        also = "" if micro >= step.micro else f" with engine.micro_batch={micro}"
-        yield f"engine.checkpoint_blocks=0{also} fits: nothing would be computed twice"
+    if step.checkpoint_blocks:
+        yield from _less_recomputation(step, memory)
     for stage in range(1, step.zero_stage):
         if replace(step, zero_stage=cast(Stage, stage)).fits(memory):
             yield f"engine.zero_stage={stage} fits and sends less between the ranks"

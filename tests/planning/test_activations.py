@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentddae.core.precision import DTYPES
-from latentddae.models import DiTConfig, UNetConfig, attention, zoo
+from latentddae.models import DiTConfig, UNetConfig, attention, recompute, zoo
 from latentddae.planning.activations import LOSS_COPIES, count_activations
 
 DIT = DiTConfig(input_size=16, hidden_size=96, depth=4, num_heads=4, num_classes=10)
@@ -48,12 +48,12 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def highest(config, precision: str, every: int) -> float:
+def highest(config, precision: str, every: int, pointwise: bool = False) -> float:
     """Bytes that a real pass has alive at once, besides weights and their gradients."""
     model = zoo.build(config, seed=1)
     model = model.to(DTYPES[precision])
     attention.choose(model, "sdpa", torch.device("cpu"), DTYPES[precision])
-    model.checkpoint_blocks = every
+    recompute.choose(model, every, pointwise)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in model.parameters()]
@@ -80,6 +80,24 @@ def test_what_a_real_step_has_alive(config, precision) -> None:
         real = highest(config, precision, every)
         formula = counted.at_most(IMAGES, every) - loss
         assert 0.94 < formula / real < 1.06, (every, real, formula)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        pytest.param(DIT, "bf16", id="dit"),
+        pytest.param(MODERN, "fp32", marks=pytest.mark.slow, id="modern"),
+    ],
+)
+def test_what_a_step_that_keeps_products_has_alive(config, precision) -> None:
+    """To six percent, alone and where every other block keeps nothing at all."""
+    counted = count_activations(config, precision, pointwise=True)
+    loss = IMAGES * LOSS_COPIES * 4 * config.in_channels * config.input_size**2
+    for every in (0, 2):
+        real = highest(config, precision, every, pointwise=True)
+        formula = counted.at_most(IMAGES, every) - loss
+        assert 0.94 < formula / real < 1.06, (every, real, formula)
+    assert formula < 0.75 * count_activations(config, precision).at_most(IMAGES, 0)
 
 
 def test_ranks_are_forked_after_it(ranks) -> None:

@@ -40,6 +40,10 @@ def applied(step: Step, text: str) -> Step:
     """The step with the settings that a text names."""
     found = re.findall(r"engine\.(micro_batch|zero_stage|checkpoint_blocks)=(\d+)", text)
     names = {"micro_batch": "micro"}
+    pointwise = step.activations.pointwise
+    for value in re.findall(r"engine\.recompute_pointwise=(true|false)", text):
+        pointwise = value == "true"
+    step = replace(step, activations=replace(step.activations, pointwise=pointwise))
     return replace(step, **{names.get(name, name): int(value) for name, value in found})
 
 
@@ -79,6 +83,57 @@ def test_remedies_fit(ranks, memory) -> None:
     assert not any("zero_stage=3" in text for text in two)
     smallest = replace(step, micro=1, checkpoint_blocks=1, zero_stage=3 if ranks > 1 else 1)
     assert bool(found) == smallest.fits(memory)
+
+
+DIT = replace(XL, activations=Activations(Kept(398e6, 36e6, 160e6), Kept(892e6, 20e6, 360e6), 28))
+"""The same with what its blocks keep under `recompute_pointwise`."""
+KEEPING = replace(DIT, activations=replace(DIT.activations, pointwise=True))
+
+
+@pytest.mark.parametrize("memory", [16e9, 24e9, 40e9])
+@pytest.mark.parametrize("step", [DIT, KEEPING])
+def test_blocks_that_keep_their_products_fit_more_images(step, memory) -> None:
+    """Of the remedies that keep the stage, the first recomputes as little as possible; all fit and
+    are allowed; the largest micro-batch grows."""
+    step = replace(step, micro=256, global_batch=8 * 256)
+    kept, products = (
+        largest_micro(replace(step, activations=replace(step.activations, pointwise=p)), memory)
+        for p in (False, True)
+    )
+    assert (products or 0) >= 1.5 * (kept or 0)
+    found = list(remedies(step, memory))
+    assert found
+    for text in found:
+        new = applied(step, text)
+        assert new.bytes <= USABLE * memory and not (
+            new.activations.pointwise and new.zero_stage == 3
+        )
+    if products:
+        tried = [t for t in found if applied(step, t).activations.pointwise]
+        micro = products if step is KEEPING else applied(step, tried[0]).micro
+        assert applied(step, tried[0]).zero_stage < 3 and micro == products
+    if step.activations.pointwise:
+        third = [text for text in found if applied(step, text).zero_stage == 3]
+        assert all("checkpoint_blocks=1" in t and "recompute_pointwise=false" in t for t in third)
+
+
+def test_whole_blocks_need_not_be_computed_again_where_products_fit() -> None:
+    """In a memory between what both need for one image, and where there is room for all."""
+    alone = replace(DIT, micro=1)
+    memory = (alone.bytes + replace(KEEPING, micro=1).bytes) / 2 / USABLE
+    wasteful = replace(alone, checkpoint_blocks=1)
+    (text,) = (t for t in improvements(wasteful, memory) if "checkpoint_blocks" in t)
+    assert text.startswith("engine.checkpoint_blocks=0 engine.recompute_pointwise=true")
+    assert applied(wasteful, text).fits(memory)
+    for none in (replace(wasteful, activations=XL.activations), replace(wasteful, zero_stage=3)):
+        room = memory - (wasteful.bytes - none.bytes) / USABLE
+        assert none.fits(room)
+        assert not any("checkpoint_blocks" in text for text in improvements(none, room))
+    (text, *_) = improvements(wasteful, MEMORY)
+    assert text.startswith("engine.checkpoint_blocks=0 fits: nothing")
+    keeping = replace(KEEPING, micro=1, checkpoint_blocks=1)
+    (text, *_) = improvements(keeping, MEMORY)
+    assert text.startswith("engine.checkpoint_blocks=0 fits: no product")
 
 
 def test_improvements_hold_and_leave_nothing_better_of_their_kind() -> None:

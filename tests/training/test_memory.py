@@ -38,10 +38,11 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def holds_memory(o: object) -> bool:
-    """A tensor with bytes behind it: compiled code of an earlier test leaves fake ones alive."""
-    if not issubclass(type(o), torch.Tensor):
+    """A tensor with bytes behind it: compiled code of an earlier test leaves fake ones alive, and
+    stage 2 of DeepSpeed notes the shapes of its weights as tensors on the meta device."""
+    if not issubclass(type(o), torch.Tensor) or isinstance(o, FakeTensor):
         return False
-    return not isinstance(o, FakeTensor) and not torch._is_functional_tensor(o)
+    return not torch._is_functional_tensor(o) and not o.is_meta
 
 
 def alive() -> dict[int, int]:
@@ -100,6 +101,7 @@ def count(
         (MODEL, 2, "bf16", "adamw", 3),
         (MODEL, 3, "bf16", "adamw", 3),
         (MODEL, 1, "bf16", "muon", 3),
+        pytest.param(MODEL, 1, "bf16", "muon", 6, marks=SLOW),
         *(pytest.param(MODEL, stage, "fp32", "adamw", 3, marks=SLOW) for stage in (1, 2, 3)),
         pytest.param(MODEL, 0, "fp32", "muon", 3, marks=SLOW),
         *(pytest.param(EVERY_OPTION, stage, "bf16", "adamw", 3, marks=SLOW) for stage in (1, 2, 3)),

@@ -51,6 +51,19 @@ def test_a_gpu_takes_what_fits_and_a_cpu_its_share(config, on_gpu, monkeypatch) 
     assert step_plan.with_micro_batch(given, CUDA) is given
 
 
+def test_more_fits_where_blocks_keep_their_products_only(config, on_gpu, monkeypatch) -> None:
+    """What a real pass has alive is in tests/planning/test_activations.py."""
+    memory = replace(on_gpu, micro=20).bytes / fit.USABLE
+    monkeypatch.setattr(step_plan, "device_memory", lambda device: memory)
+    engine = replace(config.engine, recompute_pointwise=True)
+    chosen = step_plan.with_micro_batch(replace(config, engine=engine), CUDA).engine.micro_batch
+    step = step_plan.step_of(replace(config, engine=engine), 1, CPU)
+    assert step.activations.pointwise
+    step = replace(step, on_gpu=True)
+    fitting = [n for n in (16, 24, 48) if replace(step, micro=n).fits(memory)]
+    assert chosen == max(fitting) > 16
+
+
 def test_all_ranks_take_what_the_smallest_gpu_holds(on_gpu, capsys) -> None:
     assert on_gpu.micro == 48
     small, large = (replace(on_gpu, micro=n).bytes / fit.USABLE for n in (8, 48))
