@@ -41,6 +41,7 @@ from latentddae.train import train
 from latentddae.training.config import TrainConfig
 from latentddae.transfer.compare import COMMAND as COMPARE
 from latentddae.transfer.compare import CompareConfig, Row, read_table, table_text
+from latentddae.transfer.extraction.spec import check_level
 from latentddae.transfer.grid import COMMAND as GRID
 from latentddae.transfer.grid import GridConfig
 from latentddae.transfer.report import write_report
@@ -91,6 +92,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require(self, positive=("resolution", "images"), non_negative=("max_bad",))
+        for level in (*self.levels, *self.baseline_levels):
+            check_level(level)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from latentddae import cli
 from latentddae.core import config
 from latentddae.core.command import Command, Option, default_text, help_text, options, parse
-from latentddae.core.errors import ConfigError, UsageError
+from latentddae.core.errors import ConfigError, LatentddaeError, UsageError, run_command
 from latentddae.models.zoo import CheckpointHints
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -137,3 +137,64 @@ def test_what_a_foreign_file_does_not_tell_is_a_flag(reader, tiny_shards, tmp_pa
         reader.main([*words, "--objective", "flow", "--time", "data", "--dry-run"])
     command = parse(reader.config, [*words, "--objective=flow", "--time=data", "--num-heads=4"])
     assert command.record(reader.config).hints == STATED
+
+
+OPENED_LATER = {"block", "halflife", "samples"}
+"""Settings whose range the opened checkpoint or data decide."""
+
+
+def numbers_of(option: Option) -> set[type]:
+    parts = [option.hint, *get_args(option.hint)]
+    parts += [inner for part in parts for inner in get_args(part)]
+    return {part for part in parts if part in (int, float)}
+
+
+def test_numbers_that_cannot_be_meant_are_refused(command) -> None:
+    """Not finite, below zero, of more than 63 bits: every setting of every command."""
+    base = [f"{name}={value}" for name, value in required(command).items()]
+    if command.name == "linear":
+        base.append("recipe=ddae")
+
+    def is_refused(option: Option, value: str) -> bool:
+        try:
+            parse(command.config, [*base, f"{option.name}={value}"]).record(command.config)
+        except LatentddaeError:
+            return True
+        return False
+
+    def takes_text(option: Option) -> bool:
+        return str in (option.hint, *get_args(option.hint))
+
+    for option in options(command.config):
+        kinds = numbers_of(option)
+        if not kinds or option.name.rpartition(".")[2] in OPENED_LATER or takes_text(option):
+            continue
+        for value in ("-1", "-inf", "inf", "1e39", "nan", "9" * 30):
+            expected = value != "9" * 30 or float not in kinds
+            assert is_refused(option, value) or not expected, (option.name, value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["model.mlp_ratio=1e300"],
+        ["model.depth=1000000000000000"],
+        ["model.head_depth=1000000000000000"],
+        ["model.head_width=1000000000000000"],
+        ["model={name: unet, blocks_per_level: 1000000000000000}", "objective=edm"],
+    ],
+)
+def test_networks_that_no_memory_holds_are_refused(argv, tiny_shards, tmp_path, capfd) -> None:
+    settings = [f"run={tmp_path / 'run'}", f"data.path={tiny_shards}", "total_images=64", *argv]
+    main = importlib.import_module(MODULES["train"]).main
+    assert run_command("train", main, [*settings, "--dry-run"]) == 78
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_settings_of_a_recipe_are_not_passed_over_by_lbfgs() -> None:
+    linear = command_of("linear")
+    base = [f"{name}={value}" for name, value in required(linear).items()]
+    for argv in (["--lr", "1"], ["--epochs", "3"], ["--crop-padding", "0"]):
+        with pytest.raises(UsageError, match="--recipe"):
+            parse(linear.config, [*base, *argv]).record(linear.config)
+        parse(linear.config, [*base, *argv, "--recipe", "ddae"]).record(linear.config)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +27,14 @@ Record = TypeVar("Record")
 Tree = dict[str, Any]  # nested settings; leaves are text, or typed where they come from JSON
 
 MAX_BYTES = 1 << 24  # of a configuration file
+MAX_VALUES = 1_000_000  # in one; aliases can stand for any number of them
 BASE_KEY = "base"  # a YAML file may name another one whose values it overrides
 ITSELF = (
     ""  # key under which a plain text is kept when settings below it follow: `model=a model.b=1`
 )
 NONE_TEXTS = ("null", "~", "")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+SEED = re.compile(r"(?:^|[._])seed$")  # the name of every seed ends so
 TRUE_TEXTS, FALSE_TEXTS = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -136,12 +140,13 @@ class _TextLoader(yaml.BaseLoader):
     """YAML whose scalars stay text; a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str) or keys.count(key) > 1:
+        keys: set[str] = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, str) or key in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice or is not text", node.start_mark
                 )
+            keys.add(key)
         return super().construct_mapping(node, deep=True)
 
 
@@ -150,21 +155,27 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         loader = _TextLoader(text)
         node = loader.get_single_node()
-        tagged = node is not None and _foreign_tag(node)
-        if tagged:
-            raise ConfigError(f"{source}: YAML tag {tagged} is not allowed")
+        if node is not None:
+            _check_node(node, source, {})
         return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
 
 
-def _foreign_tag(node: yaml.Node) -> str:
+def _check_node(node: yaml.Node, source: str, sizes: dict[int, int]) -> int:
+    """The number of values below a node, each alias counted as what it stands for. ConfigError for
+    a foreign tag, an alias of what holds it, or more than MAX_VALUES."""
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        return str(node.tag)
-    children = [] if isinstance(node, yaml.ScalarNode) else node.value
-    if isinstance(node, yaml.MappingNode):
-        children = [child for pair in node.value for child in pair]
-    return next(filter(None, map(_foreign_tag, children)), "")
+        raise ConfigError(f"{source}: YAML tag {node.tag} is not allowed")
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES  # until it is known: an alias of itself is too much
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_check_node(child, source, sizes) for child in children)
+    if sizes[id(node)] > MAX_VALUES:
+        raise ConfigError(f"{source}: its aliases stand for more than {MAX_VALUES:,} values")
+    return sizes[id(node)]
 
 
 def overlay(base: Tree, top: Mapping[str, Any]) -> Tree:
@@ -365,25 +376,39 @@ def _to_int(text: str) -> int:
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(value, str) and hint is not str:
-        try:
-            number = _read_scalar(hint, value)
-            if number == number and not (hint is int and abs(number) >= 1 << 63):
-                return number
-        except (ValueError, OverflowError):
-            pass
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+    try:
+        read = _read_scalar(hint, value) if isinstance(value, str) else _cast(hint, value)
+        if hint is not float or abs(read) <= FLOAT32_MAX:
+            _check_int(path, read)
+            return read
+    except (ValueError, OverflowError):
+        pass
+    wanted = "float that is finite in 32 bits" if hint is float else hint.__name__
+    raise ConfigError(f"{path}: expected {wanted}, got {type(value).__name__} {value!r}")
+
+
+def _cast(hint: type, value: object) -> object:
+    """A value that is not text, as it comes from JSON. ValueError if it is of another type."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6 is how people write a million
-    elif type(value) is hint or (hint is Path and isinstance(value, Path)):
+    if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
-    raise ConfigError(f"{path}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
+    raise ValueError(value)
+
+
+def _check_int(path: str, value: object) -> None:
+    """Integers have 63 bits, and seeds no sign."""
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(value)
+    if isinstance(value, int) and value < 0 and SEED.search(path):
+        raise ConfigError(f"{path} must be 0 or more, got {value}")
 
 
 def _read_scalar(hint: Any, text: str) -> Any:
-    if hint is Path:
-        return Path(text)
+    if hint in (str, Path):
+        return hint(text)
     if hint is bool:
         if text.lower() in (*TRUE_TEXTS, *FALSE_TEXTS):
             return text.lower() in TRUE_TEXTS
@@ -396,10 +421,7 @@ def _read_scalar(hint: Any, text: str) -> Any:
                 return int(float(text))
             raise
     if hint is float:
-        number = float(text.removeprefix(".") if text in (".inf", ".nan") else text)
-        if math.isnan(number):
-            raise ValueError(text)
-        return number
+        return float(text)
     raise ValueError(f"fields of type {hint} cannot be typed")
 
 

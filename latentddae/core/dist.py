@@ -10,7 +10,9 @@ Python objects, and waiting for work that only rank 0 does, go over a second gro
 import contextlib
 import functools
 import os
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, cast
@@ -21,16 +23,19 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from latentddae.core import exit_cause
-from latentddae.core.errors import ConfigError, LatentddaeError, as_user_error
+from latentddae.core.errors import ConfigError, LatentddaeError, RequeueError, as_user_error
+from latentddae.core.files import warn
 from latentddae.core.launcher import follow_launcher
 from latentddae.core.ports import holder_of
-from latentddae.core.world import World, world_from_environment
+from latentddae.core.world import World, meeting_point, number, world_from_environment
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 DEFAULT_TIMEOUT_S = 1800.0
+NAME_S = 60.0
+"""How long the name of rank 0's host may take to get an address."""
 WORK_TIMEOUT_S = 14 * 86400.0
 """How long ranks wait for work that another one does alone; a rank that dies is noticed at once."""
 _NEW_GROUP = torch_dist.new_group  # see _set_default_group_timeout
@@ -111,6 +116,7 @@ def start(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         if world.launcher == "slurm":
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
             os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
+        _wait_for_name(*meeting_point(os.environ))
         with _naming_the_holder():
             torch_dist.init_process_group(
                 backend,
@@ -139,15 +145,37 @@ def export_launcher_variables(world: World, device: torch.device) -> None:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
 
 
+def _wait_for_name(host: str, port: int) -> None:
+    """Wait until a host has an address: a cluster's names may come after its processes. ConfigError
+    if it has none after NAME_S; torch would ask for an hour."""
+    deadline, is_told = time.monotonic() + NAME_S, False
+    while True:
+        try:
+            socket.getaddrinfo(host, port)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"MASTER_ADDR={host} has no address after {NAME_S:g} s ({error}): it must name "
+                    "the host of rank 0"
+                ) from error
+            if not is_told:
+                warn(f"warning: MASTER_ADDR={host} has no address yet: waiting for it")
+            is_told = True
+            time.sleep(min(1.0, NAME_S))
+
+
 @contextlib.contextmanager
 def _naming_the_holder() -> Iterator[None]:
-    """A meeting point that somebody else has taken is a ConfigError which names that process."""
+    """A meeting point that somebody else has taken is a ConfigError which names that process; ranks
+    that do not come are a RequeueError."""
     try:
         yield
-    except torch_dist.DistNetworkError as error:
+    except torch_dist.DistError as error:
+        host, port = meeting_point(os.environ)
         if "EADDRINUSE" not in str(error):
-            raise
-        port = int(os.environ["MASTER_PORT"])
+            said = str(error).strip().splitlines()[0][:200]
+            raise RequeueError(f"not all ranks came to {host}:{port} in time ({said})") from error
         raise ConfigError(
             f"port {port}, where the ranks meet, is in use by {holder_of(port)} on this node: wait "
             "for it, end it, or choose another port (--master_port, --master-port)"
@@ -159,9 +187,8 @@ def slurm_port(env: Mapping[str, str]) -> int:
 
     Below 32768, where Linux starts to assign ports to outgoing connections.
     """
-    job, step, restart = (
-        int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    )
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, restart = (number(env, name) if name in env else 0 for name in names)
     return 10000 + (100 * job + 10 * restart + step) % 22000
 
 
@@ -195,11 +222,20 @@ def _store() -> torch_dist.Store | None:
 
 
 def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-    )
-    return listed.stdout.split()[0]
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise ConfigError("SLURM_STEP_NODELIST is not set: the ranks cannot meet")
+    ask = ["scontrol", "show", "hostnames", nodes]
+    try:
+        listed = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise ConfigError(
+            f"`{' '.join(ask)}` failed ({str(said).strip()}): set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    if not listed:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes} names no host")
+    return listed[0]
 
 
 def clone_store() -> torch_dist.Store | None:

@@ -110,6 +110,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
+TOO_LARGE = re.compile(
+    r"(?:calculation|multiplication) overflow|maximum allowed dimension exceeded|array is too big|"
+    r"too large to convert|overflows? (?:when unpacking|int)",
+    re.IGNORECASE,
+)
+"""What torch and numpy say about sizes that no memory has."""
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether a size was asked for that cannot even be counted."""
+    kinds = (RuntimeError, ValueError, OverflowError)
+    return isinstance(error, kinds) and TOO_LARGE.search(str(error)) is not None
+
+
 def unreadable(message: str, error: BaseException) -> LatentddaeError:
     """The error for something that could not be read: an UnavailableError if a later attempt may
     succeed, else a DataError."""
@@ -127,6 +141,9 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
         said = (str(error).strip().splitlines() or [""])[0][:200].split(". If reserved")[0]
         advice = "smaller batches, fewer workers, or another machine"
         return ConfigError(f"out of memory: {advice}" + (f" ({said})" if said else ""))
+    if is_too_large(error):
+        said = str(error).strip().splitlines()[0][:200]
+        return ConfigError(f"a size is larger than any memory ({said}): look at the settings")
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError):

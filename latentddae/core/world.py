@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from latentddae.core.errors import ConfigError
 
+MAX_LOCAL_RANKS = 1 << 16
+
 
 @dataclass(frozen=True)
 class World:
@@ -29,27 +31,52 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
     `srun`.
     """
     env = os.environ if env is None else env
-    try:
-        world = World()
-        if "RANK" in env and "WORLD_SIZE" in env:
-            local_rank = int(env.get("LOCAL_RANK", 0))
-            world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, "environment")
-        # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
-        elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-            if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
-                raise ConfigError(
-                    f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was "
-                    "not started by srun: put `srun` before the command, or --ntasks=1"
-                )
-            rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-            world = World(rank, size, int(env["SLURM_LOCALID"]), "slurm")
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"launcher variables are inconsistent: {error}") from error
+    world = World()
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local_rank = number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0
+        world = World(number(env, "RANK"), number(env, "WORLD_SIZE"), local_rank, "environment")
+    # An interactive allocation also sets SLURM_*; only a step with several tasks is a launch.
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and number(env, "SLURM_NTASKS") > 1:
+        if "SLURM_STEP_ID" not in env:  # this one process would wait for the others for ever
+            raise ConfigError(
+                f"the job has {env['SLURM_NTASKS']} tasks (SLURM_NTASKS) and this process was "
+                "not started by srun: put `srun` before the command, or --ntasks=1"
+            )
+        rank, size = number(env, "SLURM_PROCID"), number(env, "SLURM_NTASKS")
+        world = World(rank, size, number(env, "SLURM_LOCALID"), "slurm")
     if not 0 <= world.rank < world.size:
         raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
+    if not 0 <= world.local_rank < MAX_LOCAL_RANKS:
+        raise ConfigError(f"launcher variables: local rank {world.local_rank} is impossible")
     if world.size > 1 and env.get("MASTER_PORT") == "0":  # they would try it until the time-out
         raise ConfigError(
             "MASTER_PORT=0 is no port where the ranks could meet: give torchrun --standalone in "
             "place of --master-port 0, or a number"
         )
     return world
+
+
+def number(env: Mapping[str, str], name: str) -> int:
+    """A variable of a launcher that is a whole number. ConfigError if it is not."""
+    if name not in env:
+        raise ConfigError(f"launcher variables are inconsistent: {name} is not set")
+    try:
+        return int(env[name])
+    except ValueError as error:
+        raise ConfigError(
+            f"launcher variables are inconsistent: {name}={env[name]!r} is not a whole number"
+        ) from error
+
+
+def meeting_point(env: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port where the ranks meet. ConfigError if the variables do not name one."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name, "").strip()]
+    if missing:
+        raise ConfigError(
+            f"the ranks cannot meet: {' and '.join(missing)} not set; start with torchrun, "
+            "deepspeed or srun, or set both"
+        )
+    port = number(env, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"MASTER_PORT={port} is no port: 1 to 65535 are")
+    return env["MASTER_ADDR"], port

@@ -43,6 +43,7 @@ from latentddae.models import zoo
 from latentddae.models.zoo import Checkpoint, CheckpointHints, Weights
 
 GRID_IMAGES = 64
+MAX_IMAGES = 10_000_000
 SAMPLES_FOLDER = FolderKind(
     "a folder of samples",
     (
@@ -83,7 +84,7 @@ class SampleConfig(SampleSettings, CheckpointHints):
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         CheckpointHints.__post_init__(self)
-        require(self, positive=("num", "batch"))
+        require(self, positive=("num", "batch"), at_most={"num": MAX_IMAGES})
         outside = [i for i in self.only if not 0 <= i < self.num]
         if outside:
             raise ValueError(f"only: image {outside[0]} is not among 0 ... {self.num - 1}")

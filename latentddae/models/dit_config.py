@@ -6,6 +6,9 @@ from typing import ClassVar, Literal, get_args
 from latentddae.core.config import require
 from latentddae.models.layers import NormName
 
+MAX_DEPTH = 10_000  # each block is a module of its own
+MAX_RATIO = 10_000.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
@@ -67,6 +70,7 @@ class DiTConfig:
             self,
             positive=(*sizes, "head_depth", "head_heads"),
             non_negative=("num_classes", "register_tokens", "head_width", "position_grid"),
+            at_most={"depth": MAX_DEPTH, "head_depth": MAX_DEPTH, "mlp_ratio": MAX_RATIO},
         )
         if self.mlp_hidden <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.core.precision import compute_dtype
 from latentddae.models.attention import attention
@@ -39,6 +40,7 @@ TIME_WIDTH = 4
 PERIOD = 10000.0
 
 Resample = Literal["conv", "residual"]
+MAX_BLOCKS = 1000  # of a level: each is a module of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class UNetConfig:
         for name in ("image_size", "in_channels", "base_channels", "blocks_per_level"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        require(self, at_most={"blocks_per_level": MAX_BLOCKS})
         if not self.channel_mults or min(self.channel_mults) <= 0:
             raise ValueError(f"channel_mults must be positive, got {self.channel_mults}")
         halvings = len(self.channel_mults) - 1

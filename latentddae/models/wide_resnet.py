@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentddae.core.config import require
+
 MAX_GROUPS = 32
 MIN_STD = 1e-6
+MAX_WIDEN, MAX_DEPTH = 1000, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class WideResNetConfig:
     """Standard deviation of their frequencies."""
 
     def __post_init__(self) -> None:
+        require(self, positive=("widen",), at_most={"widen": MAX_WIDEN, "depth": MAX_DEPTH})
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4 with n = 1, 2, ..., got {self.depth}")
 

@@ -69,9 +69,10 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            positive=("noise_samples", "k", "limit", "batch"),
-            non_negative=("every_images",),
+            positive=("noise_samples", "k", "limit", "batch", "block"),
+            non_negative=("every_images", "level"),
             fraction=("holdout",),
+            at_most={"level": 1},
         )
 
 

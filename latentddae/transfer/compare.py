@@ -36,7 +36,7 @@ from latentddae.transfer.extraction.inputs import (
     describe_checkpoint,
     open_checkpoint,
 )
-from latentddae.transfer.extraction.spec import FeatureSpec, describe_cell
+from latentddae.transfer.extraction.spec import FeatureSpec, check_level, describe_cell
 from latentddae.transfer.extraction.trunk import BATCH, device_of
 from latentddae.transfer.grid import GridRun, GridSettings, run_grid
 from latentddae.transfer.grids import Grid, read_grid
@@ -83,6 +83,8 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         require(self, positive=("limit",))
+        for level in self.baseline_levels:
+            check_level(level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ from latentddae.transfer.results import Result
 DDAE_CROP_PADDING = 4
 """Of DDAE's probes of pixel models (arXiv 2303.09769)."""
 
+OF_RECIPES = ("epochs", "batch_size", "lr", "weight_decay", "noise_samples_cached", "crop_padding")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(ProbeOptions):
@@ -51,6 +53,7 @@ class LinearConfig(ProbeOptions):
             non_negative=("crop_padding",),
         )
         if self.recipe == LBFGS:
+            self._check_unused()
             return
         self.training()
         if self.few_shot:
@@ -59,6 +62,14 @@ class LinearConfig(ProbeOptions):
             raise UsageError(
                 f"--features holds one noise, which {self.recipe} would learn; use "
                 f"--noise-samples-cached K, or --recipe {LBFGS}"
+            )
+
+    def _check_unused(self) -> None:
+        given = [name for name in OF_RECIPES if getattr(self, name) is not None]
+        if given:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} is a setting of the recipes that are trained by "
+                f"steps ({', '.join(RECIPES)}): name one with --recipe; {LBFGS} has none"
             )
 
     def padding(self, latents: LatentSpec) -> int:

@@ -247,6 +247,7 @@ class NoiseClassifierConfig(HeadTraining, OverlapOption, TransferOptions):
 
     def __post_init__(self) -> None:
         HeadTraining.__post_init__(self)
+        TransferOptions.__post_init__(self)
         require(self, positive=("limit",))
 
 

@@ -68,8 +68,9 @@ class NoiseControlConfig(HeadTraining, OverlapOption, TransferOptions):
 
     def __post_init__(self) -> None:
         HeadTraining.__post_init__(self)
+        TransferOptions.__post_init__(self)
         require(self, positive=("limit",), non_negative=("warmup_epochs", "weight_decay"))
-        WideResNetConfig(depth=self.depth)
+        WideResNetConfig(depth=self.depth, widen=self.widen)
 
 
 class NoisyImages:

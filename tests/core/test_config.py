@@ -1,6 +1,7 @@
 """Configuration: what is wrong is named by its dotted path; what is right survives a round trip."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -178,3 +179,21 @@ def test_another_choice_starts_from_its_own_defaults(tmp_path) -> None:
     assert configuration.load(Run, top).model == Small(width=3)
     top.write_text("base: base.yaml\nmodel: {width: 5}\n")
     assert configuration.load(Run, top).model == Small(width=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+        "a: &a [*a]\n",
+    ],
+)
+def test_aliases_that_stand_for_too_much_are_refused(tmp_path, text) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml: its aliases stand for more than"):
+        configuration.read_file(tmp_path / "c.yaml")
+
+
+def test_an_alias_is_what_it_stands_for() -> None:
+    assert configuration.parse_yaml("a: &x [1]\nb: *x\n", "c") == {"a": ["1"], "b": ["1"]}

@@ -1,5 +1,7 @@
 """Who am I: the launcher variables of deepspeed, torchrun, Slurm and none."""
 
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,7 +19,7 @@ from latentddae.core.dist import (
     slurm_port,
     world_from_environment,
 )
-from latentddae.core.errors import ConfigError
+from latentddae.core.errors import ConfigError, run_command
 
 
 def test_torchrun_and_deepspeed_variables() -> None:
@@ -142,7 +144,8 @@ def test_one_gpu_per_task_is_number_0_in_every_place(visible, index, monkeypatch
 
     see(monkeypatch, visible)
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
-    for name, value in (env | {"OMPI_COMM_WORLD_LOCAL_RANK": "5"}).items():
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (env | meeting | {"OMPI_COMM_WORLD_LOCAL_RANK": "5"}).items():
         monkeypatch.setenv(name, value)
     fake, groups = FakeCuda(), []
     monkeypatch.setattr(torch.cuda, "set_device", fake.set_device)
@@ -316,3 +319,67 @@ def test_rows_of_real_ranks_are_gathered_in_order(ranks):
         np.testing.assert_array_equal(dist.all_gather_rows(rows[dist.rank_slice(101)]), rows)
 
     assert ranks(action, 3) == [0, 0, 0]
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"}, "LOCAL_RANK='first'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-3"}, "local rank -3"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "9" * 30}, "local rank 999"),
+        (STEP, "SLURM_LOCALID is not set"),
+        ({**STEP, "SLURM_PROCID": "1.5"}, "SLURM_PROCID='1.5'"),
+        ({**STEP, "SLURM_NTASKS": "2(x2)"}, "SLURM_NTASKS"),
+    ],
+)
+def test_a_variable_that_makes_no_sense_is_named(env, said) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        world_from_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"MASTER_PORT": "29500"}, "MASTER_ADDR not set"),
+        ({"MASTER_ADDR": " ", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"MASTER_ADDR": "node0", "MASTER_PORT": "tcp"}, "MASTER_PORT='tcp'"),
+        ({"MASTER_ADDR": "node0", "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        ({"MASTER_ADDR": "node0", "MASTER_PORT": "-1"}, "MASTER_PORT=-1"),
+        ({"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}, "has no address"),
+        ({"MASTER_ADDR": "a" * 80, "MASTER_PORT": "29500"}, "has no address"),
+    ],
+)
+def test_a_place_where_no_ranks_can_meet_is_named(env, said, monkeypatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **env}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "NAME_S", 0.0)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        dist.start()
+
+
+def test_a_slurm_step_without_nodes_is_refused(monkeypatch) -> None:
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST"):
+        dist._first_slurm_host()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="scontrol"):
+        dist._first_slurm_host()
+    with pytest.raises(ConfigError, match="SLURM_JOB_ID='x'"):
+        slurm_port({"SLURM_JOB_ID": "x"})
+
+
+def test_ranks_that_do_not_come_are_75(ranks, capfd) -> None:
+    def alone() -> int:
+        os.environ["WORLD_SIZE"] = "2"
+        return run_command("x", lambda argv: dist.start(timeout_s=0.5) and None, [])
+
+    assert ranks(alone) == [75]
+    assert "not all ranks came to 127.0.0.1:" in capfd.readouterr().err

@@ -180,6 +180,8 @@ def test_a_state_that_cannot_be_read_now_is_not_set_aside(tmp_path, monkeypatch)
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), 65),
         (MemoryError(), 78),
         (WriteError("x"), 73),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"), 78),
+        (ValueError("Maximum allowed dimension exceeded"), 78),
     ],
 )
 def test_the_last_net_is_one_line_with_a_status(error, status, capfd):

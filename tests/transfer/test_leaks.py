@@ -125,6 +125,16 @@ def test_a_grid_on_splits_that_share_images_is_refused(call, leaking, capsys) ->
     assert "images of split test" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["linear", "knn"])
+def test_a_probe_on_splits_that_share_images_is_refused(name, call, leaking, capsys) -> None:
+    """Held-out samples, on which it chooses, would be among those that it is fitted on."""
+    argv = ["--train-splits", "train,test", "--test-split", "other", "--dry-run"]
+    assert call(name, leaking, *argv) == 78
+    assert "too: its score would say nothing" in capsys.readouterr().err
+    assert call(name, leaking, "--train-splits", "train,train", "--dry-run") == 2
+    assert "names a split twice" in capsys.readouterr().err
+
+
 def test_pixels_that_leak_are_refused_where_latents_do_not(
     call, tiny_shards, tmp_path, capsys
 ) -> None:

@@ -72,7 +72,9 @@ class ProbeOptions(OverlapOption, TransferOptions):
         require(
             self,
             positive=("noise_samples", "noise_seeds", "limit", "few_shot_draws"),
+            non_negative=("reference_accuracy",),
             fraction=("holdout",),
+            at_most={"reference_accuracy": 100},
         )
         if self.cell is None and (self.block is None or self.level is None):
             raise UsageError("name the cell: --cell grid.json, or --block K --level s [--pool P]")
@@ -84,6 +86,8 @@ def open_train(root: Path, splits: tuple[str, ...], checkpoint: Checkpoint) -> S
     """The splits of a data folder that are fitted on; several are concatenated."""
     if not splits:
         raise UsageError("--train-splits: the list is empty")
+    if len(set(splits)) < len(splits):
+        raise UsageError(f"--train-splits {','.join(splits)} names a split twice")
     parts = [labelled(open_shards(root, name, checkpoint)) for name in splits]
     return parts[0] if len(parts) == 1 else Concat(parts)
 
@@ -107,12 +111,18 @@ def open_test(
     return test
 
 
+def check_train_splits(root: Path, splits: tuple[str, ...], allow_overlap: bool = False) -> None:
+    """Refuse splits that are fitted on together and share images: held-out ones would be among
+    those that are not. Raises ConfigError."""
+    for number, split in enumerate(splits):
+        check_disjoint(root, splits[:number], split, allow_overlap)
+
+
 def check_splits(root: Path, train_splits: tuple[str, ...], allow_overlap: bool = False) -> None:
     """Refuse, before a search over cells, what their probes would refuse: a test split that shares
     images with train. So are train splits that share images: held-out ones would be among them.
     Raises ConfigError."""
-    for number, split in enumerate(train_splits):
-        check_disjoint(root, train_splits[:number], split, allow_overlap)
+    check_train_splits(root, train_splits, allow_overlap)
     manifest = read_manifest(root)
     others = [s for s in TEST_SPLITS if s in manifest["splits"] and s not in train_splits]
     for split in others[:1]:

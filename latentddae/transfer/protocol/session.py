@@ -30,7 +30,12 @@ from latentddae.transfer.probes.cost import ProbeCost, ProbeSize, knn_cost, line
 from latentddae.transfer.probes.data import Device, ProbeData, ProbeResult
 from latentddae.transfer.probes.metrics import METRICS, confusion
 from latentddae.transfer.protocol import cells, probe_cost
-from latentddae.transfer.protocol.options import ProbeOptions, open_test, open_train
+from latentddae.transfer.protocol.options import (
+    ProbeOptions,
+    check_train_splits,
+    open_test,
+    open_train,
+)
 from latentddae.transfer.protocol.splits import HOLDOUT, Split, labels_of, split_train
 from latentddae.transfer.results import CellInfo, CheckpointInfo, Json, Result
 
@@ -160,6 +165,7 @@ def open_session(options: ProbeOptions) -> ProbeSession:
 def _open(options: ProbeOptions, grid: Grid | None) -> ProbeSession:
     checkpoint = options.open_checkpoint()
     train = open_train(options.data, options.train_splits, checkpoint)
+    check_train_splits(options.data, options.train_splits, options.allow_overlap)
     test = open_test(
         options.data,
         options.test_split,
