@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from latentddae import __version__
-from latentddae.core.errors import run_command
+from latentddae.core.errors import INTERRUPTED, run_command
 from latentddae.training.preemption import listen_early
 
 GROUPS = {  # job -> {command: (module with main(argv), one line for --help)}
@@ -107,4 +107,7 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:]))
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # while a command is being imported
+        sys.exit(INTERRUPTED)

@@ -10,7 +10,6 @@ it was, and a finished one prints its table immediately.
 """
 
 import contextlib
-import json
 import shlex
 import sys
 import time
@@ -200,7 +199,7 @@ def check_settings(config: DemoConfig) -> None:
     """A demo folder belongs to one set of settings; raises ConfigError for another."""
     path = config.out / "demo.json"
     if path.exists():
-        recorded = json.loads(path.read_text())
+        recorded = files.read_json(path, "settings of a demo")
         for key, value in to_dict(config).items():
             if recorded.get(key) != value:
                 raise ConfigError(

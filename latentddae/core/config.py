@@ -378,9 +378,8 @@ def _to_int(text: str) -> int:
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     try:
         read = _read_scalar(hint, value) if isinstance(value, str) else _cast(hint, value)
-        if hint is not float or abs(read) <= FLOAT32_MAX:
-            _check_int(path, read)
-            return read
+        _check_number(path, read)
+        return read
     except (ValueError, OverflowError):
         pass
     wanted = "float that is finite in 32 bits" if hint is float else hint.__name__
@@ -398,8 +397,10 @@ def _cast(hint: type, value: object) -> object:
     raise ValueError(value)
 
 
-def _check_int(path: str, value: object) -> None:
-    """Integers have 63 bits, and seeds no sign."""
+def _check_number(path: str, value: object) -> None:
+    """Numbers fit into 32 bits, integers into 63, and seeds have no sign. Raises ValueError."""
+    if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+        raise ValueError(value)
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise ValueError(value)
     if isinstance(value, int) and value < 0 and SEED.search(path):

@@ -7,7 +7,9 @@ traceback.
 import contextlib
 import errno
 import http.client
+import io
 import json
+import os
 import re
 import socket
 import sys
@@ -89,7 +91,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN  # no name server answers
     if isinstance(error, (ConnectionError, TimeoutError, http.client.HTTPException)):
-        return not isinstance(error, BrokenPipeError)
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT
     number = RUST_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
@@ -144,8 +146,6 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
     if is_too_large(error):
         said = str(error).strip().splitlines()[0][:200]
         return ConfigError(f"a size is larger than any memory ({said}): look at the settings")
-    if isinstance(error, BrokenPipeError):
-        return None
     if isinstance(error, OSError):
         kind = WriteError if error.errno in FULL else ConfigError
         return kind(str(error) or type(error).__name__)
@@ -155,33 +155,70 @@ def as_user_error(error: BaseException) -> LatentddaeError | None:
     return None
 
 
-class _IgnoringWriteErrors:
-    """A text stream that ignores failed writes: the disk of a log file may be full."""
+class _Forgiving:
+    """A text stream that takes no command along: failed writes of these kinds are ignored, and
+    whatever its encoding lacks is written as an escape."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, kinds: tuple[type[Exception], ...]) -> None:
+        self._stream, self._kinds = stream, kinds
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except self._kinds as error:
+            if isinstance(error, BrokenPipeError):  # `| head`: what follows goes nowhere
+                with contextlib.suppress(OSError, ValueError):
+                    _open_nowhere(self._stream.fileno())
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
+def _open_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _open_standard_streams() -> None:
+    """Open what a caller has closed (`>&-`): the next file would get its number, and whatever a
+    library prints would be written into that file."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            _open_nowhere(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 @contextlib.contextmanager
-def _stderr_ignoring_write_errors() -> Iterator[None]:
-    stream = sys.stderr
-    sys.stderr = cast(TextIO, _IgnoringWriteErrors(stream))
+def _forgiving_streams() -> Iterator[None]:
+    """stderr ignores all failed writes. stdout carries results: a full disk under it is an error,
+    a reader that has gone is none."""
+    _open_standard_streams()
+    out, err = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, _Forgiving(out, (BrokenPipeError,)))
+    sys.stderr = cast(TextIO, _Forgiving(err, (OSError, ValueError)))
     try:
         yield
     finally:
-        sys.stderr = stream
+        sys.stdout, sys.stderr = out, err
+
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C: 128 and the number of the signal."""
 
 
 def run_command(
@@ -189,20 +226,24 @@ def run_command(
 ) -> int:
     """Run one command's `main` and return its exit status; errors of ours print as one line."""
     try:
-        with _stderr_ignoring_write_errors():
+        with _forgiving_streams():
             main(None if argv is None else list(argv))
             sys.stdout.flush()  # a full disk under it is found here, not while Python ends
-    except BrokenPipeError:  # `latentddae info DIR | head`
-        sys.stderr.close()
-        return 1
+    except KeyboardInterrupt:
+        _say(name, "interrupted")
+        return INTERRUPTED
     except Exception as error:
         shown = as_user_error(error)
         if shown is None:  # a bug of ours: its traceback is wanted
             raise
-        message = without_secrets(" ".join(str(shown).split()))
-        # One write: the lines of ranks that fail together stay apart.
-        with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
-            sys.stderr.write(f"latentddae {name}: error: {message}\n")
-            sys.stderr.flush()
+        _say(name, f"error: {without_secrets(' '.join(str(shown).split()))}")
         return shown.exit_code
     return 0
+
+
+def _say(name: str, text: str) -> None:
+    """A line on stderr, which may be full or closed. It is one write: the lines of ranks that fail
+    together stay apart."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"latentddae {name}: {text}\n")
+        sys.stderr.flush()

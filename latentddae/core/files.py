@@ -187,9 +187,26 @@ def read_text(path: Path, what: str = "", limit: int = MAX_BYTES) -> str:
 def parse_json(data: bytes | str, label: object) -> Any:
     """The value of a JSON text; `label` names it in the DataError for a damaged one."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return json_value(data)
+    except ValueError as error:
         raise DataError(f"{label} is not valid JSON: {error}") from error
+
+
+def json_value(data: bytes | str) -> Any:
+    """The value of a JSON text from outside this process. ValueError if it is not JSON, is nested
+    too deeply, or gives a key twice, which could mean either value."""
+    try:
+        return json.loads(data, object_pairs_hook=_keys_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _keys_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 CHECK = "check"

@@ -5,7 +5,6 @@ Three fingerprints: `codec` (autoencoder, scale, shape) must equal the checkpoin
 exact samples.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import checked, read_bytes, text_hash
+from latentddae.core.files import checked, json_value, read_bytes, text_hash
 from latentddae.core.outputs import FolderKind
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shard_format import FORMAT, MANIFEST
@@ -241,13 +240,16 @@ def read_manifest(root: Path) -> Manifest:
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     """The checked manifest in these bytes; `path` is for messages."""
     try:
-        manifest = cast(Manifest, checked(json.loads(text), path))
+        manifest = cast(Manifest, checked(json_value(text), path))
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ConfigError(
                 f"{path} is of format {manifest['format']} version {manifest['version']}; this "
                 f"program reads {FORMAT} version {VERSION}"
             )
         _ = manifest["latents"], manifest["classes"], manifest["fingerprints"]["codec"]
+        if not isinstance(manifest["classes"], list):
+            raise TypeError("classes is no list")
+        "".join(manifest["classes"]).encode()  # of texts, and such as can be shown
         for split in manifest["splits"].values():
             _check_entries(path, split)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

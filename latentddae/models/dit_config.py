@@ -8,6 +8,7 @@ from latentddae.models.layers import NormName
 
 MAX_DEPTH = 10_000  # each block is a module of its own
 MAX_RATIO = 10_000.0
+MAX_POSITIONS = 2**31  # numbers in the table of positions, which is computed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,11 @@ class DiTConfig:
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
+        if self.tokens * self.hidden_size > MAX_POSITIONS:
+            raise ValueError(
+                f"input_size, patch_size and hidden_size give a table of {self.tokens:,} positions "
+                f"of {self.hidden_size:,} channels; the largest has {MAX_POSITIONS:,} numbers"
+            )
         self._check_heads("hidden_size", "num_heads")
         self._check_heads("head_width", "head_heads")
         if self.norm not in get_args(NormName):

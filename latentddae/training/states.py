@@ -16,7 +16,6 @@ other one with the EMA, without a conversion step, and every value is verified o
 
 import contextlib
 import functools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -209,7 +208,7 @@ def read_manifest(path: Path) -> State:
     """A state by its folder; raises DataError if its `state.json` is missing or damaged."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(files.read_raw(file))
+        manifest = files.json_value(files.read_raw(file))
         check = manifest.pop("check", None)
         if check != files.text_hash(manifest):
             raise DataError(f"{file} is damaged: its hash is not the recorded one")

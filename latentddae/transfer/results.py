@@ -17,8 +17,10 @@ from latentddae.core.errors import DataError
 from latentddae.core.files import (
     append_json_line,
     checked,
+    json_value,
     parse_json,
     read_bytes,
+    read_text,
     text_hash,
     whole_lines,
     write_atomic,
@@ -357,14 +359,14 @@ def find(out: Path, key: str) -> Result | None:
 
 def _end_last_line(path: Path) -> None:
     """Drop a last line that a kill cut off, or give it the line end it lacks."""
-    text = path.read_text() if path.exists() else ""
+    text = read_text(path, "results") if path.exists() else ""
     if not text or text.endswith("\n"):
         return
     start = text.rfind("\n") + 1
     try:
-        json.loads(text[start:])
+        json_value(text[start:])
         write_atomic(path, text + "\n")
-    except json.JSONDecodeError:
+    except ValueError:
         write_atomic(path, text[:start])
 
 

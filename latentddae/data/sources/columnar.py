@@ -4,7 +4,6 @@ The images' bytes are put end to end into a temporary file, because compressed c
 read at random.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import json_value
 from latentddae.data.sources.archives import spool
 from latentddae.data.sources.folders import natural_order
 from latentddae.data.sources.listing import ALL, Listing, number_ids
@@ -216,7 +216,7 @@ def _is_label(kind: "pa.DataType") -> bool:
 def class_label_names(schema: "pa.Schema", column: str) -> tuple[str, ...] | None:
     """Names of classes that `datasets` has put into a schema's metadata."""
     try:
-        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        metadata = json_value((schema.metadata or {})[b"huggingface"])
         return tuple(map(str, metadata["info"]["features"][column]["names"]))
     except (KeyError, TypeError, ValueError):
         return None

@@ -5,12 +5,12 @@ Tables (csv, tsv, txt, jsonl), EDM's dataset.json, COCO's json (iNaturalist's), 
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentddae.core.errors import ConfigError, DataError
+from latentddae.core.files import json_value
 from latentddae.data.sources.options import IGNORE
 from latentddae.data.sources.pixels import IMAGE_NAMES
 from latentddae.data.sources.scan import extension_of
@@ -89,9 +89,9 @@ def read_rows(name: str, data: bytes, images: Images, column: str = "") -> list[
     try:
         extension = extension_of(name)
         if extension == ".json":
-            return _json_rows(name, json.loads(data), images, column)
+            return _json_rows(name, json_value(data), images, column)
         if extension in (".jsonl", ".ndjson"):
-            lines = [json.loads(line) for line in data.splitlines() if line.strip()]
+            lines = [json_value(line) for line in data.splitlines() if line.strip()]
             return _record_rows(name, lines, images, column)
         return _text_rows(name, data.decode("utf-8-sig"), images, column)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:

@@ -3,12 +3,12 @@
 `encode` stops where such a file would change what it makes of a place, and says which flag decides.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from latentddae.core.errors import ConfigError
+from latentddae.core.files import json_value
 from latentddae.data.sources.imagenet import TRUTH
 from latentddae.data.sources.listing import Listing, is_table
 from latentddae.data.sources.options import IGNORE
@@ -180,8 +180,8 @@ def _is_label(path: str, tree: Tree) -> bool:
     if extension == ".txt":
         return NUMBER.fullmatch(data) is not None
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = json_value(data)
+    except ValueError:
         return False
     return isinstance(value, int) or (isinstance(value, dict) and bool(label_keys(value)))
 

@@ -5,7 +5,6 @@ located here and read later at their offsets; names are split into key and exten
 `webdataset` library does.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentddae.core.errors import ConfigError, DataError
-from latentddae.core.files import open_regular, read_bytes, read_json
+from latentddae.core.files import json_value, open_regular, read_bytes, read_json
 from latentddae.data.sources.listing import ALL, Listing, is_table, name_list, number_ids
 from latentddae.data.sources.options import IGNORE, SourceOptions
 from latentddae.data.sources.pixels import IMAGE_NAMES
@@ -207,7 +206,7 @@ def _json_label(tar: Path, member: Member, handle: int, key: str) -> int | None:
     key than `label`."""
     text = os.pread(handle, min(member.size, LABEL_BYTES), member.offset)
     try:
-        value = json.loads(text)
+        value = json_value(text)
         label = value.get(key or "label") if isinstance(value, dict) else value
         if label is None:
             others = label_keys(value) if isinstance(value, dict) and not key else ()
