@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from latentddae.core import rng
 from latentddae.core.precision import products_of
 from latentddae.data.encoding.autoencoder import open_autoencoder
+from latentddae.data.encoding.decode_pool import Decoded
+from latentddae.data.encoding.plan import EncodeConfig
+from latentddae.data.encoding.shard_encoder import BatchEncoder
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet, write_split
 from latentddae.diffusion import OBJECTIVES
@@ -224,17 +228,6 @@ def test_the_autoencoder_encodes_alike(device) -> None:
     assert gap(open_autoencoder("demo", device, "bf16").encode(images), expected) < 3e-2
 
 
-def test_ridge_sums_on_the_device(device) -> None:
-    """Closed-form probes from sums on the device read like those of the host."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(512, 64, generator=generator), torch.arange(512) % 4
-    x += 0.5 * F.one_hot(y, 64)
-    host = ridge.Statistics.start(x, 4)
-    host.add(x, y)
-    centred = x.to(device).double() - host.shift.to(device)
-    torch.testing.assert_close((centred.T @ centred).cpu(), host.gram, rtol=1e-9, atol=1e-7)
-
-
 @contextlib.contextmanager
 def waits_for(side: torch.device) -> Iterator[list[str]]:
     """Collects where the host waits for a GPU meanwhile; for a CPU there is nothing to wait for."""
@@ -249,6 +242,44 @@ def waits_for(side: torch.device) -> Iterator[list[str]]:
             if side.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     said += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+def test_encoding_waits_for_nothing(device, tmp_path) -> None:
+    """Batches of two views come back as the CPU gives them, each in one copy that is waited for
+    only where its numbers are asked for; the third uses the memory of the first."""
+    side, batch, views = 32, 8, ("original", "mirror")
+    config = EncodeConfig(source="", out="", resolution=side, batch=batch, views=views)
+
+    def on(side_: torch.device) -> list[np.ndarray]:
+        autoencoder, random = open_autoencoder("demo", side_), np.random.default_rng(0)
+        plan = SimpleNamespace(config=config, spec=autoencoder.spec(side, views))
+        encode = BatchEncoder(plan, autoencoder)
+        pixels = random.integers(0, 256, (4, batch, 2, 3, side, side), dtype=np.uint8)
+        memory, found = np.empty_like(pixels[0]), []
+        for number, each in enumerate(pixels):
+            memory[:] = each
+            decoded = Decoded(np.arange(batch), memory, {}, np.zeros(batch, np.uint64))
+            with waits_for(side_) as waits:
+                encoded = encode(decoded)
+            assert not waits or number == 0, waits  # kernels are loaded with the first
+            memory[:] = 0  # as the decoder does
+            found.append(encoded.stored())
+            assert not decoded.problems
+        return found
+
+    for ours, theirs in zip(on(device), on(torch.device("cpu")), strict=True):
+        assert gap(torch.from_numpy(ours), torch.from_numpy(theirs)) < 1e-3
+
+
+def test_ridge_sums_on_the_device(device) -> None:
+    """Closed-form probes from sums on the device read like those of the host."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(512, 64, generator=generator), torch.arange(512) % 4
+    x += 0.5 * F.one_hot(y, 64)
+    host = ridge.Statistics.start(x, 4)
+    host.add(x, y)
+    centred = x.to(device).double() - host.shift.to(device)
+    torch.testing.assert_close((centred.T @ centred).cpu(), host.gram, rtol=1e-9, atol=1e-7)
 
 
 def test_features_on_the_device_wait_once_per_batch(device, tmp_path) -> None:
