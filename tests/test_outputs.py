@@ -6,13 +6,14 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from latentddae.cli import COMMANDS
-from latentddae.core.errors import run_command
+from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.outputs import MARK, FolderKind, Output, check, claim, claimed
 
 # Command -> its arguments; OUT is the output, INPUT what it reads.
@@ -221,3 +222,53 @@ def trained_model():
         )
 
     return save
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(tmp_path, trained_model):
+    real = trained_model(tmp_path / "elsewhere")
+    before = (real / "ema.safetensors").stat().st_ino
+    (tmp_path / "link").symlink_to(real)
+    assert trained_model(tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink() and sorted(tmp_path.iterdir()) == [
+        tmp_path / "elsewhere",
+        tmp_path / "link",
+    ]
+    assert (real / "ema.safetensors").stat().st_ino != before  # it was replaced
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_file_that_is_a_link_is_not_replaced(command, tmp_path, capfd):
+    """Even where it leads to what could be replaced: the link would be lost."""
+    arguments, suffix = FILES[command]
+    (tmp_path / "images").mkdir()
+    (tmp_path / f"link.{suffix}").symlink_to(__file__)
+    assert run(command, arguments, tmp_path / f"link.{suffix}", tmp_path / "images") == 78
+    assert "is a link" in capfd.readouterr().err
+    assert (tmp_path / f"link.{suffix}").is_symlink()
+
+
+def test_a_folder_that_is_mounted_twice_is_one(tmp_path):
+    for name in ("images", "mounted"):
+        (tmp_path / name).mkdir()
+    mount = ["mount", "--bind", str(tmp_path / "images"), str(tmp_path / "mounted")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nobody may mount here")
+    try:
+        for out in ("mounted", "mounted/new"):
+            with pytest.raises(ConfigError, match=r"is (also )?read"):
+                check(Output(tmp_path / out, RESULTS, [tmp_path / "images"]))
+        (tmp_path / "images" / "a").mkdir()
+        with pytest.raises(ConfigError, match="holds"):
+            check(Output(tmp_path / "mounted", RESULTS, [tmp_path / "images" / "a"]))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "mounted")], check=True)
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, capfd):
+    """`--out "$OUT"` of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(COMMANDS["knn"][0]).main
+    words = [w for w in FOLDERS["knn"].replace("INPUT", ".").split() if w != "OUT"]
+    assert run_command("knn", main, [*words, ""]) == 78
+    assert "out: expected" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

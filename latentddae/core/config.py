@@ -408,6 +408,8 @@ def _check_number(path: str, value: object) -> None:
 
 
 def _read_scalar(hint: Any, text: str) -> Any:
+    if hint is Path and not text:  # of a shell's variable that is not set; "." is typed as such
+        raise ValueError("no path")
     if hint in (str, Path):
         return hint(text)
     if hint is bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from latentddae.core.errors import ConfigError, DataError, InUseError, WriteError, is_transient
+from latentddae.core.redaction import without_secrets
 from latentddae.core.retry import retried, unavailable
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def keep_damaged(path: Path) -> None:
 def warn(text: str) -> None:
     """Print a line to stderr; a stderr that cannot be written takes nothing along."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(without_secrets(text), file=sys.stderr, flush=True)
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

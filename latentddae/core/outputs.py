@@ -101,6 +101,8 @@ def _check(output: Output) -> None:
         return
     mode = path.stat().st_mode
     if isinstance(kind, FileKind):
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link, which would be replaced: name {path.resolve()}")
         if not stat.S_ISREG(mode):
             raise ConfigError(f"{path} is not a file: choose another name for {kind.what}")
         if kind == NEW_FILE:
@@ -241,21 +243,34 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _check_inputs(path: Path, inputs: Sequence[Path | str]) -> None:
     target = path.resolve()
+    parents = set(map(_identity, target.parents))
     for given in inputs:
         if not os.path.exists(given):
             continue
         source = Path(given).resolve()
-        if source == target:
+        same = _identity(source)
+        if same == _identity(target):
             raise ConfigError(f"{path} is also read: nothing was changed; choose another --out")
-        if target in source.parents:
+        if _identity(target) in map(_identity, source.parents):
             raise ConfigError(
                 f"{path} holds {given}, which is read: nothing was changed; choose another --out"
             )
-        if source in target.parents and not is_run(source):
+        if same in parents and not is_run(source):
             raise ConfigError(
                 f"{path} lies inside {given}, which is read: nothing was changed; choose another "
                 "--out"
             )
+
+
+def _identity(path: Path) -> object:
+    """What a path is, whatever it is called: a folder that is mounted at two places is one."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if is_transient(error):
+            raise
+        return path
+    return found.st_dev, found.st_ino
 
 
 def is_run(folder: Path) -> bool:

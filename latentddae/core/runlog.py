@@ -14,6 +14,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -23,7 +24,7 @@ from typing import Any
 from latentddae import __version__
 from latentddae.core import files
 from latentddae.core.errors import ConfigError
-from latentddae.core.redaction import without_secrets
+from latentddae.core.redaction import words_without_secrets
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "timm", "webdataset", "numpy", "safetensors")
 WANDB_TIMEOUT_S = 10
@@ -68,7 +69,7 @@ def environment(device: str, world_size: int) -> dict[str, object]:
     return {
         "versions": versions(),
         "commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *words_without_secrets(sys.argv[1:])],
         "host": socket.gethostname(),
         "device": device,
         "world_size": world_size,
@@ -104,6 +105,8 @@ class RunLog:
         lost = images + 1 if images else None  # TensorBoard forgets the points from there on
         self._failed: set[str] = set()
 
+        _silence_board_thread()
+
         def open_board() -> None:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=lost)
 
@@ -138,6 +141,19 @@ class RunLog:
         self._optional("TensorBoard", lambda: self._board.close())
         if self._wandb is not None:
             self._optional("wandb", self._wandb.finish)
+
+
+@functools.cache
+def _silence_board_thread() -> None:
+    """The thread that writes for TensorBoard prints no traceback when it fails: the next row hears
+    of that, and warns."""
+    others = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            others(failed)
+
+    threading.excepthook = hook
 
 
 def _images_of(row: Mapping[str, object]) -> float:

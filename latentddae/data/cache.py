@@ -118,7 +118,7 @@ def _is_complete(folder: Path, shard: ShardEntry, *, is_trusted: bool) -> bool:
         return False
     if is_trusted and noted.exists():
         age = time.time() - noted.stat().st_mtime
-        if age < CHECKED_FOR_S and noted.read_bytes() == _noted_text(path, shard["sha256"]):
+        if 0 <= age < CHECKED_FOR_S and noted.read_bytes() == _noted_text(path, shard["sha256"]):
             return True
     if sha256(path) != shard["sha256"]:
         return False

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from latentddae.core.errors import ConfigError, DataError, InUseError, unreadable
 from latentddae.core.files import exclusive, move, sha256, write_errors
+from latentddae.core.redaction import without_secrets
 from latentddae.core.retry import retried
 from latentddae.data.remote import CHUNK, TIMEOUT_S, WEB
 
@@ -83,7 +84,7 @@ def _from_web(address: str) -> Download:
             time.sleep(0.5)
     if sha256(target) != expected:
         raise DataError(f"{target} is damaged: its sha256 is not that of {address}; delete it")
-    return Download(target, {"address": url})
+    return Download(target, {"address": without_secrets(url)})
 
 
 def download(url: str, target: Path, expected: str) -> None:
@@ -149,7 +150,9 @@ def _append(answer: IO[bytes], file: IO[bytes], url: str, length: int) -> None:
     """Copy `length` bytes (-1: unknown). ConnectionError if fewer arrive."""
     count = 0
     hidden = not sys.stderr.isatty()
-    with tqdm(total=length, desc=url, unit="B", unit_scale=True, disable=hidden) as bar:
+    with tqdm(
+        total=length, desc=without_secrets(url), unit="B", unit_scale=True, disable=hidden
+    ) as bar:
         try:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
@@ -177,7 +180,7 @@ def _from_hub(address: str) -> Download:
     for file, recorded in hashes.items():
         if recorded is not None and sha256(root / file) != recorded:
             raise DataError(f"{root / file} is damaged: its sha256 is not the one on the Hub")
-    facts: dict[str, object] = {"address": address, "revision": root.name}
+    facts: dict[str, object] = {"address": without_secrets(address), "revision": root.name}
     if licence:
         facts["licence"] = licence
     return Download(root / _named(list(hashes), inside, address), facts)

@@ -12,6 +12,7 @@ it lacks.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -147,6 +148,9 @@ def check_folder(config: SampleConfig, record: dict[str, object]) -> None:
             f"{out} holds samples made with other settings ({', '.join(differing)}); "
             "choose another folder"
         )
+    strays = [p for p in image_files(out / "images") if not re.fullmatch(r"\d{6,}\.png", p.name)]
+    if strays:
+        raise ConfigError(f"{strays[0]} is none of the samples in {out}: move it away")
     if old.get("num", 0) > config.num:
         raise ConfigError(
             f"{out} already holds a run of {old['num']} images, got --num {config.num}"

@@ -106,16 +106,19 @@ def save(
         "latents": latents.to_dict(),
         **info,
     }
-    with waited_for(folder, "write a checkpoint", beside=True):
-        _remove_leftovers(folder)
-        return _save(folder, settings, weights)
+    # What a link points to is replaced, not the link.
+    target = folder.resolve() if folder.is_symlink() else folder
+    with waited_for(target, "write a checkpoint", beside=True):
+        _remove_leftovers(target)
+        _save(target, settings, weights)
+    return folder
 
 
 def _save(
     folder: Path,
     settings: Mapping[str, object],
     weights: Mapping[str, Mapping[str, Tensor | Entry]],
-) -> Path:
+) -> None:
     temporary = temporary_path(folder)
     hashes: dict[str, str] = {}
     try:
@@ -130,7 +133,6 @@ def _save(
             _replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _remove_leftovers(folder: Path) -> None:

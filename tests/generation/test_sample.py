@@ -146,6 +146,9 @@ def test_other_settings_do_not_mix_into_a_folder(checkpoint: Path, tmp_path: Pat
         run(checkpoint, out, "--seed", "1", num=4)
     with pytest.raises(ConfigError, match="run of 4 images"):
         run(checkpoint, out, num=3)
+    (out / "images" / "holiday.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holiday\.png is none of the samples"):
+        run(checkpoint, out, num=4)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match="not a folder of samples"):

@@ -12,6 +12,7 @@ from latentddae.core.config import require
 from latentddae.core.errors import ConfigError
 from latentddae.core.files import state_dict_hash
 from latentddae.core.outputs import Output
+from latentddae.core.redaction import without_secrets
 from latentddae.data.latents import LatentSpec
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import SampleSet
@@ -194,7 +195,7 @@ def describe_checkpoint(
 ) -> CheckpointInfo:
     """Which network, with which of its weights, as results record it."""
     return CheckpointInfo(
-        source=source,
+        source=without_secrets(source),
         weights=checkpoint.info.get("weights", weights),
         model_hash=state_dict_hash(checkpoint.model.state_dict())[:16],
         images_seen=checkpoint.info.get("images_seen"),

@@ -138,6 +138,11 @@ def levels_of(texts: str | Iterable[str | float], objective: Objective) -> tuple
     levels = tuple(level_of(part, objective) for part in parts if part.strip())
     if not levels:
         raise UsageError("the list of noise levels is empty")
+    named: dict[str, float] = {}
+    for level in levels:  # files are named after their levels
+        other = named.setdefault(f"{level:.6f}", level)
+        if other != level:
+            raise UsageError(f"noise levels {other} and {level} are nearly the same")
     return levels
 
 

@@ -33,6 +33,8 @@ def test_all_units_name_the_same_level(objective):
     assert level_of(f"sigma={3 / 7}", objective) == pytest.approx(0.3)
     assert level_of(f"logsnr={told['log_snr']}", objective) == pytest.approx(0.3)
     assert levels_of("0.3, s=0.5", objective) == (0.3, 0.5)
+    with pytest.raises(UsageError, match="nearly the same"):  # one file would hold both
+        levels_of("0.3, 0.3000000001", objective)
 
 
 @pytest.mark.parametrize("objective", ALL.values(), ids=ALL.keys())
