@@ -116,9 +116,9 @@ def full_name(cls: type, key: str) -> str:
 
 def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     """The settings of a YAML file on top of those of its `base:` files; all scalars are text."""
-    if path in seen:
-        raise ConfigError(f"{path}: `{BASE_KEY}` files form a circle: {[str(p) for p in seen]}")
     try:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: `{BASE_KEY}` files form a circle: {[str(p) for p in seen]}")
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
@@ -133,7 +133,11 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold key: value pairs at its top level")
     base = tree.pop(BASE_KEY, None)
-    return tree if base is None else overlay(read_file(path.parent / base, (*seen, path)), tree)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: `{BASE_KEY}` must name a file, got {base!r}")
+    return overlay(read_file(path.parent / base, (*seen, path.resolve())), tree)
 
 
 class _TextLoader(yaml.BaseLoader):

@@ -107,6 +107,19 @@ def test_files_that_are_not_plain_yaml_mappings_are_refused(tmp_path, text: str)
         configuration.load(Run, path, ["run=r"])
 
 
+@pytest.mark.parametrize("base", ["[a]", "{a: b}", "''"])
+def test_a_base_that_is_no_file_is_refused(tmp_path, base) -> None:
+    (tmp_path / "c.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match="must name a file"):
+        configuration.read_file(tmp_path / "c.yaml")
+
+
+def test_a_circle_is_seen_whatever_its_files_are_called(tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text(f"base: ../{tmp_path.name}/c.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        configuration.read_file(tmp_path / "c.yaml")
+
+
 def test_circular_bases_are_refused(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
