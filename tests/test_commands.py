@@ -181,6 +181,7 @@ def test_numbers_that_cannot_be_meant_are_refused(command) -> None:
         ["model.depth=1000000000000000"],
         ["model.head_depth=1000000000000000"],
         ["model.head_width=1000000000000000"],
+        ["model.head_width=6", "model.head_heads=1"],
         ["model={name: unet, blocks_per_level: 1000000000000000}", "objective=edm"],
     ],
 )

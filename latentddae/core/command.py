@@ -277,6 +277,8 @@ def parse(cls: type, argv: Sequence[str]) -> Arguments:
             setattr(out, name.replace("-", "_"), True)
         elif name == "config" and word.startswith("--"):
             out.file = value if equals else _value(words, word)
+            if not out.file:  # of a shell's variable that is not set
+                raise UsageError("--config names no file")
         elif name in ("local_rank", "local-rank") and word.startswith("--"):
             if not equals:  # the deepspeed launcher passes it
                 _value(words, word)

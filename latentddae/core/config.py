@@ -236,6 +236,9 @@ def build(cls: type[Record], values: Mapping[str, Any], path: str = "", base: An
         else:
             inner = None if base is None else getattr(base, key)
             arguments[key] = _convert(hints[key], value, name, inner)
+    for key in required(cls):
+        if arguments.get(key) == "":  # of a shell's variable that is not set
+            raise ConfigError(f"{path}{key} is empty")
     missing = [name for name in required(cls) if name not in arguments and base is None]
     if missing:
         raise ConfigError(f"missing required setting {path}{missing[0]}")
@@ -274,7 +277,7 @@ def build_choice(registry: Mapping[str, Any], value: Any, path: str) -> Any:
     rest = dict(value)
     bare = rest.pop(ITSELF, None)
     name = rest.pop("name", bare)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         close = difflib.get_close_matches(str(name), registry, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"{path}.name: unknown {name!r}{hint} Known: {', '.join(registry)}")

@@ -88,6 +88,8 @@ class DiTConfig:
             )
         self._check_heads("hidden_size", "num_heads")
         self._check_heads("head_width", "head_heads")
+        if self.head_width:
+            _ = self.head  # checked as a network of its own
         if self.norm not in get_args(NormName):
             raise ValueError(f"norm is layer or rms, got {self.norm!r}")
         if self.mlp not in ("gelu", "swiglu"):

@@ -114,6 +114,7 @@ def test_positional_arguments_alias_and_the_launchers_rank() -> None:
         (("--limit",), UsageError, ["--limit needs a value"]),
         (("--limit", "--retry"), UsageError, ["--limit needs a value"]),
         (("--limit", "many"), ConfigError, ["limit", "expected int", "many"]),
+        (("--config", ""), UsageError, ["--config names no file"]),
         (("--metric", "top2"), ConfigError, ["metric", "top1, mean"]),
         (("--noise-samples", "0"), ConfigError, ["noise_samples must be positive, got 0"]),
         (("--extra", "churn"), UsageError, ["--extra takes NAME=VALUE"]),

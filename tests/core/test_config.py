@@ -120,6 +120,19 @@ def test_a_circle_is_seen_whatever_its_files_are_called(tmp_path) -> None:
         configuration.read_file(tmp_path / "c.yaml")
 
 
+def test_a_required_text_is_not_empty() -> None:
+    with pytest.raises(ConfigError, match="run is empty"):
+        load("run=")
+
+
+@pytest.mark.parametrize("name", ["[small]", "{a: small}"])
+def test_a_choice_has_a_name_of_text(name) -> None:
+    with pytest.raises(ConfigError, match=r"model\.name: unknown"):
+        configuration.build(
+            Run, {"run": "r", "model": configuration.parse_yaml(f"name: {name}", "")}
+        )
+
+
 def test_circular_bases_are_refused(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
