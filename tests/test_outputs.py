@@ -15,6 +15,7 @@ import torch
 from latentddae.cli import COMMANDS
 from latentddae.core.errors import ConfigError, run_command
 from latentddae.core.outputs import MARK, FolderKind, Output, check, claim, claimed
+from latentddae.data.manifest import DATA_FOLDER
 
 # Command -> its arguments; OUT is the output, INPUT what it reads.
 FOLDERS = {
@@ -165,6 +166,18 @@ def test_a_foreign_shard_in_a_data_set_is_refused(world, tmp_path, capfd):
     assert run("encode", FOLDERS["encode"], tmp_path / "data", world / "images") == 78
     assert "val-000000.tar" in capfd.readouterr().err
     assert digest(tmp_path) == before
+
+
+def test_a_shard_that_a_kill_left_unfinished_is_ours(tmp_path):
+    """The next start of the same command removes it and goes on."""
+    journal = tmp_path / ".encode-train"
+    journal.mkdir()
+    (journal / "plan.json").write_text("{}")
+    (tmp_path / ".tmp-0123456789ab-train-000000.tar").write_bytes(b"half")
+    check(Output(tmp_path, DATA_FOLDER))
+    (tmp_path / "val-000000.tar").write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match="is no shard"):
+        check(Output(tmp_path, DATA_FOLDER))
 
 
 RESULTS = FolderKind("a folder of results", ("*.json",), is_marked=True, is_nested=True)

@@ -218,6 +218,8 @@ def is_data_folder(folder: Path) -> bool:
     elif not begun:
         return any(folder.glob(".encode-*"))
     for path in folder.glob("*.tar"):
+        if path.name.startswith(".tmp-"):  # of an encoding that was killed
+            continue
         if path.name not in named and path.name.rpartition("-")[0] not in begun:
             raise ConfigError(f"{path} is no shard of {folder}: move it away, nothing was changed")
     return True
