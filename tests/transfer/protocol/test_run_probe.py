@@ -80,7 +80,7 @@ def test_a_restart_probes_where_an_uninterrupted_run_does(tiny_shards, tmp_path,
     [
         ("monitor.probe.block=3", 78, "blocks 1 to 2"),
         ("monitor.probe.pool=medium", 2, "medium"),
-        ("monitor.probe.level=1.5", 2, "1.5"),
+        ("monitor.probe.level=1.5", 78, "1.5"),
         ("monitor.probe.data=/nowhere", 78, "/nowhere"),
         ("monitor.probe.split=nonsense", 78, "nonsense"),
         ("monitor.probe.holdout=1", 78, "holdout"),
