@@ -193,6 +193,7 @@ def train_steps() -> None:
     for variant in variants.values():
         variant.close()
     rate = {name: BATCH / statistics.median(found) for name, found in seconds.items()}
+    print(", ".join(f"{name} {value:.2f}" for name, value in rate.items()), "images per CPU second")
     plain = "a plain DiT step: timm's attention, torch AdamW, average by a loop"
     comparisons = [
         (

@@ -138,7 +138,7 @@ def read_batches(
     """`read_batch` of each part (n,) of indices, on the device; a thread reads ahead, into
     page-locked memory where a GPU copies from it. Close it to end the thread early."""
     read = partial(_read_for, device, latents, samples)
-    workers = min(1, len(parts) - 1)  # a single batch needs no thread
+    workers = int(len(parts) > 1)  # a single batch needs no thread
     ahead = prefetched(read, parts, ahead=READ_AHEAD, workers=workers, name="features")
     with contextlib.closing(ahead):
         for x0, positions in ahead:

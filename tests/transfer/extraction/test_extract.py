@@ -73,6 +73,11 @@ def test_ranks_together_see_every_sample_once(checkpoint, train):
     assert np.abs(whole - merged).max() < 1e-5
 
 
+def test_a_rank_without_samples_gets_no_features(checkpoint, train):
+    spec = FeatureSpec(level=0.1, blocks=(1,), pools=("mean",))
+    assert list(extract(checkpoint, train, np.arange(0), spec)) == []
+
+
 def test_labels_never_change_features(labelled_checkpoint, train, monkeypatch):
     before = collected(labelled_checkpoint, train, np.arange(20))
     monkeypatch.setattr(train, "labels", np.roll(train.labels, 1))
