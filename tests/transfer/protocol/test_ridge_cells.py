@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentddae.core.errors import DataError
+from latentddae.core.errors import ConfigError, DataError
 from latentddae.transfer.extraction import extract
 from latentddae.transfer.extraction.extract import collect
 from latentddae.transfer.extraction.spec import FeatureSpec
@@ -97,3 +97,12 @@ def test_sums_that_fail_leave_no_thread(checkpoint, train, monkeypatch):
     with pytest.raises(DataError, match="no memory") as kept:  # and with it the frames
         ridge_cells.ridge_scores(checkpoint, train, split, SPEC, batch=20)
     assert kept and not [t for t in threading.enumerate() if t.name.startswith("features")]
+
+
+def test_more_ranks_than_samples_are_refused(checkpoint, train, monkeypatch):
+    """On all ranks alike: one without samples would have no sums to add up."""
+    split = split_train(train, holdout=0.3, seed=3, limit=None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(len(split.train) + 1))
+    with pytest.raises(ConfigError, match=r"training samples for .* ranks"):
+        ridge_cells.ridge_scores(checkpoint, train, split, SPEC)
