@@ -49,9 +49,6 @@ def check_launcher_env(env: Mapping[str, str]) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    if ("RANK" in env) != ("WORLD_SIZE" in env):
-        alone, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        yield f"{alone}={env[alone]} is set without {lacking}: it is ignored"
     tasks = env.get("SLURM_NTASKS", "1")
     if world.launcher == "environment" and "SLURM_STEP_ID" in env and tasks != str(world.size):
         by_torchrun = "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env

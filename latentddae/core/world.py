@@ -27,8 +27,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
     """This process by the launcher's variables: RANK and WORLD_SIZE (deepspeed, torchrun), else a
     multi-task srun step, else a single process.
 
-    Raises ConfigError for inconsistent variables, and in a batch script of several tasks without
-    `srun`.
+    Raises ConfigError for inconsistent or missing variables, and in a batch script of several tasks
+    without `srun`.
     """
     env = os.environ if env is None else env
     world = World()
@@ -44,6 +44,12 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> World:
             )
         rank, size = number(env, "SLURM_PROCID"), number(env, "SLURM_NTASKS")
         world = World(rank, size, number(env, "SLURM_LOCALID"), "slurm")
+    elif "RANK" in env or env.get("WORLD_SIZE", "1") != "1":  # each rank would work alone
+        alone, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        raise ConfigError(
+            f"{alone}={env[alone]} is set without {lacking}: start with torchrun, deepspeed or "
+            f"srun, which set both, or unset {alone} for a single process"
+        )
     if not 0 <= world.rank < world.size:
         raise ConfigError(f"launcher variables: rank {world.rank} of {world.size} is impossible")
     if not 0 <= world.local_rank < MAX_LOCAL_RANKS:

@@ -58,6 +58,21 @@ def test_nonsense_is_refused() -> None:
         world_from_environment({"RANK": "2", "WORLD_SIZE": "2"})
 
 
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set without RANK"),
+    ],
+)
+def test_half_of_a_launch_is_refused(env: dict[str, str], said: str) -> None:
+    """Every process would believe that it is alone, and do the work of all."""
+    with pytest.raises(ConfigError, match=said):
+        world_from_environment(env)
+    step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    assert world_from_environment(env | step).rank == 1  # srun says it all
+
+
 def test_a_batch_script_that_forgot_srun_is_refused() -> None:
     """Slurm sets these in the script of a job with two tasks; one process would wait
     for the other for ever."""
@@ -75,6 +90,8 @@ MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
         ({}, ""),
         ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, ""),
         ({"RANK": "1"}, "without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "without RANK"),
+        ({"WORLD_SIZE": "1"}, ""),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}, "without MASTER_PORT"),
         (

@@ -51,6 +51,15 @@ def test_ranks_measure_what_one_measures(checkpoint_folder, tiny_shards, tmp_pat
     np.testing.assert_allclose(one.values["cka"], three.values["cka"], rtol=1e-5)
 
 
+def test_more_ranks_than_images_are_refused(
+    checkpoint_folder, tiny_shards, tmp_path, ranks, capfd
+) -> None:
+    argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards), "--levels", "0.1"]
+    argv += ["--limit", "2", "--out", str(tmp_path)]
+    assert ranks(lambda: run_command("geometry", geometry.main, argv), 3) == [65] * 3
+    assert "one per rank: 3, got 2" in capfd.readouterr().err
+
+
 def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys, monkeypatch) -> None:
     argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards)]
     argv += ["--out", str(tmp_path), "--levels", "0.1", "--limit", "50", "--minibatch", "20"]
