@@ -16,6 +16,7 @@ from latentddae.generation.inception import Features
 from latentddae.models import zoo
 from latentddae.training import export
 from latentddae.transfer import (
+    compare,
     finetune,
     geometry,
     grid,
@@ -27,6 +28,7 @@ from latentddae.transfer import (
     results,
     visualize,
 )
+from latentddae.transfer.grids import read_grid
 from tests.conftest import tiny_spec
 
 CONFIG = Path(__file__).parent / "training" / "tiny_unet.yaml"
@@ -122,6 +124,20 @@ def test_probes(probed) -> None:
     )[1:]
     assert result.protocol["optimizer"] == "adam"
     assert result.protocol["crop_padding"] == 4
+
+
+def test_the_baselines_of_a_unet(probed, pixel_shards) -> None:
+    """Its images are listed once, under their name; it has no gates that would be zero or random,
+    and every block of the untrained network is judged: there they differ."""
+    out = probed(grid, "--levels", "t=0.06", "--holdout", 0.3)
+    cells = ("--grid", out / "grid.json", "--pixels", pixel_shards)
+    rows = compare.read_table(probed(compare, *cells) / compare.FILE)
+    assert [(row.result.group, row.result.cell and row.result.cell.pool) for row in rows] == [
+        *(("ddae", "mean"), ("ddae", "grid2"), ("pixels", None)),
+        *(("untrained", "mean"), ("untrained", "grid2")),
+    ]
+    untrained = read_grid(out.with_name("compare") / "grids" / "untrained" / "grid.json")
+    assert {cell.block for cell in untrained.cells} == {1, 2, 3, 4}
 
 
 def test_analysis(probed) -> None:

@@ -2,7 +2,8 @@
 
 Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; the same network
 untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
-embedding of the noisy latent) and with random gates. Networks appear once per pooling, with their
+embedding of the noisy latent) and with random gates. A network without gates, a U-Net, has one
+untrained form, and a network of images no raw latents. Networks appear once per pooling, with their
 widths; the chosen pooling of each has the best held-out accuracy. The cell of an untrained network
 is chosen by a grid of its own, and so is that of a timm backbone (`--timm NAME@WEIGHTS`), which
 reads the clean pixels. Finished rows are read, not computed.
@@ -14,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+from torch import nn
 
 from latentddae.core import dist, progress
 from latentddae.core.command import Command
@@ -26,6 +29,7 @@ from latentddae.data.content import check_disjoint
 from latentddae.data.shards import ShardSet
 from latentddae.data.subsets import Reordered, SampleSet, match_keys
 from latentddae.models import zoo
+from latentddae.models.layers import modulation_layers
 from latentddae.models.timm_backbone import PREFIX
 from latentddae.models.untrained import randomize_gates
 from latentddae.models.zoo import Checkpoint
@@ -66,6 +70,17 @@ class Subject:
     """Train and test images behind the latents, for raw pixels and timm backbones."""
     data_name: str | None = None
     """Of the data set, for tables."""
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the network reads images themselves."""
+        return self.train.spec.kind == "image"
+
+    @property
+    def images(self) -> tuple[SampleSet, SampleSet] | None:
+        """Train and test images, None if they were not given: what a timm backbone reads."""
+        own = (self.train, self.test) if self.reads_images else None
+        return self.pixels or own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,34 +167,48 @@ def compare(run: Comparison) -> list[Row]:
 def entries(run: Comparison) -> Iterator[Entry]:
     """The rows in the order of the table. Grids of baselines are run when their turn comes."""
     subject = run.subject
-    raw = Entry(group="latents", train=subject.train, test=subject.test)
     for pool in subject.grid.pools:
-        yield replace(
-            raw,
+        yield Entry(
             group="ddae",
+            train=subject.train,
+            test=subject.test,
             network=subject.checkpoint,
             checkpoint_info=subject.checkpoint_info,
             cell=chosen_cell(subject.grid, pool),
         )
-    yield raw
-    if subject.pixels is not None:
-        train, test = subject.pixels
-        yield Entry(group="pixels", train=train, test=test)
-    for group in ("untrained", "random_gates"):
+    for group, (train, test) in raw_groups(subject).items():
+        yield Entry(group=group, train=train, test=test)
+    for group in untrained_groups(subject):
         yield from untrained_entries(run, group)
     yield from backbone_entries(run)
+
+
+def raw_groups(subject: Subject) -> dict[str, tuple[SampleSet, SampleSet]]:
+    """Train and test of the rows without a network. Images that a network reads itself are listed
+    once, whatever `--pixels` names."""
+    own = subject.train, subject.test
+    if subject.reads_images:
+        return {"pixels": own}
+    return {"latents": own} | ({"pixels": subject.pixels} if subject.pixels else {})
+
+
+def untrained_groups(subject: Subject) -> tuple[str, ...]:
+    """The untrained forms of the network: without gates there is but one."""
+    has_gates = modulation_layers(cast(nn.Module, subject.checkpoint.model))
+    return ("untrained", "random_gates") if has_gates else ("untrained",)
 
 
 def untrained_entries(run: Comparison, group: str) -> Iterator[Entry]:
     """The rows of an untrained network, by the protocol of the trained one's grid.
 
-    As initialised all blocks are the identity: one stands for all.
+    With gates, all of them zero, all blocks are the identity: one stands for all.
     """
     subject, grid = run.subject, run.subject.grid
+    all_alike = group == "untrained" and "random_gates" in untrained_groups(subject)
     network = untrained(subject.checkpoint, run.settings.baseline_seed, group == "random_gates")
     settings = GridSettings(
         levels=run.settings.baseline_levels or grid.levels,
-        blocks=(1,) if group == "untrained" else grid.blocks,
+        blocks=(1,) if all_alike else grid.blocks,
         pools=grid.pools,
         holdout=grid.holdout,
         seed=grid.seed,
@@ -207,10 +236,9 @@ def backbone_entries(run: Comparison) -> Iterator[Entry]:
     subject, grid = run.subject, run.subject.grid
     if not run.settings.timm:
         return
-    if subject.pixels is None:
+    if subject.images is None:
         raise ConfigError("--timm backbones read images: give --pixels")
-    train = Reordered(subject.pixels[0], subject.train)
-    test = Reordered(subject.pixels[1], subject.test)
+    train, test = map(Reordered, subject.images, (subject.train, subject.test))
     for name in run.settings.timm:
         network = open_checkpoint(PREFIX + name)
         settings = GridSettings(
@@ -479,12 +507,12 @@ def run(config: CompareConfig) -> None:
 def plan(config: CompareConfig) -> str:
     """The groups that `run` would compare."""
     comparison = open_comparison(config)
-    groups = ["ddae", "latents", *(["pixels"] if config.pixels else [])]
-    groups += ["untrained", "random_gates", *(PREFIX + name for name in config.timm)]
-    split = comparison.split
+    subject, split = comparison.subject, comparison.split
+    groups = ["ddae", *raw_groups(subject), *untrained_groups(subject)]
+    groups += [PREFIX + name for name in config.timm]
     return (
         f"{', '.join(groups)}: {len(split.fit)} training, {int(split.heldout.sum())} held-out and "
-        f"{len(comparison.subject.test)} test samples -> {config.out}"
+        f"{len(subject.test)} test samples -> {config.out}"
     )
 
 

@@ -60,7 +60,7 @@ def all_sections(
 
 
 def headline(runs: Sequence[Found]) -> list[Card]:
-    """The few figures to see first: the network's probe, its lead over raw latents, its cell."""
+    """The few figures to see first: the network's probe, its lead over its raw input, its cell."""
     chosen = {
         score.result.group: score
         for score in _best_comparison(runs)
@@ -72,9 +72,10 @@ def headline(runs: Sequence[Found]) -> list[Card]:
         name = f"DDAE linear probe, {tables.data_text(best.result.data)}"
         name = name if len(runs) == 1 else f"{name}, {best.run}"
         cards.append(Card(tables.percent(best.accuracy, 1), name))
-        if "latents" in chosen:
-            lead = 100 * (best.accuracy - chosen["latents"].accuracy)
-            cards.append(Card(f"{lead:+.1f}", "points over raw latents"))
+        raw = next((group for group in ("latents", "pixels") if group in chosen), None)
+        if raw:
+            lead = 100 * (best.accuracy - chosen[raw].accuracy)
+            cards.append(Card(f"{lead:+.1f}", f"points over {results.GROUP_NAMES[raw]}"))
         cell = best.result.cell
         assert cell is not None and cell.level is not None
         where = f"at noise level {plots.level_text(cell.level)}, pool {cell.pool}: the chosen cell"

@@ -110,11 +110,12 @@ def test_grids_are_named_by_what_tells_them_apart():
     assert [name for name, _ in both] == ["a", "b"]
 
 
-def test_the_headline_is_of_one_comparison():
-    """The lead over raw latents is that of the table in which the network is best."""
+@pytest.mark.parametrize("raw", ["latents", "pixels"])
+def test_the_headline_is_of_one_comparison(raw):
+    """The lead over the raw input is that of the table in which the network is best."""
 
-    def table(ddae, latents):
-        rows = [compared("ddae", "mean", 24, ddae), compared("latents", None, 256, latents)]
+    def table(ddae, input_alone):
+        rows = [compared("ddae", "mean", 24, ddae), compared(raw, None, 256, input_alone)]
         return Comparison(rows, [True, True])
 
     runs = [
@@ -124,7 +125,7 @@ def test_the_headline_is_of_one_comparison():
     cards = [(card.figure, card.explanation) for card in sections.headline(runs)]
     assert cards[:2] == [
         ("90.0 %", "DDAE linear probe, digits, test, a"),
-        ("+40.0", "points over raw latents"),
+        ("+40.0", f"points over raw {raw}"),
     ]
 
 
