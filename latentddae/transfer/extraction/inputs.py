@@ -63,7 +63,8 @@ class TransferOptions(CheckpointOptions):
     data: Path
     """Folder of latent shards."""
     batch: int = BATCH
-    """Images per forward pass; does not change the features."""
+    """Images that are read at a time. Networks get a fixed number, so that features do not depend
+    on it: a U-Net 128, the last ones padded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
