@@ -2,8 +2,8 @@
 
 Rows: DDAE features at the cell that its grid chose; raw latents; raw pixels; the same network
 untrained, as initialised (adaLN-Zero: every block is the identity, so the features are a patch
-embedding of the noisy latent) and with random gates. A network without gates, a U-Net, has one
-untrained form, and a network of images no raw latents. Networks appear once per pooling, with their
+embedding of the noisy latent) and with random gates. A network without gates (a U-Net) has one
+untrained form; a pixel network has no raw latents. Networks appear once per pooling, with their
 widths; the chosen pooling of each has the best held-out accuracy. The cell of an untrained network
 is chosen by a grid of its own, and so is that of a timm backbone (`--timm NAME@WEIGHTS`), which
 reads the clean pixels. Finished rows are read, not computed.
@@ -184,8 +184,8 @@ def entries(run: Comparison) -> Iterator[Entry]:
 
 
 def raw_groups(subject: Subject) -> dict[str, tuple[SampleSet, SampleSet]]:
-    """Train and test of the rows without a network. Images that a network reads itself are listed
-    once, whatever `--pixels` names."""
+    """Train and test sets of the rows without a network: latents and pixels, or the images that a
+    pixel network itself reads."""
     own = subject.train, subject.test
     if subject.reads_images:
         return {"pixels": own}
@@ -193,7 +193,7 @@ def raw_groups(subject: Subject) -> dict[str, tuple[SampleSet, SampleSet]]:
 
 
 def untrained_groups(subject: Subject) -> tuple[str, ...]:
-    """The untrained forms of the network: without gates there is but one."""
+    """The untrained forms of the network: one if it has no gates."""
     has_gates = modulation_layers(cast(nn.Module, subject.checkpoint.model))
     return ("untrained", "random_gates") if has_gates else ("untrained",)
 
@@ -201,7 +201,7 @@ def untrained_groups(subject: Subject) -> tuple[str, ...]:
 def untrained_entries(run: Comparison, group: str) -> Iterator[Entry]:
     """The rows of an untrained network, by the protocol of the trained one's grid.
 
-    With gates, all of them zero, all blocks are the identity: one stands for all.
+    While all gates are zero, every block is the identity: one stands for all.
     """
     subject, grid = run.subject, run.subject.grid
     all_alike = group == "untrained" and "random_gates" in untrained_groups(subject)
@@ -453,7 +453,8 @@ class CompareConfig(CompareSettings, OverlapOption, TransferOptions):
     grid: Path
     """grid.json of this checkpoint."""
     pixels: Path | None = None
-    """The same images, encoded with --autoencoder none."""
+    """The same images, encoded with --autoencoder none. Beside a pixel network only --timm reads
+    them."""
     test_split: str | None = None
     """Split to score, once. Default: test, else val."""
 

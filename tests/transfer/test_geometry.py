@@ -56,8 +56,8 @@ def test_more_ranks_than_images_are_refused(
 ) -> None:
     argv = ["--checkpoint", str(checkpoint_folder), "--data", str(tiny_shards), "--levels", "0.1"]
     argv += ["--limit", "2", "--out", str(tmp_path)]
-    assert ranks(lambda: run_command("geometry", geometry.main, argv), 3) == [65] * 3
-    assert "one per rank: 3, got 2" in capfd.readouterr().err
+    assert ranks(lambda: run_command("geometry", geometry.main, argv), 3) == [78] * 3
+    assert "2 samples for 3 ranks" in capfd.readouterr().err
 
 
 def test_command(checkpoint_folder, tiny_shards, tmp_path, capsys, monkeypatch) -> None:

@@ -63,8 +63,8 @@ class TransferOptions(CheckpointOptions):
     data: Path
     """Folder of latent shards."""
     batch: int = BATCH
-    """Images that are read at a time. Networks get a fixed number, so that features do not depend
-    on it: a U-Net 128, the last ones padded."""
+    """Images read at a time; does not change the features. Forward passes have a fixed size, 128
+    images for a U-Net."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from latentddae.core import dist
-from latentddae.core.errors import ConfigError
 from latentddae.data.subsets import SampleSet
 from latentddae.models.zoo import Checkpoint
 from latentddae.transfer.extraction.extract import (
@@ -66,13 +65,8 @@ def ridge_scores(
     progress: Progress | None = None,
 ) -> dict[Cell, RidgeScore]:
     """The score of every cell of `spec`; each rank extracts its share of the samples (a
-    collective).
-
-    Raises ConfigError if there are fewer samples than ranks.
-    """
-    labels, ranks = labels_of(train, split.train), dist.world_from_environment().size
-    if len(labels) < ranks:
-        raise ConfigError(f"{len(labels)} training samples for {ranks} ranks: start fewer ranks")
+    collective)."""
+    labels = labels_of(train, split.train)
     rank_rows = dist.rank_slice(len(labels))
     widths = [width_of(checkpoint, (b, p)) for b in spec.blocks for p in spec.pools]
     cost = ridge_cost(len(labels), widths, len(ridge.L2_GRID))

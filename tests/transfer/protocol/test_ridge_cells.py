@@ -104,5 +104,5 @@ def test_more_ranks_than_samples_are_refused(checkpoint, train, monkeypatch):
     split = split_train(train, holdout=0.3, seed=3, limit=None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(len(split.train) + 1))
-    with pytest.raises(ConfigError, match=r"training samples for .* ranks"):
+    with pytest.raises(ConfigError, match=r"samples for .* ranks"):
         ridge_cells.ridge_scores(checkpoint, train, split, SPEC)
